@@ -1,0 +1,53 @@
+"""Append one decoded token per request: to the host store, to the page summary and to its device block."""
+
+from __future__ import annotations
+
+import torch
+
+
+def append_tokens(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    slots: torch.Tensor,
+    host_kv: torch.Tensor,
+    summary: torch.Tensor,
+    block_kv: torch.Tensor,
+    block_table: torch.Tensor,
+) -> None:
+    """Write-through append of one token per request.
+
+    With page, offset = divmod(slot, page_size), for every KV head h:
+      host_kv[page, h, :, offset] = k, v
+      summary[page, h] = k, k where offset == 0, else min(., k), max(., k)
+      block_kv[block_table[page, h], :, offset] = k, v   where the page's head is resident
+
+    Parameters
+    ----------
+    k, v : model dtype, ``[batch_size, num_kv_heads, head_dim]``, device
+        Post-RoPE keys, and values, of the new tokens.
+    slots : int64, ``[batch_size]``, device
+        Token slots, all in different pages.
+    host_kv : model dtype, ``[num_pages, num_kv_heads, 2, page_size, head_dim]``, CPU
+    summary : model dtype, ``[num_pages, num_kv_heads, 2, head_dim]``, device
+    block_kv : model dtype, ``[num_blocks, 2, page_size, head_dim]``, device
+    block_table : int32, ``[num_pages, num_kv_heads]``, device
+        -1 where not resident: the host store then holds the only copy, which a demand miss fetches.
+
+    Notes
+    -----
+    A page of the last token of a request belongs to it alone, so no two requests write to one page.
+    """
+    page_size = host_kv.shape[3]
+    pages, offsets = slots // page_size, slots % page_size
+    host_kv[pages, :, 0, offsets] = k
+    host_kv[pages, :, 1, offsets] = v
+
+    opened = (offsets == 0)[:, None, None]
+    low, high = summary[pages].unbind(2)
+    low = torch.where(opened, k, torch.minimum(low, k))
+    high = torch.where(opened, k, torch.maximum(high, k))
+    summary[pages] = torch.stack((low, high), 2)
+
+    blocks = block_table[pages]  # [batch_size, num_kv_heads]
+    row, head = (blocks >= 0).nonzero(as_tuple=True)
+    block_kv[blocks[row, head].long(), :, offsets[row]] = torch.stack((k, v), 2)[row, head]

@@ -1,0 +1,79 @@
+"""Pools: sizes, the token pool and the request pool.
+
+SGLang profiles the device, derives one token capacity from it and builds its pools for that. Here tokens are bounded by
+the host store and requests by the device blocks, and both pools are ours. No registry reaches these three steps; if they
+move, `install` refuses the release.
+"""
+
+from __future__ import annotations
+
+from freekv_patches.patch import HookType, Patch, freekv_config
+
+_CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator"
+
+
+def resolve_memory_pool_config(original, self, pre_model_load_memory):
+    resolved = original(self, pre_model_load_memory)
+    if (config := freekv_config(self.server_args)) is not None:
+        from sglang_freekv.sizing import plan_for
+
+        plan = plan_for(self, config, pre_model_load_memory, resolved.max_running_requests)
+        self._freekv_plan = plan
+        resolved.max_total_num_tokens, resolved.max_running_requests = plan.num_tokens, plan.max_requests
+    return resolved
+
+
+def build_default_req_pool(original, self, *, max_num_reqs, extra_max_context_len):
+    if (config := freekv_config(self.server_args)) is None:
+        return original(self, max_num_reqs=max_num_reqs, extra_max_context_len=extra_max_context_len)
+    from sglang_freekv.kv_pool import FreeKVReqToTokenPool
+
+    max_context_len = self.model_config.context_len + extra_max_context_len
+    self._freekv_req_pool = FreeKVReqToTokenPool(config, max_num_reqs, max_context_len, self.device)
+    return self._freekv_req_pool
+
+
+def build_kv_pool(original, self, **kwargs):
+    if freekv_config(self.server_args) is None:
+        return original(self, **kwargs)
+    from sglang_freekv.kv_pool import FreeKVPool
+
+    pool = FreeKVPool(self._freekv_plan, self.device, self.layer_info.start_layer, self.layer_info.end_layer)
+    self._freekv_req_pool.memory = pool.memory
+    return pool
+
+
+PATCHES = (
+    Patch(
+        target=f"{_CONFIGURATOR}._resolve_memory_pool_config",
+        kind=HookType.AROUND,
+        hook=resolve_memory_pool_config,
+        signature="(self, pre_model_load_memory: 'int') -> 'MemoryPoolConfig'",
+        reason="tokens are bounded by the host store, running requests by the device blocks",
+        remove_when="SGLang sizes pools through a registered configurator",
+    ),
+    Patch(
+        target=f"{_CONFIGURATOR}._build_default_req_pool",
+        kind=HookType.AROUND,
+        hook=build_default_req_pool,
+        signature="(self, *, max_num_reqs: 'int', extra_max_context_len: 'int') -> 'ReqToTokenPool'",
+        reason="a request that takes a row starts its window; no callback tells so",
+        remove_when="the pinned release has ReqToTokenPool.register_on_alloc_rows (it is in 0.5.23)",
+    ),
+    Patch(
+        target=f"{_CONFIGURATOR}._build_mha_kv_pool",
+        kind=HookType.AROUND,
+        hook=build_kv_pool,
+        signature="(self, *, max_total_num_tokens: 'int', mha_pool_class: 'type', quant_method=None) -> 'KVCache'",
+        reason="the KV pool of CUDA has no registry",
+        remove_when="SGLang builds its KV pool from a registry",
+    ),
+    Patch(
+        target=f"{_CONFIGURATOR}._build_oot_mha_kv_pool",
+        kind=HookType.AROUND,
+        hook=build_kv_pool,
+        signature="(self, *, max_total_num_tokens: 'int') -> 'KVCache'",
+        reason="a platform's pool class gets no server arguments, so it cannot tell plain SGLang from FreeKV",
+        remove_when="the pinned release drops it (it is gone in 0.5.23)",
+    ),
+)

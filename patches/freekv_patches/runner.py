@@ -1,0 +1,56 @@
+"""Batches on their way to the model.
+
+A ForwardBatch does not say which request has more prompt to come, and the eager runner sizes its input buffers by
+`max_total_num_tokens`, which here counts host tokens.
+"""
+
+from __future__ import annotations
+
+from freekv_patches.patch import HookType, Patch, freekv_config
+
+
+def forward_batch_generation(original, self, batch, *args, **kwargs):
+    if freekv_config(self.server_args) is None or batch is None:
+        return original(self, batch, *args, **kwargs)
+    backend, forward_mode = self.model_runner.attn_backend, batch.forward_mode
+    backend.begin_batch(batch)
+    result = original(self, batch, *args, **kwargs)
+    backend.end_batch(forward_mode)
+    return result
+
+
+def init_eager_runner(original, self, model_runner):
+    if freekv_config(model_runner.server_args) is None:
+        return original(self, model_runner)
+    host_tokens = model_runner.max_total_num_tokens
+    # The runner takes the larger of this and what one prefill batch may hold.
+    model_runner.max_total_num_tokens = min(host_tokens, model_runner.model_config.context_len)
+    try:
+        return original(self, model_runner)
+    finally:
+        model_runner.max_total_num_tokens = host_tokens
+
+
+PATCHES = (
+    Patch(
+        target="sglang.srt.managers.tp_worker.TpModelWorker.forward_batch_generation",
+        kind=HookType.AROUND,
+        hook=forward_batch_generation,
+        signature=(
+            "(self, batch: 'Optional[ScheduleBatch]', forward_batch: 'Optional[ForwardBatch]' = None, "
+            "pp_proxy_tensors: 'Optional[PPProxyTensors]' = None, is_verify: 'bool' = False, "
+            "skip_attn_backend_init: 'Optional[bool]' = None, *, "
+            "capture_hidden_mode: 'Optional[CaptureHiddenMode]' = None) -> 'GenerationBatchResult'"
+        ),
+        reason="the first window is selected at the end of a prompt, and the audit runs after each batch",
+        remove_when="ForwardBatch tells unfinished prompts from finished ones",
+    ),
+    Patch(
+        target="sglang.srt.model_executor.runner.eager_runner.EagerRunner.__init__",
+        kind=HookType.AROUND,
+        hook=init_eager_runner,
+        signature="(self, model_runner: 'ModelRunner') -> 'None'",
+        reason="its static buffers take 48 bytes per host token otherwise",
+        remove_when="the eager runner sizes its buffers by the largest batch",
+    ),
+)

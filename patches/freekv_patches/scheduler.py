@@ -1,0 +1,51 @@
+"""The scheduler: self-check once everything is built, and `/server_info`.
+
+SGLang logs a plug-in's failure and serves without it, so the scheduler itself checks that every part is ours.
+"""
+
+from __future__ import annotations
+
+from freekv_patches.patch import HookType, Patch, freekv_config
+
+_SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
+
+
+def check_scheduler(result, self, server_args, *args, **kwargs):
+    if freekv_config(server_args) is not None:
+        from freekv_patches import assert_installed
+        from sglang_freekv.self_check import check_parts
+
+        assert_installed()
+        check_parts(self)
+
+
+def report_internal_state(result, self, recv_req):
+    if freekv_config(self.server_args) is not None:
+        state = self.token_to_kv_pool_allocator.get_kvcache().report()
+        if hasattr(self.tree_cache, "report"):
+            state |= self.tree_cache.report()
+        result.internal_state["freekv"] = state
+
+
+PATCHES = (
+    Patch(
+        target=f"{_SCHEDULER}.__init__",
+        kind=HookType.AFTER,
+        hook=check_scheduler,
+        signature=(
+            "(self, server_args: sglang.srt.server_args.ServerArgs, port_args: sglang.srt.server_args.PortArgs, "
+            "gpu_id: int, tp_rank: int, moe_ep_rank: int, pp_rank: int, attn_cp_rank: int, moe_dp_rank: int, "
+            "dp_rank: Optional[int])"
+        ),
+        reason="a missing patch or pool must end start-up, not serve as plain SGLang",
+        remove_when="SGLang ends start-up when a plug-in fails",
+    ),
+    Patch(
+        target=f"{_SCHEDULER}.get_internal_state",
+        kind=HookType.AFTER,
+        hook=report_internal_state,
+        signature="(self, recv_req: sglang.srt.managers.io_struct.GetInternalStateReq)",
+        reason="/server_info has no registry for sections",
+        remove_when="SGLang collects internal state from its pools",
+    ),
+)

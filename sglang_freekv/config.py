@@ -1,0 +1,235 @@
+"""FreeKV's settings: one frozen dataclass, whose fields are the command line flags and `sgl.Engine` keywords.
+
+Imports the standard library only: spawned processes unpickle it before SGLang has loaded its plug-ins.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import Field, dataclass, field, fields
+from typing import Any, Literal
+
+METHOD_OPTION = "kv_retrieval"
+OPTION_PREFIX = "freekv_"
+BUDGET_PARAM = "freekv_budget"  # key of a request's `custom_params`
+
+
+class UnsupportedConfiguration(ValueError):
+    """A setting, or a combination with SGLang's settings or the model, that FreeKV cannot serve."""
+
+
+def _layers(text: str) -> tuple[int, ...]:
+    """Parse "0,1" to (0, 1)."""
+    return tuple(int(layer) for layer in text.split(",") if layer.strip())
+
+
+def _flag(name: str, default: Any, help: str, parse: Callable[[str], Any] = int, **argparse_options: Any) -> Any:
+    """Declare a field that users set with ``--freekv-<name>`` or the keyword ``freekv_<name>``."""
+    metadata = {"flag": name, "help": help, "parse": parse, "argparse": argparse_options}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class FreeKVConfig:
+    """What a request may attend to, and the memory that serves it. Token counts are per request and KV head."""
+
+    budget_tokens: int = _flag(
+        "budget", 2048, "tokens a request attends to in each step, sink and recent tokens included"
+    )
+    # After construction an int: None on the command line means the budget.
+    max_budget_tokens: int | None = _flag(
+        "max-budget",
+        None,
+        f'tokens that a request may ask for with custom_params {{"{BUDGET_PARAM}": N}} (default: the budget)',
+    )
+    sink_tokens: int = _flag("sink", 128, "tokens at the start of the prompt that are always attended to")
+    recent_tokens: int = _flag("recent", 128, "latest tokens that are always attended to, at least one page")
+    tau: float = _flag(
+        "tau",
+        0.9,
+        "cosine similarity of two steps' queries below which a KV head selects again at once, -1 to 2; "
+        "above 1: in every step (exact), -1: never (speculation only)",
+        float,
+    )
+    host_memory_gib: float | None = _flag(
+        "host-memory", None, "GiB of CPU memory for the complete KV (default: what is free less a margin)", float
+    )
+    device_blocks_memory_gib: float | None = _flag(
+        "device-blocks-memory", None, "GiB of device memory for the resident KV (default: what is left)", float
+    )
+    arena_tokens: int = _flag("arena", 32768, "tokens of prefix that prefill lays out at a time, per layer")
+    dense_layers: tuple[int, ...] = _flag(
+        "dense-layers", (), 'layers that attend to every token, for example "0,1"', _layers, metavar="LAYERS"
+    )
+    group_pooling: Literal["softmax", "mean"] = _flag(
+        "group-pooling",
+        "softmax",
+        "how the query heads of a KV head agree on a page: mean of their softmaxed scores, or of raw scores",
+        str,
+        choices=("softmax", "mean"),
+    )
+    audit: bool = _flag("audit", False, "check every resident block and window after each step (slow)", bool)
+    page_size: int = 32  # tokens; SGLang's --page-size
+
+    def __post_init__(self) -> None:
+        if self.max_budget_tokens is None:
+            object.__setattr__(self, "max_budget_tokens", self.budget_tokens)
+        for name in ("budget_tokens", "max_budget_tokens", "sink_tokens", "recent_tokens", "arena_tokens"):
+            self._check_tokens(name)
+        _require(self.recent_tokens >= self.page_size, "--freekv-recent", self.recent_tokens, "at least one page")
+        _require(self.arena_tokens >= self.page_size, "--freekv-arena", self.arena_tokens, "at least one page")
+        fixed = self.sink_tokens + self.recent_tokens
+        _require(
+            fixed < self.budget_tokens,
+            "--freekv-budget",
+            self.budget_tokens,
+            f"more than sink + recent ({fixed} tokens), so that pages can be selected",
+        )
+        _require(
+            self.budget_tokens <= self.max_budget_tokens,
+            "--freekv-max-budget",
+            self.max_budget_tokens,
+            f"at least the budget ({self.budget_tokens} tokens)",
+        )
+        _require(_is_number(self.tau) and -1 <= self.tau <= 2, "--freekv-tau", self.tau, "a number from -1 to 2")
+        for name, gib in (
+            ("--freekv-host-memory", self.host_memory_gib),
+            ("--freekv-device-blocks-memory", self.device_blocks_memory_gib),
+        ):
+            _require(gib is None or (_is_number(gib) and gib > 0), name, gib, "GiB, more than 0")
+        layers = self.dense_layers
+        _require(
+            all(_is_int(layer) and layer >= 0 for layer in layers) and len(set(layers)) == len(layers),
+            "--freekv-dense-layers",
+            layers,
+            'distinct layer numbers from 0, for example "0,1"',
+        )
+        pooling = ("softmax", "mean")
+        _require(self.group_pooling in pooling, "--freekv-group-pooling", self.group_pooling, "softmax or mean")
+        _require(isinstance(self.audit, bool), "--freekv-audit", self.audit, "True or False")
+
+    def _check_tokens(self, name: str) -> None:
+        tokens = getattr(self, name)
+        flag = f"--freekv-{_flags()[name].metadata['flag']}"
+        whole_pages = _is_int(tokens) and tokens >= 0 and tokens % self.page_size == 0
+        _require(whole_pages, flag, tokens, f"tokens, a multiple of the page size ({self.page_size})")
+
+    @property
+    def budget_pages(self) -> int:
+        return self.budget_tokens // self.page_size
+
+    @property
+    def max_budget_pages(self) -> int:
+        """Width of a window."""
+        return self.max_budget_tokens // self.page_size
+
+    @property
+    def sink_pages(self) -> int:
+        return self.sink_tokens // self.page_size
+
+    @property
+    def recent_pages(self) -> int:
+        return self.recent_tokens // self.page_size
+
+    @property
+    def arena_pages(self) -> int:
+        return self.arena_tokens // self.page_size
+
+    def request_budget_tokens(self, custom_params: Mapping[str, Any] | None) -> int:
+        """Resolve a request's budget in tokens.
+
+        Parameters
+        ----------
+        custom_params : mapping or None
+            SGLang's sampling parameter of that name. ``{"freekv_budget": N}`` asks for N tokens.
+
+        Raises
+        ------
+        ValueError
+            If N does not fit, or another key starts with "freekv_".
+        """
+        if custom_params is None:
+            return self.budget_tokens
+        if not isinstance(custom_params, Mapping):
+            raise ValueError(f"custom_params is {custom_params!r}; give an object, {{{BUDGET_PARAM!r}: tokens}}.")
+        for key in custom_params:
+            if str(key).startswith(OPTION_PREFIX) and key != BUDGET_PARAM:
+                raise ValueError(f"custom_params has the unknown key {key!r}; the known one is {BUDGET_PARAM!r}.")
+        tokens = custom_params.get(BUDGET_PARAM, self.budget_tokens)
+        fixed = self.sink_tokens + self.recent_tokens
+        if not _is_int(tokens) or not fixed < tokens <= self.max_budget_tokens or tokens % self.page_size:
+            raise ValueError(
+                f"custom_params.{BUDGET_PARAM} is {tokens!r}; give a multiple of {self.page_size} tokens, more than "
+                f"{fixed} (sink and recent tokens) and at most {self.max_budget_tokens} (--freekv-max-budget)."
+            )
+        return tokens
+
+
+def add_cli_args(parser: argparse.ArgumentParser) -> None:
+    """Add ``--kv-retrieval`` and the ``--freekv-*`` flags. A flag that is not given parses to None."""
+    group = parser.add_argument_group("KV retrieval")
+    group.add_argument(
+        "--kv-retrieval",
+        choices=("none", "freekv"),
+        help="keep a bounded window of each request's KV on the device, all of it in CPU memory (default: none)",
+    )
+    for flag in _flags().values():
+        meta = flag.metadata
+        text = meta["help"] if "(default" in meta["help"] else f"{meta['help']} (default: {flag.default})"
+        # A switch has no value to parse; its default says "not given", as with the other flags.
+        kind = {"action": "store_true"} if meta["parse"] is bool else {"type": meta["parse"]} | meta["argparse"]
+        group.add_argument(f"--freekv-{meta['flag']}", default=None, help=text.replace("%", "%%"), **kind)
+
+
+def take_options(options: Mapping[str, Any]) -> tuple[FreeKVConfig | None, dict[str, Any]]:
+    """Split FreeKV's options, by keyword names, from SGLang's.
+
+    Returns
+    -------
+    config : FreeKVConfig or None
+        None where ``kv_retrieval`` is not "freekv".
+    rest : dict
+        The options that are SGLang's.
+
+    Raises
+    ------
+    UnsupportedConfiguration
+        If a value is refused, or FreeKV's options are given without ``kv_retrieval="freekv"``.
+    """
+    keywords = {OPTION_PREFIX + f.metadata["flag"].replace("-", "_"): f for f in _flags().values()}
+    rest = {name: value for name, value in options.items() if name != METHOD_OPTION and name not in keywords}
+    method = options.get(METHOD_OPTION)
+    given = {name: options[name] for name in keywords if options.get(name) is not None}
+    if method not in (None, "none", "freekv"):
+        raise UnsupportedConfiguration(f"--kv-retrieval is {method!r}; give none or freekv.")
+    if method != "freekv":
+        if given:
+            flag = "--" + next(iter(given)).replace("_", "-")
+            raise UnsupportedConfiguration(f"{flag} has no effect without --kv-retrieval freekv; add it.")
+        return None, rest
+    return FreeKVConfig(**{keywords[name].name: _parse(keywords[name], value) for name, value in given.items()}), rest
+
+
+def _parse(flag: Field, value: Any) -> Any:
+    """Accept what the command line gives, and from Python also its text form or a list."""
+    if isinstance(value, str):
+        return flag.metadata["parse"](value)
+    return tuple(value) if isinstance(value, Iterable) else value
+
+
+def _flags() -> dict[str, Field]:
+    return {f.name: f for f in fields(FreeKVConfig) if "flag" in f.metadata}
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _require(holds: bool, flag: str, given: Any, expected: str) -> None:
+    if not holds:
+        raise UnsupportedConfiguration(f"{flag} is {given!r}; give {expected}.")

@@ -1,0 +1,43 @@
+"""The shape of one tensor-parallel rank's KV cache."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Shape of the KV cache of one rank; every size in bytes follows from it."""
+
+    num_layers: int
+    num_qo_heads: int  # of the rank
+    num_kv_heads: int  # of the rank
+    head_dim: int
+    dtype: torch.dtype
+    page_size: int = 32  # tokens per page
+
+    @property
+    def group_size(self) -> int:
+        return self.num_qo_heads // self.num_kv_heads
+
+    @property
+    def block_bytes(self) -> int:
+        """K and V of one (page, layer, KV head): what one recall moves."""
+        return 2 * self.page_size * self.head_dim * self.dtype.itemsize
+
+    @property
+    def page_bytes(self) -> int:
+        """One page of the host store: all layers and heads."""
+        return self.num_layers * self.num_kv_heads * self.block_bytes
+
+    @property
+    def summary_bytes(self) -> int:
+        """Minimum and maximum of one page's keys, all layers and heads."""
+        return self.page_bytes // self.page_size
+
+    @property
+    def token_bytes(self) -> int:
+        """KV of one token, all layers and heads."""
+        return self.page_bytes // self.page_size

@@ -1,0 +1,129 @@
+"""Sizes of all pools, computed once at start-up and printed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sglang_freekv.config import FreeKVConfig
+from sglang_freekv.geometry import Geometry
+
+GIB = 1 << 30
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """What fits. Bytes unless the name says otherwise."""
+
+    geometry: Geometry
+    config: FreeKVConfig
+    num_pages: int  # of the host store, without the padding page
+    num_blocks: int  # device blocks per layer
+    max_requests: int  # running at the same time
+    host_bytes: int
+    device_blocks_bytes: int
+    summaries_bytes: int  # page summaries and block table
+    arena_bytes: int
+    windows_bytes: int
+    request_bytes: int  # device bytes that one running request may claim
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_pages * self.geometry.page_size
+
+    def describe(self) -> str:
+        """One line per pool, in GiB and tokens, for the log."""
+        c = self.config
+        full = self.geometry.token_bytes
+        return "\n".join(
+            [
+                "FreeKV memory plan",
+                f"  host store        {self.host_bytes / GIB:8.3f} GiB  {self.num_tokens:,} tokens of "
+                f"{full:,} bytes, all layers: what all requests and the prefix cache may hold together",
+                f"  device blocks     {self.device_blocks_bytes / GIB:8.3f} GiB  {self.num_blocks:,} per layer",
+                f"  page summaries    {self.summaries_bytes / GIB:8.3f} GiB  and block table",
+                f"  prefill arena     {self.arena_bytes / GIB:8.3f} GiB  2 x {c.arena_tokens:,} tokens of one layer",
+                f"  windows           {self.windows_bytes / GIB:8.3f} GiB",
+                f"  running requests  {self.max_requests:8,}      at most, each with up to {c.max_budget_tokens:,} tokens "
+                f"on the device (front and back window: {self.request_bytes / GIB:.4f} GiB)",
+            ]
+        )
+
+
+def plan_memory(
+    geometry: Geometry,
+    config: FreeKVConfig,
+    *,
+    device_bytes: int,
+    host_bytes: int,
+    max_requests: int,
+    max_total_tokens: int | None = None,
+) -> MemoryPlan:
+    """Divide the memory of one rank.
+
+    Parameters
+    ----------
+    device_bytes : int
+        Free for KV on the device, after weights and SGLang's own reserve.
+    host_bytes : int
+        For the host store of this rank, unless `config.host_memory_gib` says otherwise.
+    max_requests : int
+        Upper bound on running requests from SGLang.
+    max_total_tokens : int, optional
+        Upper bound on the host store's tokens (``--max-total-tokens``).
+
+    Raises
+    ------
+    ValueError
+        If a pool cannot hold what one request needs; the message says which flag to change.
+    """
+    g, num_heads = geometry, geometry.num_kv_heads
+    if config.host_memory_gib is not None:
+        host_bytes = int(config.host_memory_gib * GIB)
+    num_pages = host_bytes // g.page_bytes - 1  # page 0 is padding
+    if max_total_tokens is not None:
+        num_pages = min(num_pages, max_total_tokens // g.page_size)
+    if num_pages < 1:
+        raise ValueError(
+            f"FreeKV: the host store of {host_bytes:,} bytes holds no page (one page of all layers takes "
+            f"{g.page_bytes:,} bytes, and one more is padding); raise --freekv-host-memory"
+        )
+
+    num_dense = len(config.dense_layers)
+    table_bytes = 4 * g.num_layers * num_heads
+    dense_bytes = (num_pages + 1) * num_dense * num_heads * g.block_bytes
+    summaries_bytes = (num_pages + 1) * (g.summary_bytes + table_bytes)
+    arena_bytes = 2 * config.arena_tokens * 2 * num_heads * g.head_dim * g.dtype.itemsize
+    last_q_bytes = g.num_layers * g.num_qo_heads * g.head_dim * g.dtype.itemsize
+    window_bytes = 2 * g.num_layers * num_heads * config.max_budget_pages * 4 + last_q_bytes  # of one request
+    layer_blocks_bytes = (g.num_layers - num_dense) * g.block_bytes  # one block in each layer that has a window
+    blocks_per_request = 2 * config.max_budget_pages * num_heads
+    num_keys = (num_pages + 1) * num_heads  # with this many blocks everything stays resident
+
+    if config.device_blocks_memory_gib is not None:
+        blocks_bytes = int(config.device_blocks_memory_gib * GIB)
+    else:
+        fixed_bytes = dense_bytes + summaries_bytes + arena_bytes + (max_requests + 1) * window_bytes
+        blocks_bytes = device_bytes - fixed_bytes
+    num_blocks = min(blocks_bytes // layer_blocks_bytes, num_keys) if layer_blocks_bytes else num_keys
+    if num_blocks < num_keys:
+        max_requests = min(max_requests, num_blocks // blocks_per_request)
+    if max_requests < 1:
+        raise ValueError(
+            f"FreeKV: {max(blocks_bytes, 0) / GIB:.3f} GiB of device blocks cannot hold one request, whose front and back "
+            f"window take {blocks_per_request * layer_blocks_bytes / GIB:.3f} GiB at a budget of "
+            f"{config.max_budget_tokens:,} tokens; raise --freekv-device-blocks-memory or --mem-fraction-static, or "
+            f"lower --freekv-max-budget, --freekv-budget or --freekv-host-memory (page summaries take 1/32 of it)"
+        )
+    return MemoryPlan(
+        geometry=g,
+        config=config,
+        num_pages=num_pages,
+        num_blocks=num_blocks,
+        max_requests=max_requests,
+        host_bytes=(num_pages + 1) * g.page_bytes,
+        device_blocks_bytes=num_blocks * layer_blocks_bytes + dense_bytes,
+        summaries_bytes=summaries_bytes,
+        arena_bytes=arena_bytes,
+        windows_bytes=(max_requests + 1) * window_bytes,
+        request_bytes=blocks_per_request * layer_blocks_bytes + window_bytes,
+    )

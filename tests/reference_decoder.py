@@ -1,0 +1,172 @@
+"""A slow decoder that keeps every key and value of a request, and says what retrieval must do with them.
+
+It shares no code with the package: one tensor per layer, loops over heads and pages, float64. The
+double buffer of the real decoder does not exist here; a window is chosen when it is needed, from the
+query that the rule names, which is the same thing because only finished pages are candidates.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+PAGE = 32
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What is fixed for all requests: the model's heads, and the retrieval rule in pages."""
+
+    num_layers: int
+    num_qo_heads: int
+    num_kv_heads: int
+    sink_pages: int
+    recent_pages: int
+    tau: float
+    pooling: str  # "softmax" or "mean"
+    dense_layers: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What one decode step of one layer must have done for one request."""
+
+    windows: list[list[int]]  # per KV head: logical pages read by attention, ascending
+    scores: list[dict[int, float]]  # per KV head: pooled score of every candidate, {} without a choice
+    flagged: list[bool]  # per KV head: its window was chosen again with this step's query
+    over_budget: bool
+
+
+class ReferenceRequest:
+    """Every key and value of one request, and the windows that its decode steps must read."""
+
+    def __init__(self, rule: Rule, budget_pages: int) -> None:
+        self.rule = rule
+        self.budget_pages = budget_pages
+        self.keys: list[torch.Tensor | None] = [None] * rule.num_layers  # [length, H, D] float64
+        self.values: list[torch.Tensor | None] = [None] * rule.num_layers
+        self.last_query: list[torch.Tensor | None] = [None] * rule.num_layers  # [Hq, D] float64
+
+    def remember(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Append keys and values `[n, H, D]` of tokens that follow those already known."""
+        k, v = k.double(), v.double()
+        if self.keys[layer] is not None:
+            k, v = torch.cat([self.keys[layer], k]), torch.cat([self.values[layer], v])
+        self.keys[layer], self.values[layer] = k, v
+
+    def prefill(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        """Append a chunk and return the causal attention of its queries over everything, `[n, Hq, D]`."""
+        self.remember(layer, k, v)
+        self.last_query[layer] = q[-1].double()
+        length = len(self.keys[layer])
+        first = length - len(q)
+        seen = torch.arange(length)[None, :] <= torch.arange(first, length)[:, None]
+        out = torch.empty_like(q, dtype=torch.float64)
+        for qo_head in range(self.rule.num_qo_heads):
+            kv_head = qo_head // self.group_size
+            logits = scale * q[:, qo_head].double() @ self.keys[layer][:, kv_head].T
+            weights = logits.masked_fill(~seen, -math.inf).softmax(dim=-1)
+            out[:, qo_head] = weights @ self.values[layer][:, kv_head]
+        return out
+
+    def decode(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Expected:
+        """Append one token (`q [Hq, D]`, `k, v [H, D]`) and say which windows its attention reads."""
+        self.remember(layer, k[None], v[None])
+        q, previous = q.double(), self.last_query[layer]
+        self.last_query[layer] = q
+        num_pages = math.ceil(len(self.keys[layer]) / PAGE)
+        if layer in self.rule.dense_layers:
+            every_page = [list(range(num_pages)) for _ in range(self.rule.num_kv_heads)]
+            return Expected(every_page, [{} for _ in every_page], [False] * len(every_page), False)
+        over_budget = num_pages > self.budget_pages
+        windows, scores, flagged = [], [], []
+        for kv_head in range(self.rule.num_kv_heads):
+            flagged.append(over_budget and self.similarity(q, previous, kv_head) < self.rule.tau)
+            query = q if flagged[-1] else previous
+            window, score = self.window(layer, kv_head, query, len(self.keys[layer]))
+            windows.append(window)
+            scores.append(score)
+        return Expected(windows, scores, flagged, over_budget)
+
+    def attend(
+        self, layer: int, q: torch.Tensor, windows: list[list[int]], scale: float
+    ) -> torch.Tensor:
+        """Attention of one query `[Hq, D]` over the tokens of a window per KV head, `[Hq, D]`."""
+        out = torch.empty_like(q, dtype=torch.float64)
+        for qo_head in range(self.rule.num_qo_heads):
+            kv_head = qo_head // self.group_size
+            keys = torch.cat([self.page_keys(layer, kv_head, page) for page in windows[kv_head]])
+            values = torch.cat([self.page_values(layer, kv_head, page) for page in windows[kv_head]])
+            weights = (scale * keys @ q[qo_head].double()).softmax(dim=0)
+            out[qo_head] = weights @ values
+        return out
+
+    def window(
+        self, layer: int, kv_head: int, q: torch.Tensor, length: int
+    ) -> tuple[list[int], dict[int, float]]:
+        """The window that query `q [Hq, D]` chooses for a length, and the scores it was chosen by."""
+        num_pages = math.ceil(length / PAGE)
+        if num_pages <= self.budget_pages:
+            return list(range(num_pages)), {}
+        sink, first_recent = self.rule.sink_pages, num_pages - self.rule.recent_pages
+        scores = self.scores(layer, kv_head, q, range(sink, first_recent))
+        num_selected = self.budget_pages - sink - self.rule.recent_pages
+        best = sorted(scores, key=scores.get, reverse=True)[:num_selected]
+        return [*range(sink), *sorted(best), *range(first_recent, num_pages)], scores
+
+    def scores(
+        self, layer: int, kv_head: int, q: torch.Tensor, candidates: range
+    ) -> dict[int, float]:
+        """Pooled score of each candidate page; that of softmax pooling is its logarithm."""
+        group = q[kv_head * self.group_size : (kv_head + 1) * self.group_size].double()
+        bounds = []
+        for page in candidates:
+            keys = self.page_keys(layer, kv_head, page)
+            low, high = keys.amin(dim=0), keys.amax(dim=0)
+            bounds.append(torch.maximum(group * low, group * high).sum(dim=1))
+        raw = torch.stack(bounds, dim=1)  # [group_size, candidates]
+        if self.rule.pooling == "softmax":
+            pooled = raw.log_softmax(dim=1).logsumexp(dim=0) - math.log(self.group_size)
+        else:
+            pooled = raw.mean(dim=0)
+        return dict(zip(candidates, pooled.tolist(), strict=True))
+
+    def similarity(self, q: torch.Tensor, previous: torch.Tensor, kv_head: int) -> float:
+        """Mean over the query heads of a KV head of the cosine between two queries `[Hq, D]`."""
+        cosines = []
+        for qo_head in range(kv_head * self.group_size, (kv_head + 1) * self.group_size):
+            a, b = q[qo_head], previous[qo_head]
+            cosines.append(float(a @ b) / math.sqrt(float(a @ a) * float(b @ b)))
+        return sum(cosines) / len(cosines)
+
+    def page_keys(self, layer: int, kv_head: int, page: int) -> torch.Tensor:
+        """Keys of one logical page, `[tokens, D]`; the last page may be partial."""
+        return self.keys[layer][page * PAGE : (page + 1) * PAGE, kv_head]
+
+    def page_values(self, layer: int, kv_head: int, page: int) -> torch.Tensor:
+        """Values of one logical page, `[tokens, D]`."""
+        return self.values[layer][page * PAGE : (page + 1) * PAGE, kv_head]
+
+    @property
+    def group_size(self) -> int:
+        """Query heads per KV head."""
+        return self.rule.num_qo_heads // self.rule.num_kv_heads
+
+
+def explain_difference(
+    window: list[int], expected: list[int], scores: dict[int, float], tolerance: float
+) -> str | None:
+    """Say why a window is wrong, or None where it equals the expected one up to scores within `tolerance`."""
+    if window == expected:
+        return None
+    extra, missing = set(window) - set(expected), set(expected) - set(window)
+    if sorted(set(window)) != window or len(extra) != len(missing) or not (extra | missing) <= set(scores):
+        return f"window {window} is not of the expected form {expected}"
+    margin = max(scores[page] for page in missing) - min(scores[page] for page in extra)
+    if margin <= tolerance:
+        return None
+    return f"window {window} has {sorted(extra)} instead of {sorted(missing)}, worse by {margin:.3g}"

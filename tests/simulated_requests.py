@@ -1,0 +1,341 @@
+"""Random requests, and a scheduler small enough to see through, that drive the memory side without SGLang.
+
+`SimulatedEngine` hands out rows and host pages as SGLang does, and holds every prefill chunk and decode step
+against `reference_decoder`: windows, outputs, device blocks, host pages, summaries and counters.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from reference_decoder import PAGE, Expected, ReferenceRequest, Rule, explain_difference
+
+from sglang_freekv.config import FreeKVConfig
+from sglang_freekv.geometry import Geometry
+from sglang_freekv.kv_memory import KVMemory
+from sglang_freekv.prefill import Prefill
+from sglang_freekv.retrieval import Retrieval
+
+OUTPUT_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # bf16: 8 bits of a result of magnitude <= 4
+SCORE_TOLERANCE = {torch.float32: 0.0, torch.bfloat16: 1e-3}  # scores are of magnitude 10 to 100
+SAME, ONE_HEAD, HALF, ALL = range(4)  # how many query heads of a group turn away between two tokens
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Everything the model would compute for one request: `[num_layers, num_tokens, heads, head_dim]` each."""
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+
+
+def make_trace(
+    geometry: Geometry, num_tokens: int, seed: int, *, prefix: Trace | None = None, prefix_tokens: int = 0
+) -> Trace:
+    """Keys that cluster by page, and queries of which a third turn away from their predecessor.
+
+    A query head that stays keeps a cosine of 0.99 to its predecessor, one that turns has 0.1; where just one of
+    several heads turns it has 0.75, so that the mean of its group stays above 0.9. Keys and values of the first
+    `prefix_tokens` tokens are those of `prefix`.
+    """
+    g = geometry
+    rng = torch.Generator().manual_seed(seed)
+    kv_shape = (g.num_layers, num_tokens, g.num_kv_heads, g.head_dim)
+    topics = torch.randn(g.num_layers, math.ceil(num_tokens / PAGE), *kv_shape[2:], generator=rng)
+    k = topics.repeat_interleave(PAGE, dim=1)[:, :num_tokens] + 0.7 * torch.randn(kv_shape, generator=rng)
+    v = torch.randn(kv_shape, generator=rng)
+    if prefix is not None:
+        k[:, :prefix_tokens] = prefix.k[:, :prefix_tokens]
+        v[:, :prefix_tokens] = prefix.v[:, :prefix_tokens]
+
+    kinds = torch.tensor([0.65, 0.1, 0.1, 0.15]).multinomial(math.prod(kv_shape[:3]), True, generator=rng)
+    kinds = kinds.view(kv_shape[:3])
+    cosines = torch.full((*kv_shape[:3], g.group_size), 0.99)
+    cosines[..., 0][kinds == ONE_HEAD] = 0.75
+    cosines[..., : (g.group_size + 1) // 2][kinds == HALF] = 0.1
+    cosines[kinds == ALL] = 0.1
+    cosines = cosines.flatten(2)[..., None]  # [num_layers, num_tokens, num_qo_heads, 1]
+    directions = torch.randn(g.num_layers, num_tokens, g.num_qo_heads, g.head_dim, generator=rng)
+    q = torch.nn.functional.normalize(directions, dim=-1)
+    for t in range(1, num_tokens):
+        across = q[:, t] - (q[:, t] * q[:, t - 1]).sum(-1, keepdim=True) * q[:, t - 1]
+        across = torch.nn.functional.normalize(across, dim=-1)
+        q[:, t] = cosines[:, t] * q[:, t - 1] + (1 - cosines[:, t] ** 2).sqrt() * across
+    return Trace(*(x.to(g.dtype) for x in (q * math.sqrt(g.head_dim), k, v)))
+
+
+@dataclass
+class Request:
+    """A request that runs: its future, its place in the engine and what is expected of it."""
+
+    trace: Trace
+    prompt_tokens: int
+    row: int
+    reference: ReferenceRequest
+    length: int = 0  # tokens written
+    pages: list[int] = field(default_factory=list)  # host page of each logical page
+
+    @property
+    def is_decoding(self) -> bool:
+        return self.length >= self.prompt_tokens
+
+
+@dataclass(frozen=True)
+class DecodedToken:
+    """One decode step of one request: per layer, what was expected, and the output `[Hq, D]` of attention."""
+
+    request: Request
+    expected: list[Expected]
+    outputs: list[torch.Tensor]
+
+
+class SimulatedEngine:
+    """Rows, host pages and steps; every step is checked against the reference.
+
+    Parameters
+    ----------
+    num_blocks : int, optional
+        Device blocks per layer; by default as few as can work.
+
+    Attributes
+    ----------
+    corrected, kept : int
+        Over-budget rows whose window was chosen with this step's query, or with the previous one.
+    """
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        config: FreeKVConfig,
+        *,
+        max_requests: int = 4,
+        num_pages: int = 120,
+        num_blocks: int | None = None,
+        max_context: int = 1024,
+    ) -> None:
+        g = geometry
+        if num_blocks is None:
+            num_blocks = 2 * config.max_budget_pages * g.num_kv_heads * max_requests
+        self.geometry, self.config, self.scale = g, config, 1 / math.sqrt(g.head_dim)
+        self.memory = KVMemory(
+            g, config, num_pages=num_pages, num_blocks=num_blocks, max_requests=max_requests
+        )
+        self.memory.host.kv.fill_(math.nan)  # what is read before it is written shows
+        self.prefiller, self.retrieval = Prefill(self.memory), Retrieval(self.memory)
+        self.rule = Rule(
+            num_layers=g.num_layers,
+            num_qo_heads=g.num_qo_heads,
+            num_kv_heads=g.num_kv_heads,
+            sink_pages=config.sink_pages,
+            recent_pages=config.recent_pages,
+            tau=config.tau,
+            pooling=config.group_pooling,
+            dense_layers=config.dense_layers,
+        )
+        self.req_to_token = torch.zeros((max_requests + 1, max_context), dtype=torch.int32)
+        self.free_rows = list(range(max_requests, 0, -1))
+        self.free_pages = list(range(num_pages - 1, 0, -1))
+        self.users = [0] * num_pages  # requests that hold each host page
+        self.requests: list[Request] = []
+        self.corrected = self.kept = 0
+
+    # Requests come and go
+
+    def start(
+        self,
+        trace: Trace,
+        prompt_tokens: int,
+        *,
+        budget_tokens: int | None = None,
+        prefix: Request | None = None,
+        prefix_tokens: int = 0,
+    ) -> Request:
+        """Admit a request; its first `prefix_tokens` are a prefix hit on the pages of `prefix`."""
+        row = self.free_rows.pop()
+        self.memory.admit(row, budget_tokens)
+        budget_pages = (budget_tokens or self.config.budget_tokens) // PAGE
+        request = Request(trace, prompt_tokens, row, ReferenceRequest(self.rule, budget_pages))
+        if prefix is not None:
+            self._map_pages(request, prefix.pages[: prefix_tokens // PAGE])
+            for layer in range(self.geometry.num_layers):
+                request.reference.remember(layer, trace.k[layer, :prefix_tokens], trace.v[layer, :prefix_tokens])
+            request.length = prefix_tokens
+        self.requests.append(request)
+        return request
+
+    def leave(self, request: Request) -> None:
+        """Finish, abort or retract: the row and the pages are free for others at once."""
+        self.requests.remove(request)
+        self.free_rows.append(request.row)
+        self._release(request.pages)
+
+    def replace_pages(self, request: Request, pages: list[int]) -> None:
+        """Give a running request other host pages with the same content for its first pages."""
+        replaced = request.pages[: len(pages)]
+        self._map_pages(request, pages)
+        self._release(replaced)
+
+    def _map_pages(self, request: Request, pages: list[int]) -> None:
+        request.pages[: len(pages)] = pages
+        for logical, page in enumerate(pages):
+            self.users[page] += 1
+            self._write_slots(request.row, logical, page)
+
+    def _write_slots(self, row: int, logical: int, page: int) -> None:
+        slots = torch.arange(page * PAGE, (page + 1) * PAGE, dtype=torch.int32)
+        self.req_to_token[row, logical * PAGE : (logical + 1) * PAGE] = slots
+
+    def _release(self, pages: list[int]) -> None:
+        for page in pages:
+            self.users[page] -= 1
+            if self.users[page] == 0:
+                self.free_pages.append(page)
+
+    def _grow(self, request: Request, num_tokens: int) -> None:
+        """Allocate pages for the next tokens of a request."""
+        request.length += num_tokens
+        while len(request.pages) * PAGE < request.length:
+            page = self.free_pages.pop()
+            self.users[page] = 1
+            self._write_slots(request.row, len(request.pages), page)
+            request.pages.append(page)
+
+    # Steps
+
+    def prefill(self, chunks: list[tuple[Request, int]]) -> list[torch.Tensor]:
+        """Run one extend batch; checks outputs, host pages and summaries. Returns `[num_layers, n, Hq, D]` each."""
+        starts = [request.length for request, _ in chunks]
+        for request, num_tokens in chunks:
+            self._grow(request, num_tokens)
+        self.prefiller.plan(
+            torch.tensor([request.row for request, _ in chunks]),
+            self.req_to_token,
+            starts,
+            [num_tokens for _, num_tokens in chunks],
+            [request.is_decoding for request, _ in chunks],
+        )
+        outputs = []
+        for layer in range(self.geometry.num_layers):
+            parts = [
+                [x[layer, start : start + n] for x in (request.trace.q, request.trace.k, request.trace.v)]
+                for (request, n), start in zip(chunks, starts, strict=True)
+            ]
+            out = self.prefiller.run(layer, *(torch.cat(x) for x in zip(*parts, strict=True)), self.scale)
+            expected = [
+                request.reference.prefill(layer, *part, self.scale)
+                for (request, _), part in zip(chunks, parts, strict=True)
+            ]
+            self._assert_output(out, torch.cat(expected))
+            outputs.append(out)
+        self.check()
+        return list(torch.stack(outputs).split([n for _, n in chunks], dim=1))
+
+    def prefill_whole(self, *requests: Request) -> None:
+        """Prefill what is left of some prompts in one batch."""
+        self.prefill([(request, request.prompt_tokens - request.length) for request in requests])
+
+    def decode(self) -> list[DecodedToken]:
+        """Run and check one decode step of every request that has its prompt."""
+        requests = [request for request in self.requests if request.is_decoding]
+        for request in requests:
+            self._grow(request, 1)
+        rows = torch.tensor([request.row for request in requests])
+        before = self.memory.counters.as_dict()
+        self.retrieval.plan(rows, self.req_to_token, [request.length for request in requests])
+        tokens = [DecodedToken(request, [], []) for request in requests]
+        for layer in range(self.geometry.num_layers):
+            q, k, v = (
+                torch.stack([getattr(request.trace, x)[layer, request.length - 1] for request in requests])
+                for x in "qkv"
+            )
+            out = self.retrieval.run(layer, q, k, v, self.scale)
+            for b, token in enumerate(tokens):
+                token.outputs.append(out[b])
+                token.expected.append(token.request.reference.decode(layer, q[b], k[b], v[b]))
+        for token in tokens:
+            self._check_windows(token)
+        self._check_flags(before, [expected for token in tokens for expected in token.expected])
+        self.check()
+        return tokens
+
+    # Checks
+
+    def check(self) -> None:
+        """Invariants that hold after every step."""
+        assert self.memory.counters.absent_pages == 0
+        self.memory.check_integrity()
+        for request in self.requests:
+            self._check_host_pages(request)
+
+    def _assert_output(self, out: torch.Tensor, expected: torch.Tensor) -> None:
+        assert out.dtype == self.geometry.dtype
+        tolerance = OUTPUT_TOLERANCE[self.geometry.dtype]
+        torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
+
+    def _check_windows(self, token: DecodedToken) -> None:
+        """Front and back windows follow the rule, their blocks hold the pages, and attention read them."""
+        request, tolerance = token.request, SCORE_TOLERANCE[self.geometry.dtype]
+        for layer, (expected, out) in enumerate(zip(token.expected, token.outputs, strict=True)):
+            q = request.trace.q[layer, request.length - 1]
+            windows = expected.windows
+            if layer not in self.rule.dense_layers:
+                windows = self.window(self.memory.windows.front(layer), request)
+                for head, choice in enumerate(zip(expected.windows, expected.scores, strict=True)):
+                    assert not explain_difference(windows[head], *choice, tolerance)
+                self._check_back_windows(request, layer, q)
+            self._check_blocks(request, layer, windows)
+            self._assert_output(out, request.reference.attend(layer, q, windows, self.scale))
+
+    def _check_back_windows(self, request: Request, layer: int, q: torch.Tensor) -> None:
+        """The back windows are this query's choice at the next length."""
+        for head, back in enumerate(self.window(self.memory.windows.back(layer), request)):
+            expected, scores = request.reference.window(layer, head, q.double(), request.length + 1)
+            # The page that the next token opens may be listed now or when it is opened.
+            back, expected = ([page for page in x if page < len(request.pages)] for x in (back, expected))
+            assert not explain_difference(back, expected, scores, SCORE_TOLERANCE[self.geometry.dtype])
+
+    def window(self, windows: torch.Tensor, request: Request) -> list[list[int]]:
+        """The pages of a request's window per KV head, of `windows [max_requests + 1, H, W]`."""
+        pages = windows[request.row].tolist()
+        lengths = [sum(page >= 0 for page in head) for head in pages]
+        assert all(set(head[n:]) <= {-1} for head, n in zip(pages, lengths, strict=True)), "-1 before a page"
+        return [head[:n] for head, n in zip(pages, lengths, strict=True)]
+
+    def _check_blocks(self, request: Request, layer: int, windows: list[list[int]]) -> None:
+        """The block of every window entry equals the host page and the keys that the reference remembers."""
+        blocks, host = self.memory.blocks, self.memory.host
+        for head, window in enumerate(windows):
+            for logical in window:
+                page = request.pages[logical]
+                block = int(blocks.table[layer, page, head])
+                assert block >= 0, f"layer {layer}, head {head}: page {logical} of the window is not resident"
+                num_tokens = min(PAGE, request.length - logical * PAGE)
+                held = blocks.kv[layer][block][:, :num_tokens]
+                assert held.equal(host.kv[page, layer, head][:, :num_tokens])
+                assert held[0].double().equal(request.reference.page_keys(layer, head, logical))
+                assert held[1].double().equal(request.reference.page_values(layer, head, logical))
+
+    def _check_flags(self, before: dict[str, int], steps: list[Expected]) -> None:
+        after = self.memory.counters.as_dict()
+        corrected = sum(sum(step.flagged) for step in steps)
+        rows = sum(len(step.flagged) for step in steps if step.over_budget)
+        assert after["rows"] - before["rows"] == rows
+        assert after["flagged_rows"] - before["flagged_rows"] == corrected
+        self.corrected += corrected
+        self.kept += rows - corrected
+
+    def _check_host_pages(self, request: Request) -> None:
+        """The host store holds every token of a request, and the summaries their minimum and maximum."""
+        host, trace = self.memory.host, request.trace
+        for logical, page in enumerate(request.pages):
+            tokens = slice(logical * PAGE, min((logical + 1) * PAGE, request.length))
+            num_tokens = tokens.stop - tokens.start
+            assert int(host.filled[page]) == num_tokens
+            keys, values = (x[:, tokens].transpose(1, 2) for x in (trace.k, trace.v))  # [L, H, tokens, D]
+            assert host.kv[page, :, :, 0, :num_tokens].equal(keys)
+            assert host.kv[page, :, :, 1, :num_tokens].equal(values)
+            assert host.summary[:, page, :, 0].equal(keys.amin(dim=2))
+            assert host.summary[:, page, :, 1].equal(keys.amax(dim=2))

@@ -1,0 +1,202 @@
+"""Decode steps against the reference: windows, corrections, blocks, outputs and counters, step by step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from simulated_requests import PAGE, DecodedToken, Request, SimulatedEngine, Trace, make_trace
+
+from sglang_freekv.config import FreeKVConfig
+from sglang_freekv.geometry import Geometry
+
+NUM_LAYERS, BUDGET, MAX_BUDGET = 2, 8 * PAGE, 10 * PAGE
+
+
+def make_geometry(
+    group_size: int = 4, num_kv_heads: int = 2, head_dim: int = 32, dtype: torch.dtype = torch.float32
+) -> Geometry:
+    return Geometry(NUM_LAYERS, group_size * num_kv_heads, num_kv_heads, head_dim, dtype)
+
+
+def make_config(**changes: object) -> FreeKVConfig:
+    defaults = {
+        "budget_tokens": BUDGET,
+        "max_budget_tokens": MAX_BUDGET,
+        "sink_tokens": PAGE,
+        "recent_tokens": 2 * PAGE,
+        "tau": 0.9,
+        "arena_tokens": 16 * PAGE,
+    }
+    return FreeKVConfig(**(defaults | changes))
+
+
+CASES = {
+    "speculation-only": (make_geometry(group_size=4), make_config(tau=-1.0)),
+    "corrected": (make_geometry(group_size=3, head_dim=16), make_config(recent_tokens=PAGE)),
+    "exact": (make_geometry(group_size=8, num_kv_heads=1, head_dim=64), make_config(tau=1.01)),
+    "one-query-head-per-kv-head": (make_geometry(1, 4), make_config(sink_tokens=2 * PAGE)),
+    "mean-pooling": (make_geometry(group_size=4), make_config(group_pooling="mean")),
+    "mean-pooling-speculation-only": (make_geometry(3), make_config(tau=-1.0, group_pooling="mean")),
+    "no-sink": (make_geometry(group_size=3), make_config(sink_tokens=0)),
+    "dense-layer": (make_geometry(group_size=3), make_config(dense_layers=(0,))),
+    "bf16": (make_geometry(4, 2, 64, torch.bfloat16), make_config()),
+    "bf16-exact-mean-pooling": (
+        make_geometry(8, 2, 32, torch.bfloat16),
+        make_config(tau=1.01, group_pooling="mean"),
+    ),
+}
+
+
+def selections(tokens: list[DecodedToken], config: FreeKVConfig) -> dict[tuple, list[int]]:
+    """The pages that were really chosen, per (request, layer, head): windows without sink and recent pages."""
+    chosen = {}
+    for token in tokens:
+        for layer, expected in enumerate(token.expected):
+            for head, window in enumerate(expected.windows):
+                if expected.over_budget:
+                    pages = window[config.sink_pages : len(window) - config.recent_pages]
+                    chosen[id(token.request), layer, head] = pages
+    return chosen
+
+
+def run_changing_batch(engine: SimulatedEngine) -> int:
+    """Requests of all kinds join and leave; returns how often a selection differed from that of the step before."""
+
+    def start(seed: int, prompt_tokens: int, budget_tokens: int | None = None) -> Request:
+        trace = make_trace(engine.geometry, prompt_tokens + 60, seed)
+        request = engine.start(trace, prompt_tokens, budget_tokens=budget_tokens)
+        engine.prefill_whole(request)
+        return request
+
+    long = start(1, prompt_tokens=10 * PAGE + 13)
+    start(2, prompt_tokens=BUDGET - 9)  # crosses its budget in the tenth step
+    joining = {
+        5: (3, PAGE + 1, MAX_BUDGET),  # within its budget all the time
+        9: (4, 7 * PAGE, 4 * PAGE),  # a budget below the others'
+        21: (5, 13 * PAGE - 1, MAX_BUDGET),  # takes the row of the one that left
+    }
+    num_changes, before = 0, {}
+    for step in range(40):
+        if step in joining:
+            start(*joining[step])
+        if step == 18:
+            engine.leave(long)
+        now = selections(engine.decode(), engine.config)
+        num_changes += sum(pages != before.get(key, pages) for key, pages in now.items())
+        before = now
+    return num_changes
+
+
+@pytest.mark.parametrize("plentiful", [False, True], ids=["scarce-blocks", "plentiful-blocks"])
+@pytest.mark.parametrize(("geometry", "config"), CASES.values(), ids=CASES)
+def test_every_step_of_a_changing_batch_matches_the_reference(
+    geometry: Geometry, config: FreeKVConfig, plentiful: bool
+) -> None:
+    engine = SimulatedEngine(geometry, config, num_blocks=1000 if plentiful else None)
+    num_changes = run_changing_batch(engine)
+    assert num_changes > 50, "the selection has to move for this test to mean something"
+    assert (engine.corrected > 0) == (config.tau > -1)
+    assert (engine.kept > 0) == (config.tau < 1)
+    assert (engine.memory.counters.recalled_bytes > 0) != plentiful
+
+
+def make_shared(engine: SimulatedEngine, prefix_pages: int, num_requests: int) -> list[Request]:
+    """Start requests with equal tokens on one copy of their prefix."""
+    trace = make_trace(engine.geometry, prefix_pages * PAGE + 60, seed=7)
+    prompt_tokens = prefix_pages * PAGE + 20
+    first = engine.start(trace, prompt_tokens)
+    engine.prefill_whole(first)
+    others = [
+        engine.start(trace, prompt_tokens, prefix=first, prefix_tokens=prefix_pages * PAGE)
+        for _ in range(num_requests - 1)
+    ]
+    if others:
+        engine.prefill_whole(*others)
+    return [first, *others]
+
+
+def recalls_on_shared_prefix(num_requests: int) -> int:
+    """Number of recalls while requests decode over one prefix that no block holds at the start."""
+    engine = SimulatedEngine(make_geometry(), make_config(), num_blocks=1000)
+    requests = make_shared(engine, prefix_pages=12, num_requests=num_requests)
+    prefix = torch.tensor(requests[0].pages[:12])
+    assert all(request.pages[:12] == requests[0].pages[:12] for request in requests)
+    engine.memory.blocks.reset_pages(prefix)
+    before = engine.memory.counters.recalled_bytes
+    for _ in range(12):
+        engine.decode()
+    num_recalls = (engine.memory.counters.recalled_bytes - before) // engine.geometry.block_bytes
+    assert num_recalls == int((engine.memory.blocks.table[:, prefix] >= 0).sum()), "one recall for each block"
+    return num_recalls
+
+
+def test_requests_that_share_a_prefix_share_its_blocks_and_recalls() -> None:
+    alone = recalls_on_shared_prefix(1)
+    assert alone > 0
+    assert recalls_on_shared_prefix(3) == alone
+
+
+@pytest.mark.parametrize("budget_tokens", [BUDGET, MAX_BUDGET], ids=["over-budget", "within-budget"])
+def test_pages_that_are_replaced_between_steps_are_fetched_on_demand(budget_tokens: int) -> None:
+    engine = SimulatedEngine(make_geometry(), make_config(tau=-1.0))
+    trace = make_trace(engine.geometry, 9 * PAGE + 40, seed=8)
+    in_tree = engine.start(trace, 9 * PAGE)
+    engine.prefill_whole(in_tree)
+    request = engine.start(trace, 9 * PAGE + 5, budget_tokens=budget_tokens)
+    engine.prefill_whole(request)
+    for _ in range(3):
+        engine.decode()
+
+    counters, blocks = engine.memory.counters, engine.memory.blocks
+    pages = in_tree.pages[:9]
+    for page in pages:  # the tree keeps them
+        engine.users[page] += 1
+    engine.leave(in_tree)
+    blocks.reset_pages(torch.tensor(pages))
+    assert counters.demand_misses == 0
+    windows = [engine.window(engine.memory.windows.back(layer), request) for layer in range(NUM_LAYERS)]
+    num_lost = sum(sum(page < 9 for page in window) for heads in windows for window in heads)
+    assert num_lost > 0
+
+    engine.replace_pages(request, pages)
+    engine.decode()
+    assert counters.demand_misses == num_lost
+    for _ in range(3):
+        engine.decode()
+
+
+def test_prefill_takes_no_block_that_a_demand_miss_fetched_for_a_request_within_its_budget() -> None:
+    engine = SimulatedEngine(make_geometry(), make_config(), max_requests=2)
+    request = engine.start(make_trace(engine.geometry, 5 * PAGE + 40, seed=9), 5 * PAGE)
+    engine.prefill_whole(request)
+    engine.decode()
+    engine.memory.blocks.reset_pages(torch.tensor(request.pages[:5]))
+    engine.decode()
+    num_lost = engine.memory.counters.demand_misses
+    assert num_lost == 5 * NUM_LAYERS * engine.geometry.num_kv_heads
+    # More pages than there are blocks, so this takes every block that may be taken.
+    num_pages = engine.memory.blocks.num_blocks[0] // engine.geometry.num_kv_heads
+    newcomer = engine.start(make_trace(engine.geometry, num_pages * PAGE, seed=10), num_pages * PAGE)
+    engine.prefill([(newcomer, num_pages * PAGE - 1)])
+    engine.decode()
+    assert engine.memory.counters.demand_misses == num_lost
+
+
+def perpendicular_to(x: torch.Tensor) -> torch.Tensor:
+    """Vectors as long as those of `x [n, D]`, at right angles to them."""
+    return torch.stack((-x[:, 1::2], x[:, ::2]), dim=-1).flatten(1)
+
+
+def test_a_group_is_flagged_by_the_mean_of_its_cosines() -> None:
+    """One head of four that turns leaves the mean above tau; two do not."""
+    engine = SimulatedEngine(make_geometry(group_size=4, num_kv_heads=1), make_config())
+    trace = make_trace(engine.geometry, 10 * PAGE + 2, seed=11)
+    q = trace.q.clone()
+    last = q[:, 10 * PAGE - 1]
+    q[:, 10 * PAGE :] = last[:, None]
+    q[:, 10 * PAGE, 0] = 0.8 * last[:, 0] + 0.6 * perpendicular_to(last[:, 0])  # a mean of 0.95
+    q[:, 10 * PAGE + 1, :2] *= -1
+    request = engine.start(Trace(q, trace.k, trace.v), 10 * PAGE)
+    engine.prefill_whole(request)
+    flagged = [[expected.flagged for expected in engine.decode()[0].expected] for _ in range(2)]
+    assert flagged == [[[False]] * NUM_LAYERS, [[True]] * NUM_LAYERS]
