@@ -29,6 +29,8 @@ class FreeKVAttentionBackend(AttentionBackend):
             raise RuntimeError(f"FreeKV: expected a FreeKVPool as KV pool, got {type(pool).__name__}")
         self.memory = pool.memory
         self.req_to_token_pool = model_runner.req_to_token_pool
+        # SGLang builds the request pool before the token pool; here, both exist.
+        self.req_to_token_pool.memory = pool.memory
         self.retrieval, self.prefill = Retrieval(self.memory), Prefill(self.memory)
         self._first_layer = pool.start_layer
         self._unfinished_rid: str | None = None

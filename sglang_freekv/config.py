@@ -24,15 +24,18 @@ def _layers(text: str) -> tuple[int, ...]:
     return tuple(int(layer) for layer in text.split(",") if layer.strip())
 
 
-def _flag(name: str, default: Any, help: str, parse: Callable[[str], Any] = int, **argparse_options: Any) -> Any:
-    """Declare a field that users set with ``--freekv-<name>`` or the keyword ``freekv_<name>``."""
-    metadata = {"flag": name, "help": help, "parse": parse, "argparse": argparse_options}
+def _flag(name: str, default: Any, help: str, parse: Callable[[str], Any] = int, **values: Any) -> Any:
+    """Declare a field that users set with ``--freekv-<name>`` or the keyword ``freekv_<name>``.
+
+    `values` describes them for argparse: what they are called, or the choices.
+    """
+    metadata = {"flag": name, "help": help, "parse": parse, "values": values or {"metavar": "TOKENS"}}
     return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
 class FreeKVConfig:
-    """What a request may attend to, and the memory that serves it. Token counts are per request and KV head."""
+    """What a request may attend to, and the memory for it. Token counts are per request and KV head."""
 
     budget_tokens: int = _flag(
         "budget", 2048, "tokens a request attends to in each step, sink and recent tokens included"
@@ -51,16 +54,29 @@ class FreeKVConfig:
         "cosine similarity of two steps' queries below which a KV head selects again at once, -1 to 2; "
         "above 1: in every step (exact), -1: never (speculation only)",
         float,
+        metavar="COSINE",
     )
     host_memory_gib: float | None = _flag(
-        "host-memory", None, "GiB of CPU memory for the complete KV (default: what is free less a margin)", float
+        "host-memory",
+        None,
+        "GiB of CPU memory for the complete KV (default: what is free less a margin)",
+        float,
+        metavar="GIB",
     )
     device_blocks_memory_gib: float | None = _flag(
-        "device-blocks-memory", None, "GiB of device memory for the resident KV (default: what is left)", float
+        "device-blocks-memory",
+        None,
+        "GiB of device memory for the resident KV (default: what is left)",
+        float,
+        metavar="GIB",
     )
     arena_tokens: int = _flag("arena", 32768, "tokens of prefix that prefill lays out at a time, per layer")
     dense_layers: tuple[int, ...] = _flag(
-        "dense-layers", (), 'layers that attend to every token, for example "0,1"', _layers, metavar="LAYERS"
+        "dense-layers",
+        (),
+        'layers that attend to every token, for example "0,1" (default: none)',
+        _layers,
+        metavar="LAYERS",
     )
     group_pooling: Literal["softmax", "mean"] = _flag(
         "group-pooling",
@@ -77,8 +93,9 @@ class FreeKVConfig:
             object.__setattr__(self, "max_budget_tokens", self.budget_tokens)
         for name in ("budget_tokens", "max_budget_tokens", "sink_tokens", "recent_tokens", "arena_tokens"):
             self._check_tokens(name)
-        _require(self.recent_tokens >= self.page_size, "--freekv-recent", self.recent_tokens, "at least one page")
-        _require(self.arena_tokens >= self.page_size, "--freekv-arena", self.arena_tokens, "at least one page")
+        one_page = f"at least one page ({self.page_size} tokens)"
+        _require(self.recent_tokens >= self.page_size, "--freekv-recent", self.recent_tokens, one_page)
+        _require(self.arena_tokens >= self.page_size, "--freekv-arena", self.arena_tokens, one_page)
         fixed = self.sink_tokens + self.recent_tokens
         _require(
             fixed < self.budget_tokens,
@@ -92,7 +109,8 @@ class FreeKVConfig:
             self.max_budget_tokens,
             f"at least the budget ({self.budget_tokens} tokens)",
         )
-        _require(_is_number(self.tau) and -1 <= self.tau <= 2, "--freekv-tau", self.tau, "a number from -1 to 2")
+        in_range = _is_number(self.tau) and -1 <= self.tau <= 2
+        _require(in_range, "--freekv-tau", self.tau, "a number from -1 to 2")
         for name, gib in (
             ("--freekv-host-memory", self.host_memory_gib),
             ("--freekv-device-blocks-memory", self.device_blocks_memory_gib),
@@ -105,8 +123,8 @@ class FreeKVConfig:
             layers,
             'distinct layer numbers from 0, for example "0,1"',
         )
-        pooling = ("softmax", "mean")
-        _require(self.group_pooling in pooling, "--freekv-group-pooling", self.group_pooling, "softmax or mean")
+        is_pooling = self.group_pooling in ("softmax", "mean")
+        _require(is_pooling, "--freekv-group-pooling", self.group_pooling, "softmax or mean")
         _require(isinstance(self.audit, bool), "--freekv-audit", self.audit, "True or False")
 
     def _check_tokens(self, name: str) -> None:
@@ -152,16 +170,16 @@ class FreeKVConfig:
         if custom_params is None:
             return self.budget_tokens
         if not isinstance(custom_params, Mapping):
-            raise ValueError(f"custom_params is {custom_params!r}; give an object, {{{BUDGET_PARAM!r}: tokens}}.")
+            raise ValueError(f'custom_params is {custom_params!r}; give {{"{BUDGET_PARAM}": tokens}}.')
         for key in custom_params:
             if str(key).startswith(OPTION_PREFIX) and key != BUDGET_PARAM:
-                raise ValueError(f"custom_params has the unknown key {key!r}; the known one is {BUDGET_PARAM!r}.")
+                raise ValueError(f"custom_params has the unknown key {key!r}; did you mean {BUDGET_PARAM!r}?")
         tokens = custom_params.get(BUDGET_PARAM, self.budget_tokens)
         fixed = self.sink_tokens + self.recent_tokens
         if not _is_int(tokens) or not fixed < tokens <= self.max_budget_tokens or tokens % self.page_size:
             raise ValueError(
-                f"custom_params.{BUDGET_PARAM} is {tokens!r}; give a multiple of {self.page_size} tokens, more than "
-                f"{fixed} (sink and recent tokens) and at most {self.max_budget_tokens} (--freekv-max-budget)."
+                f"custom_params.{BUDGET_PARAM} is {tokens!r}; give tokens, a multiple of {self.page_size}, "
+                f"more than {fixed} (sink + recent) and at most {self.max_budget_tokens} (--freekv-max-budget)."
             )
         return tokens
 
@@ -172,13 +190,13 @@ def add_cli_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--kv-retrieval",
         choices=("none", "freekv"),
-        help="keep a bounded window of each request's KV on the device, all of it in CPU memory (default: none)",
+        help="freekv: a window of each request's KV on the device, all of it in CPU memory (default: none)",
     )
     for flag in _flags().values():
         meta = flag.metadata
         text = meta["help"] if "(default" in meta["help"] else f"{meta['help']} (default: {flag.default})"
         # A switch has no value to parse; its default says "not given", as with the other flags.
-        kind = {"action": "store_true"} if meta["parse"] is bool else {"type": meta["parse"]} | meta["argparse"]
+        kind = {"action": "store_true"} if meta["parse"] is bool else {"type": meta["parse"]} | meta["values"]
         group.add_argument(f"--freekv-{meta['flag']}", default=None, help=text.replace("%", "%%"), **kind)
 
 
@@ -208,7 +226,8 @@ def take_options(options: Mapping[str, Any]) -> tuple[FreeKVConfig | None, dict[
             flag = "--" + next(iter(given)).replace("_", "-")
             raise UnsupportedConfiguration(f"{flag} has no effect without --kv-retrieval freekv; add it.")
         return None, rest
-    return FreeKVConfig(**{keywords[name].name: _parse(keywords[name], value) for name, value in given.items()}), rest
+    settings = {keywords[name].name: _parse(keywords[name], value) for name, value in given.items()}
+    return FreeKVConfig(**settings), rest
 
 
 def _parse(flag: Field, value: Any) -> Any:

@@ -86,7 +86,7 @@ class FreeKVReqToTokenPool(ReqToTokenPool):
     def __init__(self, config: FreeKVConfig, size: int, max_context_len: int, device: str) -> None:
         super().__init__(size, max_context_len, device, enable_memory_saver=False)
         self._config = config
-        self.memory: KVMemory | None = None  # the token pool is built after the request pool
+        self.memory: KVMemory | None = None  # set by the attention backend, as the token pool is built after this one
 
     def alloc(self, reqs: list[Req]) -> list[int] | None:
         new = [req for req in reqs if req.req_pool_idx is None]

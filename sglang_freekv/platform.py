@@ -31,6 +31,7 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
     """
 
     _enum = PlatformEnum.OOT
+    _dealt_cores: str | None = None  # what this process put into the environment, for the latest server
 
     def get_device(self, device_id: int | None = None) -> str:
         """Return "cpu": `ServerArgs` splits the answer at ":", so it is a string."""
@@ -63,11 +64,14 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         if server_args.attention_backend == "intel_amx":
             logger.info("Attention backend torch_native: intel_amx needs SGLANG_USE_CPU_ENGINE=1.")
             server_args.attention_backend = self.get_default_attention_backend()
-        if server_args.tp_size > 1 and _THREADS_BIND not in os.environ:
-            os.environ[_THREADS_BIND] = split_cores(server_args.tp_size)
+        if os.environ.get(_THREADS_BIND) == CpuPlatform._dealt_cores:  # not the user's choice
+            os.environ.pop(_THREADS_BIND, None)
+            CpuPlatform._dealt_cores = None
+            if server_args.tp_size > 1:
+                CpuPlatform._dealt_cores = os.environ[_THREADS_BIND] = split_cores(server_args.tp_size)
 
     def init_backend(self) -> None:
-        """Prepare one rank: no NCCL, which comes with the CUDA build of torch, and its share of the threads."""
+        """Prepare one rank: its share of the threads, and no NCCL, which comes with CUDA builds of torch."""
         os.environ.setdefault(_NCCL_PATH, _NO_LIBRARY)
         ranks = os.environ.get(_THREADS_BIND, "").split("|")
         if len(ranks) > 1:

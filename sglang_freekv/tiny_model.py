@@ -1,19 +1,19 @@
-"""Write a small Llama or Qwen3 checkpoint with seeded random weights, for tests and benchmarks without a download.
+"""Write a small Llama or Qwen3 checkpoint with seeded random weights: a model without a download.
 
     python -m sglang_freekv.tiny_model --arch llama --out models/tiny
 
-Plain random weights make a poor test model: attention is nearly uniform, the next token depends on the last one
-only, and consecutive queries have nothing in common. Here the scales are chosen, and one channel is reserved:
+Plain random weights make a poor test model: attention is nearly uniform, the next token depends on the last
+one only, consecutive queries have nothing in common. Here the scales are chosen, and one channel is reserved:
 
 - channel 0 of the residual stream holds a large constant (trained models have such massive activations). Only
-  query projections read it, so the queries of consecutive steps are alike, as in trained models: much in the first
-  KV head's group, little in the last one's, so that a correction threshold divides them;
+  query projections read it, so the queries of consecutive steps are alike, as in trained models: much in the
+  first KV head's group, little in the last one's, so that a correction threshold divides them;
 - scores are so wide that a few dozen keys, anywhere in the context, carry most of the attention;
-- attention weighs about as much as the token itself in the last hidden state: the continuation depends on both;
+- attention weighs about as much as the token itself in the last hidden state; the next token needs both;
 - only printable ASCII is generated: output is text, and ends at the requested length.
 
-To compare the greedy tokens of two implementations, serve it with `--dtype float32`: in bfloat16, rounding alone
-flips a few tokens in a hundred, as in any model.
+To compare the greedy tokens of two implementations, serve it with `--dtype float32`: in bfloat16, rounding
+alone flips a few tokens in a hundred, as in any model.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ SPECIAL_TOKENS = ("<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>
 MIN_VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
 
 _CONSTANT_SHARE = 0.8  # of the squared norm of what a projection reads
+_CONSTANT_VARIANCE = _CONSTANT_SHARE / (1 - _CONSTANT_SHARE)  # of the constant, relative to the embedding
 _STEADY, _QUICK = 0.95, 0.1  # cosine of the queries of two steps before RoPE: first KV head, last KV head
 _SCORE_STD = 2.75  # of q.k / sqrt(head_dim) over the keys; 0 is uniform attention, above 4 is one-hot
 _ATTENTION_GAIN = 3.0  # a head averages about ten values, which takes this factor off them
@@ -110,54 +111,68 @@ class TinyModel:
     def weights(self) -> dict[str, torch.Tensor]:
         """All parameters under their Hugging Face names, in `dtype`, on the CPU."""
         generator = torch.Generator().manual_seed(self.seed)
-        weights = {}
-
-        def reads(name: str, rows: int, std: float, cosine: torch.Tensor | float = 0.0) -> None:
-            """A projection to outputs of this standard deviation; the constant has the share `cosine` in it."""
-            cosine = torch.as_tensor(cosine).expand(rows)
-            weight = torch.randn(rows, self.hidden, generator=generator) * std / math.sqrt(self.hidden)
-            weight[:, 0] *= (cosine / _CONSTANT_SHARE).sqrt()
-            weight[:, 1:] *= ((1 - cosine) / (1 - _CONSTANT_SHARE)).sqrt()[:, None]
-            weights[name] = weight
-
-        def writes(name: str, columns: int, gain: float) -> None:
-            """A projection back into the residual stream, past the constant channel."""
-            weights[name] = torch.randn(self.hidden, columns, generator=generator) * gain / math.sqrt(columns)
-            weights[name][0] = 0
-
-        embedding = torch.randn(self.vocab, self.hidden, generator=generator)
-        embedding[:, 0] = math.sqrt(self.hidden * _CONSTANT_SHARE / (1 - _CONSTANT_SHARE))
-        weights["model.embed_tokens.weight"] = embedding
-        qk_std = math.sqrt(_SCORE_STD)
-        query_rows_per_kv_head = self.heads // self.kv_heads * self.head_dim
-        cosine = torch.linspace(_STEADY, _QUICK, self.kv_heads).repeat_interleave(query_rows_per_kv_head)
+        weights = {
+            "model.embed_tokens.weight": torch.randn(self.vocab, self.hidden, generator=generator),
+            "lm_head.weight": _reads(self.vocab, self.hidden, generator, std=_LOGIT_STD),
+            "model.norm.weight": self._norm_weight(self.layers),
+        }
+        weights["model.embed_tokens.weight"][:, 0] = math.sqrt(self.hidden * _CONSTANT_VARIANCE)
+        weights["lm_head.weight"][~_is_generated(self.vocab)] = 0
         for i in range(self.layers):
-            attn, mlp = f"model.layers.{i}.self_attn", f"model.layers.{i}.mlp"
-            reads(f"{attn}.q_proj.weight", self.heads * self.head_dim, qk_std, cosine)
-            reads(f"{attn}.k_proj.weight", self.kv_heads * self.head_dim, qk_std)
-            reads(f"{attn}.v_proj.weight", self.kv_heads * self.head_dim, 1.0)
-            writes(f"{attn}.o_proj.weight", self.heads * self.head_dim, _ATTENTION_GAIN)
-            if self.arch == "qwen3":
-                weights[f"{attn}.q_norm.weight"] = torch.full((self.head_dim,), qk_std)
-                weights[f"{attn}.k_norm.weight"] = torch.full((self.head_dim,), qk_std)
-            reads(f"{mlp}.gate_proj.weight", 2 * self.hidden, 1.0)
-            reads(f"{mlp}.up_proj.weight", 2 * self.hidden, 1.0)
-            writes(f"{mlp}.down_proj.weight", 2 * self.hidden, _MLP_GAIN)
+            for name, weight in self._layer_weights(generator).items():
+                weights[f"model.layers.{i}.{name}.weight"] = weight
             weights[f"model.layers.{i}.input_layernorm.weight"] = self._norm_weight(i)
             weights[f"model.layers.{i}.post_attention_layernorm.weight"] = self._norm_weight(i)
-        weights["model.norm.weight"] = self._norm_weight(self.layers)
-        reads("lm_head.weight", self.vocab, _LOGIT_STD)
-        weights["lm_head.weight"][~_is_generated(self.vocab)] = 0
-        return {name: weight.to(getattr(torch, self.dtype)).contiguous() for name, weight in weights.items()}
+        return {name: weight.to(getattr(torch, self.dtype)) for name, weight in weights.items()}
+
+    def _layer_weights(self, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        q_rows, kv_rows, inner = self.heads * self.head_dim, self.kv_heads * self.head_dim, 2 * self.hidden
+        qk_std = math.sqrt(_SCORE_STD)
+        cosine = torch.linspace(_STEADY, _QUICK, self.kv_heads).repeat_interleave(q_rows // self.kv_heads)
+        weights = {
+            "self_attn.q_proj": _reads(q_rows, self.hidden, generator, std=qk_std, cosine=cosine),
+            "self_attn.k_proj": _reads(kv_rows, self.hidden, generator, std=qk_std),
+            "self_attn.v_proj": _reads(kv_rows, self.hidden, generator),
+            "self_attn.o_proj": _writes(self.hidden, q_rows, generator, gain=_ATTENTION_GAIN),
+            "mlp.gate_proj": _reads(inner, self.hidden, generator),
+            "mlp.up_proj": _reads(inner, self.hidden, generator),
+            "mlp.down_proj": _writes(self.hidden, inner, generator, gain=_MLP_GAIN),
+        }
+        if self.arch == "qwen3":
+            weights["self_attn.q_norm"] = torch.full((self.head_dim,), qk_std)
+            weights["self_attn.k_norm"] = torch.full((self.head_dim,), qk_std)
+        return weights
 
     def _norm_weight(self, num_layers_before: int) -> torch.Tensor:
         """Undo the growth of the residual stream: every layer reads the constant with the same share."""
         variance = 1 + _LAYER_VARIANCE * num_layers_before
-        constant_variance = _CONSTANT_SHARE / (1 - _CONSTANT_SHARE)
-        rms = math.sqrt(constant_variance + variance)
-        weight = torch.full((self.hidden,), math.sqrt(1 - _CONSTANT_SHARE) * rms / math.sqrt(variance))
-        weight[0] = math.sqrt(_CONSTANT_SHARE) * rms / math.sqrt(constant_variance)
+        rms = math.sqrt(_CONSTANT_VARIANCE + variance)
+        weight = torch.full((self.hidden,), math.sqrt((1 - _CONSTANT_SHARE) / variance) * rms)
+        weight[0] = math.sqrt(_CONSTANT_SHARE / _CONSTANT_VARIANCE) * rms
         return weight
+
+
+def _reads(
+    rows: int,
+    hidden: int,
+    generator: torch.Generator,
+    *,
+    std: float = 1.0,
+    cosine: torch.Tensor | float = 0.0,
+) -> torch.Tensor:
+    """Draw a projection to outputs of deviation `std`, with the share `cosine` from the constant channel."""
+    cosine = torch.as_tensor(cosine).expand(rows)
+    weight = torch.randn(rows, hidden, generator=generator) * std / math.sqrt(hidden)
+    weight[:, 0] *= (cosine / _CONSTANT_SHARE).sqrt()
+    weight[:, 1:] *= ((1 - cosine) / (1 - _CONSTANT_SHARE)).sqrt()[:, None]
+    return weight
+
+
+def _writes(hidden: int, columns: int, generator: torch.Generator, *, gain: float) -> torch.Tensor:
+    """Draw a projection back into the residual stream that leaves the constant channel alone."""
+    weight = torch.randn(hidden, columns, generator=generator) * gain / math.sqrt(columns)
+    weight[0] = 0
+    return weight
 
 
 def build_tokenizer(vocab_size: int, max_position: int) -> tuple[Tokenizer, dict]:

@@ -92,9 +92,7 @@ class ReferenceRequest:
             scores.append(score)
         return Expected(windows, scores, flagged, over_budget)
 
-    def attend(
-        self, layer: int, q: torch.Tensor, windows: list[list[int]], scale: float
-    ) -> torch.Tensor:
+    def attend(self, layer: int, q: torch.Tensor, windows: list[list[int]], scale: float) -> torch.Tensor:
         """Attention of one query `[Hq, D]` over the tokens of a window per KV head, `[Hq, D]`."""
         out = torch.empty_like(q, dtype=torch.float64)
         for qo_head in range(self.rule.num_qo_heads):
@@ -118,9 +116,7 @@ class ReferenceRequest:
         best = sorted(scores, key=scores.get, reverse=True)[:num_selected]
         return [*range(sink), *sorted(best), *range(first_recent, num_pages)], scores
 
-    def scores(
-        self, layer: int, kv_head: int, q: torch.Tensor, candidates: range
-    ) -> dict[int, float]:
+    def scores(self, layer: int, kv_head: int, q: torch.Tensor, candidates: range) -> dict[int, float]:
         """Pooled score of each candidate page; that of softmax pooling is its logarithm."""
         group = q[kv_head * self.group_size : (kv_head + 1) * self.group_size].double()
         bounds = []

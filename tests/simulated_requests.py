@@ -1,4 +1,4 @@
-"""Random requests, and a scheduler small enough to see through, that drive the memory side without SGLang.
+"""A scheduler small enough to see through, that drives the memory side without SGLang.
 
 `SimulatedEngine` hands out rows and host pages as SGLang does, and holds every prefill chunk and decode step
 against `reference_decoder`: windows, outputs, device blocks, host pages, summaries and counters.
@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, field
 
 import torch
+from random_traces import Trace
 from reference_decoder import PAGE, Expected, ReferenceRequest, Rule, explain_difference
 
 from sglang_freekv.config import FreeKVConfig
@@ -20,54 +21,9 @@ from sglang_freekv.retrieval import Retrieval
 
 OUTPUT_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # bf16: 8 bits of a result of magnitude <= 4
 SCORE_TOLERANCE = {torch.float32: 0.0, torch.bfloat16: 1e-3}  # scores are of magnitude 10 to 100
-SAME, ONE_HEAD, HALF, ALL = range(4)  # how many query heads of a group turn away between two tokens
 
 
-@dataclass(frozen=True)
-class Trace:
-    """Everything the model would compute for one request: `[num_layers, num_tokens, heads, head_dim]` each."""
-
-    q: torch.Tensor
-    k: torch.Tensor
-    v: torch.Tensor
-
-
-def make_trace(
-    geometry: Geometry, num_tokens: int, seed: int, *, prefix: Trace | None = None, prefix_tokens: int = 0
-) -> Trace:
-    """Keys that cluster by page, and queries of which a third turn away from their predecessor.
-
-    A query head that stays keeps a cosine of 0.99 to its predecessor, one that turns has 0.1; where just one of
-    several heads turns it has 0.75, so that the mean of its group stays above 0.9. Keys and values of the first
-    `prefix_tokens` tokens are those of `prefix`.
-    """
-    g = geometry
-    rng = torch.Generator().manual_seed(seed)
-    kv_shape = (g.num_layers, num_tokens, g.num_kv_heads, g.head_dim)
-    topics = torch.randn(g.num_layers, math.ceil(num_tokens / PAGE), *kv_shape[2:], generator=rng)
-    k = topics.repeat_interleave(PAGE, dim=1)[:, :num_tokens] + 0.7 * torch.randn(kv_shape, generator=rng)
-    v = torch.randn(kv_shape, generator=rng)
-    if prefix is not None:
-        k[:, :prefix_tokens] = prefix.k[:, :prefix_tokens]
-        v[:, :prefix_tokens] = prefix.v[:, :prefix_tokens]
-
-    kinds = torch.tensor([0.65, 0.1, 0.1, 0.15]).multinomial(math.prod(kv_shape[:3]), True, generator=rng)
-    kinds = kinds.view(kv_shape[:3])
-    cosines = torch.full((*kv_shape[:3], g.group_size), 0.99)
-    cosines[..., 0][kinds == ONE_HEAD] = 0.75
-    cosines[..., : (g.group_size + 1) // 2][kinds == HALF] = 0.1
-    cosines[kinds == ALL] = 0.1
-    cosines = cosines.flatten(2)[..., None]  # [num_layers, num_tokens, num_qo_heads, 1]
-    directions = torch.randn(g.num_layers, num_tokens, g.num_qo_heads, g.head_dim, generator=rng)
-    q = torch.nn.functional.normalize(directions, dim=-1)
-    for t in range(1, num_tokens):
-        across = q[:, t] - (q[:, t] * q[:, t - 1]).sum(-1, keepdim=True) * q[:, t - 1]
-        across = torch.nn.functional.normalize(across, dim=-1)
-        q[:, t] = cosines[:, t] * q[:, t - 1] + (1 - cosines[:, t] ** 2).sqrt() * across
-    return Trace(*(x.to(g.dtype) for x in (q * math.sqrt(g.head_dim), k, v)))
-
-
-@dataclass
+@dataclass(eq=False)  # one request is never another
 class Request:
     """A request that runs: its future, its place in the engine and what is expected of it."""
 
@@ -123,7 +79,9 @@ class SimulatedEngine:
         self.memory = KVMemory(
             g, config, num_pages=num_pages, num_blocks=num_blocks, max_requests=max_requests
         )
-        self.memory.host.kv.fill_(math.nan)  # what is read before it is written shows
+        memory = self.memory
+        for tensor in (memory.host.kv, memory.host.summary, memory.arena, *memory.blocks.kv):
+            tensor.fill_(math.nan)  # what is read before it is written shows
         self.prefiller, self.retrieval = Prefill(self.memory), Retrieval(self.memory)
         self.rule = Rule(
             num_layers=g.num_layers,
@@ -160,8 +118,9 @@ class SimulatedEngine:
         request = Request(trace, prompt_tokens, row, ReferenceRequest(self.rule, budget_pages))
         if prefix is not None:
             self._map_pages(request, prefix.pages[: prefix_tokens // PAGE])
-            for layer in range(self.geometry.num_layers):
-                request.reference.remember(layer, trace.k[layer, :prefix_tokens], trace.v[layer, :prefix_tokens])
+            known = zip(trace.k[:, :prefix_tokens], trace.v[:, :prefix_tokens], strict=True)
+            for layer, (k, v) in enumerate(known):
+                request.reference.remember(layer, k, v)
             request.length = prefix_tokens
         self.requests.append(request)
         return request
@@ -170,29 +129,35 @@ class SimulatedEngine:
         """Finish, abort or retract: the row and the pages are free for others at once."""
         self.requests.remove(request)
         self.free_rows.append(request.row)
-        self._release(request.pages)
+        self.release(request.pages)
 
     def replace_pages(self, request: Request, pages: list[int]) -> None:
         """Give a running request other host pages with the same content for its first pages."""
         replaced = request.pages[: len(pages)]
         self._map_pages(request, pages)
-        self._release(replaced)
+        self.release(replaced)
+
+    def hold(self, pages: list[int]) -> None:
+        """Keep pages for one more user, as the radix tree does."""
+        for page in pages:
+            self.users[page] += 1
+
+    def release(self, pages: list[int]) -> None:
+        """Undo one `hold`; pages without a user are free."""
+        for page in pages:
+            self.users[page] -= 1
+            if self.users[page] == 0:
+                self.free_pages.append(page)
 
     def _map_pages(self, request: Request, pages: list[int]) -> None:
         request.pages[: len(pages)] = pages
+        self.hold(pages)
         for logical, page in enumerate(pages):
-            self.users[page] += 1
             self._write_slots(request.row, logical, page)
 
     def _write_slots(self, row: int, logical: int, page: int) -> None:
         slots = torch.arange(page * PAGE, (page + 1) * PAGE, dtype=torch.int32)
         self.req_to_token[row, logical * PAGE : (logical + 1) * PAGE] = slots
-
-    def _release(self, pages: list[int]) -> None:
-        for page in pages:
-            self.users[page] -= 1
-            if self.users[page] == 0:
-                self.free_pages.append(page)
 
     def _grow(self, request: Request, num_tokens: int) -> None:
         """Allocate pages for the next tokens of a request."""
@@ -206,7 +171,7 @@ class SimulatedEngine:
     # Steps
 
     def prefill(self, chunks: list[tuple[Request, int]]) -> list[torch.Tensor]:
-        """Run one extend batch; checks outputs, host pages and summaries. Returns `[num_layers, n, Hq, D]` each."""
+        """Run and check one extend batch; returns the outputs `[num_layers, n, Hq, D]` of each request."""
         starts = [request.length for request, _ in chunks]
         for request, num_tokens in chunks:
             self._grow(request, num_tokens)
@@ -265,7 +230,10 @@ class SimulatedEngine:
 
     def check(self) -> None:
         """Invariants that hold after every step."""
-        assert self.memory.counters.absent_pages == 0
+        counters = self.memory.counters
+        assert counters.absent_pages == 0
+        num_recalls = counters.misses + counters.demand_misses
+        assert counters.recalled_bytes == self.geometry.block_bytes * num_recalls
         self.memory.check_integrity()
         for request in self.requests:
             self._check_host_pages(request)

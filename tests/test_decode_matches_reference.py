@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from simulated_requests import PAGE, DecodedToken, Request, SimulatedEngine, Trace, make_trace
+from random_traces import Trace, make_trace
+from simulated_requests import PAGE, DecodedToken, Request, SimulatedEngine
 
 from sglang_freekv.config import FreeKVConfig
 from sglang_freekv.geometry import Geometry
 
-NUM_LAYERS, BUDGET, MAX_BUDGET = 2, 8 * PAGE, 10 * PAGE
+NUM_LAYERS, BUDGET, MAX_BUDGET = 2, 6 * PAGE, 7 * PAGE
 
 
 def make_geometry(
@@ -48,7 +49,7 @@ CASES = {
 
 
 def selections(tokens: list[DecodedToken], config: FreeKVConfig) -> dict[tuple, list[int]]:
-    """The pages that were really chosen, per (request, layer, head): windows without sink and recent pages."""
+    """The pages that were really chosen, per (request, layer, head): neither sink nor recent ones."""
     chosen = {}
     for token in tokens:
         for layer, expected in enumerate(token.expected):
@@ -60,7 +61,7 @@ def selections(tokens: list[DecodedToken], config: FreeKVConfig) -> dict[tuple, 
 
 
 def run_changing_batch(engine: SimulatedEngine) -> int:
-    """Requests of all kinds join and leave; returns how often a selection differed from that of the step before."""
+    """Requests of all kinds join and leave; returns how often a selection changed between steps."""
 
     def start(seed: int, prompt_tokens: int, budget_tokens: int | None = None) -> Request:
         trace = make_trace(engine.geometry, prompt_tokens + 60, seed)
@@ -68,19 +69,20 @@ def run_changing_batch(engine: SimulatedEngine) -> int:
         engine.prefill_whole(request)
         return request
 
-    long = start(1, prompt_tokens=10 * PAGE + 13)
-    start(2, prompt_tokens=BUDGET - 9)  # crosses its budget in the tenth step
+    running = {"long": start(1, 20 * PAGE + 13), "crosses its budget": start(2, BUDGET - 9)}
     joining = {
-        5: (3, PAGE + 1, MAX_BUDGET),  # within its budget all the time
-        9: (4, 7 * PAGE, 4 * PAGE),  # a budget below the others'
-        21: (5, 13 * PAGE - 1, MAX_BUDGET),  # takes the row of the one that left
+        5: ("within its budget", 3, PAGE + 1, MAX_BUDGET),
+        14: ("small budget", 4, 14 * PAGE, 4 * PAGE),
+        21: ("on the row of another", 5, 25 * PAGE - 1, MAX_BUDGET),
     }
+    leaving = {12: "within its budget", 18: "long"}
     num_changes, before = 0, {}
-    for step in range(40):
+    for step in range(36):
         if step in joining:
-            start(*joining[step])
-        if step == 18:
-            engine.leave(long)
+            name, *what = joining[step]
+            running[name] = start(*what)
+        if step in leaving:
+            engine.leave(running[leaving[step]])
         now = selections(engine.decode(), engine.config)
         num_changes += sum(pages != before.get(key, pages) for key, pages in now.items())
         before = now
@@ -92,7 +94,7 @@ def run_changing_batch(engine: SimulatedEngine) -> int:
 def test_every_step_of_a_changing_batch_matches_the_reference(
     geometry: Geometry, config: FreeKVConfig, plentiful: bool
 ) -> None:
-    engine = SimulatedEngine(geometry, config, num_blocks=1000 if plentiful else None)
+    engine = SimulatedEngine(geometry, config, max_requests=3, num_blocks=1000 if plentiful else None)
     num_changes = run_changing_batch(engine)
     assert num_changes > 50, "the selection has to move for this test to mean something"
     assert (engine.corrected > 0) == (config.tau > -1)
@@ -149,8 +151,7 @@ def test_pages_that_are_replaced_between_steps_are_fetched_on_demand(budget_toke
 
     counters, blocks = engine.memory.counters, engine.memory.blocks
     pages = in_tree.pages[:9]
-    for page in pages:  # the tree keeps them
-        engine.users[page] += 1
+    engine.hold(pages)
     engine.leave(in_tree)
     blocks.reset_pages(torch.tensor(pages))
     assert counters.demand_misses == 0

@@ -10,7 +10,7 @@ def score_pages(q: torch.Tensor, summary: torch.Tensor, page_table: torch.Tensor
 
     score[b, h, g, p] = sum_d max(q[b, h, g, d] * lo, q[b, h, g, d] * hi),  lo, hi = summary[page_table[b, p], h]
 
-    As lo <= hi, the larger product takes hi where q > 0 and lo elsewhere: two matrix products.
+    As lo <= hi, the larger product takes hi where q > 0 and lo elsewhere: one matrix product.
 
     Parameters
     ----------
@@ -29,7 +29,10 @@ def score_pages(q: torch.Tensor, summary: torch.Tensor, page_table: torch.Tensor
     -----
     Source: Quest's bound, FreeKV (arXiv 2505.13109); kept in fp32, where the authors' engine rounds scores to bf16.
     """
-    bounds = summary[page_table].float()  # [batch_size, max_pages, num_kv_heads, 2, head_dim]
-    low, high = bounds.permute(0, 2, 3, 4, 1).unbind(2)  # [batch_size, num_kv_heads, head_dim, max_pages]
+    num_pages, num_kv_heads, _, head_dim = summary.shape
+    heads = torch.arange(num_kv_heads, device=q.device)[:, None]
+    records = page_table[:, None] * num_kv_heads + heads  # [batch_size, num_kv_heads, max_pages]
+    bounds = summary.view(num_pages * num_kv_heads, 2 * head_dim).index_select(0, records.flatten()).float()
     q = q.float()
-    return torch.matmul(q.clamp(min=0), high) + torch.matmul(q.clamp(max=0), low)
+    q = torch.cat((q.clamp(max=0), q.clamp(min=0)), -1)  # the halves meet lo and hi
+    return q @ bounds.view(*records.shape, 2 * head_dim).transpose(-1, -2)

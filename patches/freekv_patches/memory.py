@@ -18,7 +18,8 @@ def resolve_memory_pool_config(original, self, pre_model_load_memory):
         from sglang_freekv.sizing import plan_for
 
         plan = plan_for(self, config, pre_model_load_memory, resolved.max_running_requests)
-        self._freekv_plan = plan
+        # The configurator has slots; SGLang's arguments take names with an underscore after they are resolved.
+        self.server_args._freekv_plan = plan
         resolved.max_total_num_tokens, resolved.max_running_requests = plan.num_tokens, plan.max_requests
     return resolved
 
@@ -29,8 +30,7 @@ def build_default_req_pool(original, self, *, max_num_reqs, extra_max_context_le
     from sglang_freekv.kv_pool import FreeKVReqToTokenPool
 
     max_context_len = self.model_config.context_len + extra_max_context_len
-    self._freekv_req_pool = FreeKVReqToTokenPool(config, max_num_reqs, max_context_len, self.device)
-    return self._freekv_req_pool
+    return FreeKVReqToTokenPool(config, max_num_reqs, max_context_len, self.device)
 
 
 def build_kv_pool(original, self, **kwargs):
@@ -38,9 +38,9 @@ def build_kv_pool(original, self, **kwargs):
         return original(self, **kwargs)
     from sglang_freekv.kv_pool import FreeKVPool
 
-    pool = FreeKVPool(self._freekv_plan, self.device, self.layer_info.start_layer, self.layer_info.end_layer)
-    self._freekv_req_pool.memory = pool.memory
-    return pool
+    # Handed over once: /server_info dumps whatever the arguments carry.
+    plan = vars(self.server_args).pop("_freekv_plan")
+    return FreeKVPool(plan, self.device, self.layer_info.start_layer, self.layer_info.end_layer)
 
 
 PATCHES = (

@@ -1,0 +1,111 @@
+# make serve      set everything up and serve a small model with KV retrieval
+# make test       set everything up and run the tests      (PYTEST_FLAGS="-k radix")
+# make bench-cpu  plain SGLang and FreeKV side by side     (BENCH_FLAGS=--quick)
+# make lint, make clean
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.PHONY: help serve test bench-cpu lint clean
+
+# The first that runs and is recent enough.
+PYTHON ?= $(shell for python in python3.12 python3.11 python3; do \
+    $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+VENV ?= .venv
+MODEL ?= models/tiny
+HOST ?= 127.0.0.1
+PORT ?= 30000
+SERVE_FLAGS ?= --freekv-host-memory 1
+PYTEST_FLAGS ?=
+BENCH_FLAGS ?=
+# The environment takes 11 GB, and the downloads as much again for a moment.
+MIN_FREE_GB ?= 20
+
+RUN := $(VENV)/bin/python
+INSTALLED := $(VENV)/.installed
+# A model of your own is used as it is.
+MODEL_FILE := $(if $(filter models/tiny,$(MODEL)),models/tiny/config.json)
+URL := http://$(HOST):$(PORT)
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
+
+serve: $(INSTALLED) $(MODEL_FILE)
+	@$(RUN) -m sglang.launch_server --model-path $(MODEL) --kv-retrieval freekv --host $(HOST) --port $(PORT) \
+	    $(SERVE_FLAGS) & server=$$!; \
+	trap 'kill $$server 2>/dev/null || true' EXIT INT TERM; \
+	until $(RUN) -c 'import urllib.request as u; u.urlopen("$(URL)/health", timeout=30)' 2>/dev/null; do \
+	    kill -0 $$server 2>/dev/null || { echo "make serve: the server ended; its messages are above" >&2; exit 1; }; \
+	    sleep 1; \
+	done; \
+	printf '%s\n' "$$READY"; \
+	wait $$server
+
+define READY
+
+Ready at $(URL), until Ctrl-C. In another terminal:
+
+  curl $(URL)/v1/chat/completions -H 'Content-Type: application/json' \
+    -d '{"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 32}'
+
+  $(RUN) -c 'from openai import OpenAI
+  client = OpenAI(base_url="$(URL)/v1", api_key="none")
+  print(client.completions.create(model="tiny", prompt="Hello", max_tokens=32).choices[0].text)'
+
+The small model's weights are random, and so is its text. Your own model: make serve MODEL=<folder>
+
+endef
+export READY
+
+test: $(INSTALLED)
+	$(RUN) -m pytest -q --durations=15 $(PYTEST_FLAGS)
+
+bench-cpu: $(INSTALLED)
+	$(RUN) -m benchmarks.bench_cpu $(BENCH_FLAGS)
+	$(RUN) -m benchmarks.records benchmarks/README.md
+
+lint: $(INSTALLED)
+	@$(RUN) -m ruff --version >/dev/null 2>&1 || $(RUN) -m pip install -q ruff
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+clean:
+	rm -rf $(VENV) models build *.egg-info .pytest_cache .hypothesis .ruff_cache
+
+models/tiny/config.json: sglang_freekv/tiny_model.py | $(INSTALLED)
+	@$(RUN) -m sglang_freekv.tiny_model --out $(@D)
+
+$(INSTALLED): pyproject.toml
+	@$(CHECK_MACHINE)
+	@$(RUN) -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV) || { \
+	    echo "make: $(PYTHON) cannot make a virtual environment; on Debian: apt install python3-venv" >&2; exit 1; }
+	@$(WATCH_INSTALL)
+	@touch $@
+
+define CHECK_MACHINE
+test -n "$(PYTHON)" || { \
+    echo "make: no Python 3.11 or later found; install one (Debian: apt install python3 python3-venv)" \
+         "or name it: make PYTHON=..." >&2; exit 1; }; \
+mkdir -p $(VENV); free=$$(df --output=avail -BG $(VENV) | tail -1 | tr -dc 0-9); \
+test -s $(VENV)/install.log || test "$$free" -ge $(MIN_FREE_GB) || { \
+    echo "make: $$free GB free on this disk, the installation needs $(MIN_FREE_GB) GB;" \
+         "free some, or choose another place: make VENV=..." >&2; exit 1; }
+endef
+
+# pip shows its bars on a terminal only, and falls silent while it unpacks: show time, size and its last line.
+define WATCH_INSTALL
+log=$(VENV)/install.log; \
+echo "Installing SGLang and PyTorch into $(VENV): about 11 GB, some minutes (messages in $$log)"; \
+$(RUN) -m pip install --progress-bar off -e '.[test]' >$$log 2>&1 & pip=$$!; \
+trap 'kill $$pip 2>/dev/null || true' INT TERM; \
+start=$$SECONDS; before=$$(df --output=avail -m $(VENV) | tail -1); \
+if [ -t 1 ]; then end='\r'; every=1; else end='\n'; every=15; fi; \
+while kill -0 $$pip 2>/dev/null; do \
+    seconds=$$((SECONDS - start)); after=$$(df --output=avail -m $(VENV) | tail -1); \
+    printf "  %02d:%02d  %6d MB  %-60.60s$$end" $$((seconds / 60)) $$((seconds % 60)) $$((before - after)) \
+        "$$(tail -1 $$log)"; \
+    sleep $$every; \
+done; \
+wait $$pip || { printf '\n'; tail -20 $$log; echo "make: the installation failed; all messages: $$log" >&2; exit 1; }; \
+printf '\n  installed in %d s\n' $$((SECONDS - start))
+endef

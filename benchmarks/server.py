@@ -1,0 +1,125 @@
+"""A SGLang server as a child process that a benchmark can freeze while another one is measured."""
+
+from __future__ import annotations
+
+import json
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+import requests
+
+_START_SECONDS = 300
+_ANSWER_SECONDS = 1800
+
+
+class Chunk(NamedTuple):
+    """One message of a stream."""
+
+    seconds: float  # on the client's clock, when it arrived
+    request: int  # index in the batch
+    tokens: int  # generated for this request so far
+
+
+class Server:
+    """`python -m sglang.launch_server` with the given flags, from construction until `stop`.
+
+    Its messages go to `log`. All its processes freeze and thaw together (SIGSTOP, SIGCONT): requests in flight
+    wait, connections stay open.
+    """
+
+    def __init__(self, name: str, flags: list[str], log: Path) -> None:
+        self.name = name
+        self.log = log
+        self.url = f"http://127.0.0.1:{_free_port()}"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "sglang.launch_server", "--port", self.url.rpartition(":")[2], *flags]
+        with log.open("w") as file:
+            self._process = psutil.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+        self._wait_until_ready()
+
+    def _wait_until_ready(self) -> None:
+        deadline = time.monotonic() + _START_SECONDS
+        while time.monotonic() < deadline:
+            if self._process.poll() is not None:
+                break
+            try:
+                if requests.get(f"{self.url}/health", timeout=60).ok:
+                    return
+            except requests.ConnectionError:
+                time.sleep(0.5)
+        self.stop()
+        raise RuntimeError(f"the server {self.name!r} did not start; its last messages ({self.log}):\n{self._tail()}")
+
+    def _tail(self) -> str:
+        return "\n".join(self.log.read_text().splitlines()[-20:])
+
+    def _processes(self) -> list[psutil.Process]:
+        return [self._process, *self._process.children(recursive=True)] if self._process.is_running() else []
+
+    def freeze(self) -> None:
+        self._signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        self._signal(signal.SIGCONT)
+
+    def stop(self) -> None:
+        """End every process of the server."""
+        self._signal(signal.SIGKILL)
+
+    def _signal(self, number: int) -> None:
+        for process in self._processes():
+            try:
+                process.send_signal(number)
+            except psutil.NoSuchProcess:
+                continue
+
+    def info(self) -> dict:
+        """Settings and state, as `/server_info` gives them."""
+        return requests.get(f"{self.url}/server_info", timeout=60).json()
+
+    def first_token_seconds(self, prompt: list[int]) -> float:
+        """Send one prompt of token ids, return the time to its first token."""
+        start = time.perf_counter()
+        self._generate([prompt], 1, stream=False)
+        return time.perf_counter() - start
+
+    def decode(self, prompts: list[list[int]], max_new_tokens: int) -> queue.SimpleQueue[Chunk]:
+        """Start decoding a batch greedily; chunks arrive in the queue until `abort` or the last token."""
+        chunks: queue.SimpleQueue[Chunk] = queue.SimpleQueue()
+        response = self._generate(prompts, max_new_tokens, stream=True)
+
+        def read() -> None:
+            for line in response.iter_lines():
+                if line.startswith(b"data: {"):
+                    message = json.loads(line[len(b"data: ") :])
+                    tokens = message["meta_info"]["completion_tokens"]
+                    chunks.put(Chunk(time.perf_counter(), message.get("index", 0), tokens))
+
+        threading.Thread(target=read, daemon=True).start()
+        return chunks
+
+    def _generate(self, prompts: list[list[int]], max_new_tokens: int, stream: bool) -> requests.Response:
+        sampling = {"max_new_tokens": max_new_tokens, "temperature": 0, "ignore_eos": True}
+        body = {"input_ids": prompts, "sampling_params": sampling, "stream": stream}
+        response = requests.post(f"{self.url}/generate", json=body, stream=stream, timeout=_ANSWER_SECONDS)
+        response.raise_for_status()
+        return response
+
+    def abort(self) -> None:
+        """End all requests, and wait until the scheduler has let them go."""
+        requests.post(f"{self.url}/abort_request", json={"abort_all": True}, timeout=60).raise_for_status()
+        requests.get(f"{self.url}/health_generate", timeout=60).raise_for_status()
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]

@@ -1,0 +1,75 @@
+"""Arguments: SGLang's parser, and the two ways from raw arguments to a resolved `ServerArgs`.
+
+Names that are no fields are dropped from a namespace and refused as keywords, and defaults are resolved
+in the constructor. So ours are taken out before it, what FreeKV needs is preset, and the settings are
+attached after.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from freekv_patches.patch import HookType, Patch
+from sglang_freekv import plugin, support
+from sglang_freekv.config import UnsupportedConfiguration, add_cli_args, take_options
+
+_SERVER_ARGS = "sglang.srt.server_args.ServerArgs"
+
+
+def add_flags(result, parser):
+    add_cli_args(parser)
+
+
+def from_cli_args(original, cls, args):
+    try:
+        config, raw = take_options(vars(args))
+        if config is None:
+            return original(cls, args)
+        server_args = original(cls, argparse.Namespace(**support.preset(raw)))
+        _attach(server_args, config)
+        return server_args
+    except UnsupportedConfiguration as error:
+        sys.exit(f"error: {error}")
+
+
+def init(original, self, *args, **kwargs):
+    config, raw = take_options(kwargs)
+    if config is None:
+        return original(self, *args, **raw)
+    original(self, *args, **support.preset(raw))
+    _attach(self, config)
+
+
+def _attach(server_args, config):
+    support.check_resolved(server_args, config)
+    server_args._freekv = config
+    plugin.activate()
+
+
+PATCHES = (
+    Patch(
+        target=f"{_SERVER_ARGS}.add_cli_args",
+        kind=HookType.AFTER,
+        hook=add_flags,
+        signature="(parser: 'argparse.ArgumentParser')",
+        reason="no registry takes flags",
+        remove_when="SGLang lets plug-ins add flags",
+    ),
+    Patch(
+        target=f"{_SERVER_ARGS}.from_cli_args",
+        kind=HookType.AROUND,
+        hook=from_cli_args,
+        signature="(cls, args: 'argparse.Namespace')",
+        reason="it drops what is not a field, and the defaults FreeKV needs must be set before it",
+        remove_when="SGLang lets plug-ins add flags",
+    ),
+    Patch(
+        target=f"{_SERVER_ARGS}.__init__",
+        kind=HookType.AROUND,
+        hook=init,
+        signature="(self, model_path: ...",
+        reason="sgl.Engine(kv_retrieval=...) calls it with the keywords it was given",
+        remove_when="SGLang lets plug-ins add arguments (from 0.5.20 on, ServerArgs has no __init__ to hook)",
+    ),
+)

@@ -1,0 +1,173 @@
+"""Which SGLang settings and models FreeKV serves: what it presets, and what it refuses with a sentence."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from sglang_freekv.config import FreeKVConfig, UnsupportedConfiguration
+
+if TYPE_CHECKING:
+    from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.server_args import ServerArgs
+
+_PAGE_SIZE = FreeKVConfig.page_size
+
+
+class Rule(NamedTuple):
+    """Values that one field of `ServerArgs` may have."""
+
+    field: str
+    allowed: tuple[Any, ...]
+    why: str
+    fix: str = ""  # what to change; empty: leave the flag out
+
+    def refusal(self, settings: Mapping[str, Any]) -> str | None:
+        """Say why the value is refused; None where it is not, or where it is not set."""
+        value = settings.get(self.field, self.allowed[0])
+        if value in self.allowed:
+            return None
+        flag = f"--{self.field.replace('_', '-')}"
+        given = flag if value is True else f"{flag} {value}"
+        fix = self.fix or f"remove {flag}"
+        return f"--kv-retrieval freekv does not work with {given}: {self.why}; {fix}."
+
+
+_TAKES_KV = "it stores the KV cache elsewhere, which FreeKV does itself"
+_SPLITS_KV = "FreeKV keeps the whole KV of a head on one rank"
+_OWN_STEPS = "it runs batches in an order that FreeKV's windows do not follow"
+_OWN_LAYOUT = "FreeKV has its own layout of the KV cache"
+
+# The first allowed value is SGLang's default.
+RULES = (
+    Rule("page_size", (None, _PAGE_SIZE), "pages have 32 tokens", f"use --page-size {_PAGE_SIZE}"),
+    Rule(
+        "attention_backend",
+        (None, "flashinfer", "torch_native"),
+        "FreeKV brings its own attention",
+        "remove --attention-backend",
+    ),
+    Rule("prefill_attention_backend", (None,), "FreeKV brings its own attention"),
+    Rule("decode_attention_backend", (None,), "FreeKV brings its own attention"),
+    Rule(
+        "kv_cache_dtype",
+        ("auto", "bf16", "bfloat16", "float16"),
+        "the KV cache is not quantized",
+        "use --kv-cache-dtype auto",
+    ),
+    Rule("radix_cache_backend", (None, "freekv"), "FreeKV brings its own"),
+    Rule("enable_hierarchical_cache", (False,), _TAKES_KV),
+    Rule("enable_lmcache", (False,), _TAKES_KV),
+    Rule("enable_flexkv", (False,), _TAKES_KV),
+    Rule("enable_hisparse", (False,), _TAKES_KV),
+    Rule("prefill_only_disable_kv_cache", (False,), _TAKES_KV),
+    Rule("enable_unified_memory", (False,), _OWN_LAYOUT),
+    Rule("enable_page_major_kv_layout", (False,), _OWN_LAYOUT),
+    Rule("enable_memory_saver", (False,), "CPU memory that holds the KV cannot be released and taken again"),
+    Rule("kv_canary", ("none",), "the canary writes into SGLang's KV pool"),
+    Rule("enable_session_radix_cache", (False,), "FreeKV has its own radix cache"),
+    Rule("speculative_algorithm", (None,), "draft tokens would enter pages before they are accepted"),
+    Rule("disaggregation_mode", ("null",), "prefill and decode share one host store"),
+    Rule("enable_mixed_chunk", (False,), "a batch is either prefill or decode"),
+    Rule("enable_two_batch_overlap", (False,), _OWN_STEPS),
+    Rule("enable_single_batch_overlap", (False,), _OWN_STEPS),
+    Rule("enable_pdmux", (False,), _OWN_STEPS),
+    Rule("dllm_algorithm", (None,), "a diffusion model does not decode one token after the other"),
+    Rule("pp_size", (1,), "every layer's KV must be on one rank", "use --tp-size"),
+    Rule("dcp_size", (1,), _SPLITS_KV),
+    Rule("attn_cp_size", (1,), _SPLITS_KV),
+    Rule("enable_prefill_cp", (False,), _SPLITS_KV),
+    Rule("enable_prefill_context_parallel", (False,), _SPLITS_KV),
+    Rule("enable_dp_attention", (False,), _SPLITS_KV),
+    Rule("use_ray", (False,), "Ray's actors do not inherit the environment that activates FreeKV"),
+    Rule("enable_deterministic_inference", (False,), "results may differ in the last bits between batches"),
+    Rule("rl_on_policy_target", (None,), "results may differ in the last bits between batches"),
+)
+
+
+def preset(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Set what FreeKV needs where the user left SGLang's default, in arguments not yet resolved.
+
+    Raises
+    ------
+    UnsupportedConfiguration
+        If the user chose a value that FreeKV does not work with.
+    """
+    from sglang.srt.server_args import ServerArgs
+
+    on_cpu = not torch.cuda.is_available() or str(raw.get("device")).startswith("cpu")
+    presets = {
+        "page_size": _PAGE_SIZE,
+        "attention_backend": "torch_native" if on_cpu else "flashinfer",
+        "radix_cache_backend": "freekv",
+        "disable_prefill_cuda_graph": True,  # prefill reads prefixes of any length from the host store
+    }
+    _apply_rules(raw)
+    defaults = {field.name: field.default for field in dataclasses.fields(ServerArgs)}
+    left = {name: value for name, value in presets.items() if raw.get(name, defaults[name]) == defaults[name]}
+    return {**raw, **left}
+
+
+def check_resolved(server_args: ServerArgs, config: FreeKVConfig) -> None:
+    """Raise UnsupportedConfiguration where the resolved settings, or the model, are not served."""
+    _apply_rules(vars(server_args))
+    if server_args.chunked_prefill_size > 0 and server_args.chunked_prefill_size % _PAGE_SIZE:
+        raise UnsupportedConfiguration(
+            f"--chunked-prefill-size is {server_args.chunked_prefill_size}; give a multiple of the page size "
+            f"({_PAGE_SIZE} tokens)."
+        )
+    if server_args.device not in ("cpu", "cuda") or torch.version.hip is not None:
+        raise UnsupportedConfiguration(
+            f"--kv-retrieval freekv runs on cpu and cuda (NVIDIA), not on {server_args.device}; remove it."
+        )
+    model = server_args.get_model_config()
+    if (obstacle := _obstacle(model)) is not None:
+        raise UnsupportedConfiguration(
+            f"--kv-retrieval freekv serves models with full attention in every layer; "
+            f"{server_args.model_path} has {obstacle}. Remove --kv-retrieval to serve it."
+        )
+    num_layers = model.num_hidden_layers
+    if any(layer >= num_layers for layer in config.dense_layers):
+        raise UnsupportedConfiguration(
+            f"--freekv-dense-layers is {config.dense_layers}; the model has layers 0 to {num_layers - 1}."
+        )
+
+
+def _apply_rules(settings: Mapping[str, Any]) -> None:
+    for rule in RULES:
+        if (refusal := rule.refusal(settings)) is not None:
+            raise UnsupportedConfiguration(refusal)
+
+
+def _obstacle(model: ModelConfig) -> str | None:
+    """Name the part of the model that FreeKV cannot serve; None where there is none."""
+    from sglang.srt.configs.hybrid_arch import mambaish_config
+    from sglang.srt.configs.model_config import AttentionArch
+
+    text = model.hf_text_config
+    if model.attention_arch == AttentionArch.MLA:
+        return "multi-head latent attention (MLA), which has no keys per head"
+    if mambaish_config(model) is not None:
+        return "state-space or linear-attention layers"
+    if model.is_encoder_decoder:
+        return "cross-attention layers"
+    if model.is_hybrid_swa or model.is_local_attention_model or _slides(model):
+        return "sliding-window layers"
+    if getattr(text, "attn_logit_softcapping", None) is not None:
+        return "soft-capped attention logits"
+    if model.v_head_dim != model.head_dim:
+        return f"values of another width ({model.v_head_dim}) than keys ({model.head_dim})"
+    return None
+
+
+def _slides(model: ModelConfig) -> bool:
+    """Whether a layer's attention ends before the context does."""
+    text = model.hf_text_config
+    window = model.sliding_window_size
+    if not window or window >= model.context_len or getattr(text, "use_sliding_window", True) is False:
+        return False
+    layer_types = getattr(text, "layer_types", None)
+    return layer_types is None or "sliding_attention" in layer_types
