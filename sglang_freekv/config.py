@@ -179,7 +179,7 @@ class FreeKVConfig:
         if not _is_int(tokens) or not fixed < tokens <= self.max_budget_tokens or tokens % self.page_size:
             raise ValueError(
                 f"custom_params.{BUDGET_PARAM} is {tokens!r}; give tokens, a multiple of {self.page_size}, "
-                f"more than {fixed} (sink + recent) and at most {self.max_budget_tokens} (--freekv-max-budget)."
+                f"over {fixed} (sink + recent), at most {self.max_budget_tokens} (--freekv-max-budget)."
             )
         return tokens
 

@@ -44,12 +44,7 @@ _OWN_LAYOUT = "FreeKV has its own layout of the KV cache"
 # The first allowed value is SGLang's default.
 RULES = (
     Rule("page_size", (None, _PAGE_SIZE), "pages have 32 tokens", f"use --page-size {_PAGE_SIZE}"),
-    Rule(
-        "attention_backend",
-        (None, "flashinfer", "torch_native"),
-        "FreeKV brings its own attention",
-        "remove --attention-backend",
-    ),
+    Rule("attention_backend", (None, "flashinfer", "torch_native"), "FreeKV brings its own attention"),
     Rule("prefill_attention_backend", (None,), "FreeKV brings its own attention"),
     Rule("decode_attention_backend", (None,), "FreeKV brings its own attention"),
     Rule(

@@ -1,0 +1,127 @@
+"""Start real SGLang servers on this machine and talk to them."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_START_TIMEOUT_S = 240
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An HTTP answer: status code and decoded JSON, or text where it is none."""
+
+    status: int
+    body: Any
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running server."""
+
+    url: str
+    log: Path
+
+    def request(self, path: str, body: dict | None = None, timeout_s: float = 300) -> Reply:
+        """GET `path`, or POST `body` to it."""
+        data = None if body is None else json.dumps(body).encode()
+        request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=timeout_s) as answer:
+                return Reply(answer.status, _decode(answer.read()))
+        except urllib.error.HTTPError as error:
+            return Reply(error.code, _decode(error.read()))
+
+    def generate(self, input_ids: list[int], max_new_tokens: int = 64, **sampling_params) -> Reply:
+        """Greedy generation; `ignore_eos`, so that exactly `max_new_tokens` come back."""
+        params = {"temperature": 0, "max_new_tokens": max_new_tokens, "ignore_eos": True, **sampling_params}
+        return self.request("/generate", {"input_ids": input_ids, "sampling_params": params})
+
+    def generate_all(self, prompts: list[list[int]], max_new_tokens: int = 64, **sampling_params) -> list[list[int]]:
+        """Output token ids of prompts sent at the same time."""
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            replies = list(pool.map(lambda ids: self.generate(ids, max_new_tokens, **sampling_params), prompts))
+        failed = [reply for reply in replies if reply.status != 200]
+        assert not failed, failed[0]
+        return [reply.body["output_ids"] for reply in replies]
+
+    def freekv(self) -> dict[str, int]:
+        """Counters and sizes that the server publishes under /server_info."""
+        return self.request("/server_info").body["internal_states"][0]["freekv"]
+
+    def flush(self) -> None:
+        """Empty the prefix cache, once the server is idle."""
+        deadline = time.monotonic() + 60
+        while self.request("/flush_cache", {}).status != 200:
+            assert time.monotonic() < deadline, "the server does not become idle"
+            time.sleep(0.2)
+
+
+def _decode(raw: bytes) -> Any:
+    try:
+        return json.loads(raw)
+    except ValueError:
+        return raw.decode()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextmanager
+def serve(model: Path, log: Path, *flags: str, env: dict[str, str] | None = None) -> Iterator[Server]:
+    """Run ``python -m sglang.launch_server`` with `flags` until the block ends.
+
+    Raises
+    ------
+    AssertionError
+        If the server does not become healthy; shows the end of its log.
+    """
+    port = free_port()
+    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--port", str(port)]
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            [*command, "--max-running-requests", "64", *flags],
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env=os.environ | (env or {}),
+            start_new_session=True,
+        )
+    server = Server(f"http://127.0.0.1:{port}", log)
+    try:
+        _wait_until_healthy(server, process)
+        yield server
+    finally:
+        process.terminate()
+        try:
+            process.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, 9)
+            process.wait()
+
+
+def _wait_until_healthy(server: Server, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + _START_TIMEOUT_S
+    while time.monotonic() < deadline and process.poll() is None:
+        try:
+            if server.request("/health", timeout_s=10).status == 200:
+                return
+        except OSError:
+            pass
+        time.sleep(0.5)
+    raise AssertionError(f"the server did not start:\n{server.log.read_text()[-4000:]}")

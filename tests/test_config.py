@@ -1,0 +1,161 @@
+"""Settings: what is accepted, how flags and keywords become a config, and what a request may ask for."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import shlex
+from dataclasses import asdict
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sglang_freekv.config import FreeKVConfig, UnsupportedConfiguration, add_cli_args, take_options
+
+
+def parse(*argv: str) -> dict:
+    parser = argparse.ArgumentParser()
+    add_cli_args(parser)
+    return vars(parser.parse_args(argv))
+
+
+@pytest.mark.parametrize(
+    ("settings", "flag"),
+    [
+        ({"budget_tokens": 2047}, "--freekv-budget"),
+        ({"budget_tokens": 256}, "--freekv-budget"),
+        ({"budget_tokens": 2048.0}, "--freekv-budget"),
+        ({"budget_tokens": 2048, "max_budget_tokens": 1024}, "--freekv-max-budget"),
+        ({"max_budget_tokens": 2049}, "--freekv-max-budget"),
+        ({"sink_tokens": -32}, "--freekv-sink"),
+        ({"sink_tokens": 33}, "--freekv-sink"),
+        ({"recent_tokens": 0}, "--freekv-recent"),
+        ({"recent_tokens": True}, "--freekv-recent"),
+        ({"arena_tokens": 0}, "--freekv-arena"),
+        ({"arena_tokens": 100}, "--freekv-arena"),
+        ({"tau": 2.1}, "--freekv-tau"),
+        ({"tau": -1.1}, "--freekv-tau"),
+        ({"tau": float("nan")}, "--freekv-tau"),
+        ({"host_memory_gib": 0}, "--freekv-host-memory"),
+        ({"device_blocks_memory_gib": -1.0}, "--freekv-device-blocks-memory"),
+        ({"dense_layers": (-1,)}, "--freekv-dense-layers"),
+        ({"dense_layers": (1, 1)}, "--freekv-dense-layers"),
+        ({"group_pooling": "max"}, "--freekv-group-pooling"),
+        ({"audit": 1}, "--freekv-audit"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(f"{k}={v}" for k, v in value.items()),
+)
+def test_a_value_that_does_not_fit_is_refused_by_the_name_of_its_flag(settings, flag):
+    with pytest.raises(UnsupportedConfiguration, match=f"^{flag} is .*; give "):
+        FreeKVConfig(**settings)
+
+
+def test_no_sink_and_one_selected_page_is_a_valid_budget():
+    config = FreeKVConfig(budget_tokens=64, sink_tokens=0, recent_tokens=32)
+    assert (config.budget_pages, config.sink_pages, config.recent_pages) == (2, 0, 1)
+
+
+def test_the_window_is_as_wide_as_the_budget_where_no_maximum_is_given():
+    assert FreeKVConfig(budget_tokens=4096).max_budget_tokens == 4096
+    assert FreeKVConfig(budget_tokens=4096, max_budget_tokens=8192).max_budget_pages == 256
+
+
+@pytest.mark.parametrize("tau", [-1, -1.0, 0.9, 1.01, 2])
+def test_every_tau_from_speculation_only_to_exact_is_accepted(tau):
+    assert FreeKVConfig(tau=tau).tau == tau
+
+
+def test_a_config_survives_pickling():
+    config = FreeKVConfig(dense_layers=(0, 3), host_memory_gib=1.5)
+    assert pickle.loads(pickle.dumps(config)) == config
+
+
+def test_flags_and_keywords_give_the_same_config():
+    argv = shlex.split(
+        "--kv-retrieval freekv --freekv-budget 1024 --freekv-max-budget 4096 --freekv-sink 64 "
+        "--freekv-recent 96 --freekv-tau 0.5 --freekv-host-memory 2.5 --freekv-device-blocks-memory 0.5 "
+        "--freekv-arena 4096 --freekv-dense-layers 0,1 --freekv-group-pooling mean --freekv-audit"
+    )
+    expected = FreeKVConfig(
+        budget_tokens=1024,
+        max_budget_tokens=4096,
+        sink_tokens=64,
+        recent_tokens=96,
+        tau=0.5,
+        host_memory_gib=2.5,
+        device_blocks_memory_gib=0.5,
+        arena_tokens=4096,
+        dense_layers=(0, 1),
+        group_pooling="mean",
+        audit=True,
+    )
+    defaults = asdict(FreeKVConfig())
+    untested = {name for name, value in asdict(expected).items() if value == defaults[name]} - {"page_size"}
+    assert not untested
+    keywords = {
+        "kv_retrieval": "freekv",
+        "freekv_budget": 1024,
+        "freekv_max_budget": 4096,
+        "freekv_sink": 64,
+        "freekv_recent": 96,
+        "freekv_tau": 0.5,
+        "freekv_host_memory": 2.5,
+        "freekv_device_blocks_memory": 0.5,
+        "freekv_arena": 4096,
+        "freekv_dense_layers": [0, 1],
+        "freekv_group_pooling": "mean",
+        "freekv_audit": True,
+    }
+    assert take_options(parse(*argv)) == (expected, {})
+    assert take_options(keywords) == (expected, {})
+
+
+def test_options_of_sglang_are_handed_back_unchanged():
+    rest = {"model_path": "m", "page_size": None}
+    assert take_options({**rest, "kv_retrieval": "freekv"}) == (FreeKVConfig(), rest)
+    assert take_options({**rest, "kv_retrieval": "none"}) == (None, rest)
+    assert take_options(rest | parse()) == (None, rest)
+
+
+@pytest.mark.parametrize("method", [None, "none"])
+def test_an_option_without_the_method_is_refused_and_not_ignored(method):
+    with pytest.raises(UnsupportedConfiguration, match="--freekv-sink has no effect without --kv-retrieval"):
+        take_options({"kv_retrieval": method, "freekv_sink": 64})
+
+
+def test_an_unknown_method_is_refused():
+    with pytest.raises(UnsupportedConfiguration, match="quest"):
+        take_options({"kv_retrieval": "quest"})
+
+
+def test_every_flag_has_a_help_text_that_names_its_default():
+    parser = argparse.ArgumentParser()
+    add_cli_args(parser)
+    flags = [action for action in parser._actions if action.dest != "help"]
+    assert len(flags) == 12
+    assert all("(default: " in action.help for action in flags)
+
+
+@pytest.mark.parametrize("custom_params", [None, {}, {"thinking_budget": 5}])
+def test_a_request_that_asks_for_nothing_gets_the_budget(custom_params):
+    assert FreeKVConfig(max_budget_tokens=4096).request_budget_tokens(custom_params) == 2048
+
+
+@given(tokens=st.one_of(st.integers(-64, 5000), st.booleans(), st.floats(), st.text(max_size=3), st.none()))
+def test_a_request_gets_what_it_asks_for_or_a_sentence(tokens):
+    config = FreeKVConfig(max_budget_tokens=4096)
+    fits = type(tokens) is int and tokens in range(288, 4097, 32)
+    try:
+        assert config.request_budget_tokens({"freekv_budget": tokens}) == tokens
+    except ValueError as error:
+        assert not fits
+        assert "multiple of 32" in str(error) and "4096" in str(error)
+    else:
+        assert fits
+
+
+@pytest.mark.parametrize("custom_params", [5, [1], {"freekv_budgets": 512}])
+def test_parameters_that_would_be_ignored_are_refused(custom_params):
+    with pytest.raises(ValueError, match="custom_params"):
+        FreeKVConfig().request_budget_tokens(custom_params)
