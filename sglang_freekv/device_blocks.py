@@ -26,6 +26,8 @@ class DeviceBlocks:
         Block of each (page, head), -1 where not resident.
     owner, last_used : list over layers of int32 ``[num_blocks]``, device
         Key (page * num_kv_heads + head) and stamp of each block, -1 where free.
+    free_blocks : list over layers of int32 ``[num_blocks]``; num_free : list over layers of int64 ``[1]``, device
+        A stack of the free blocks.
     """
 
     def __init__(
@@ -43,12 +45,15 @@ class DeviceBlocks:
         )
         self.owner = [torch.full((n,), -1, dtype=torch.int32, device=device) for n in self.num_blocks]
         self.last_used = [torch.full((n,), -1, dtype=torch.int32, device=device) for n in self.num_blocks]
+        self.free_blocks = [torch.arange(n, dtype=torch.int32, device=device).flip(0) for n in self.num_blocks]
+        self.num_free = [torch.full((1,), n, dtype=torch.int64, device=device) for n in self.num_blocks]
         self.hand = [torch.zeros(1, dtype=torch.int64, device=device) for _ in self.num_blocks]
         self.step = 0
         every_key = torch.arange(num_keys, dtype=torch.int32, device=device)
         for layer in self.dense_layers:
             self.table[layer] = every_key.view(host.num_pages, g.num_kv_heads)
             self.owner[layer].copy_(every_key)
+            self.num_free[layer].zero_()
 
     @property
     def front_stamp(self) -> int:
@@ -73,6 +78,8 @@ class DeviceBlocks:
             self.table[layer].view(-1),
             self.owner[layer],
             self.last_used[layer],
+            self.free_blocks[layer],
+            self.num_free[layer],
             self.hand[layer],
             protect_from,
             stamp,
@@ -102,6 +109,9 @@ class DeviceBlocks:
                 continue
             blocks = self.table[layer][pages].flatten()
             blocks = blocks[blocks >= 0].long()
+            num_free = int(self.num_free[layer])
+            self.free_blocks[layer][num_free : num_free + len(blocks)] = blocks.int()
+            self.num_free[layer] += len(blocks)
             self.owner[layer][blocks] = -1
             self.last_used[layer][blocks] = -1
             self.table[layer][pages] = -1
@@ -117,21 +127,23 @@ class DeviceBlocks:
     @property
     def num_resident(self) -> int:
         """Blocks in use over all layers but the dense ones."""
-        return sum(
-            int((owner >= 0).sum()) for layer, owner in enumerate(self.owner) if layer not in self.dense_layers
-        )
+        layers = range(len(self.kv))
+        return sum(self.num_blocks[i] - int(self.num_free[i]) for i in layers if i not in self.dense_layers)
 
     @property
     def nbytes(self) -> int:
         return sum(kv.nbytes for kv in self.kv)
 
     def check_integrity(self) -> None:
-        """Raise if the block table and the owners are not each other's inverse."""
+        """Raise if block table, owners, stamps and free blocks disagree."""
         for layer, owner in enumerate(self.owner):
             table = self.table[layer].view(-1)
             keys = (table >= 0).nonzero().flatten()
             held = (owner >= 0).nonzero().flatten()
             if len(keys) != len(held) or not (owner[table[keys].long()] == keys).all():
                 raise RuntimeError(f"device blocks: block table and owners of layer {layer} disagree")
-            if layer not in self.dense_layers and not (self.last_used[layer][owner < 0] == -1).all():
+            free = self.free_blocks[layer][: int(self.num_free[layer])].long()
+            if len(free.unique()) + len(held) != len(owner) or not (owner[free] == -1).all():
+                raise RuntimeError(f"device blocks: a block of layer {layer} is neither free nor owned, or both")
+            if layer not in self.dense_layers and not (self.last_used[layer][free] == -1).all():
                 raise RuntimeError(f"device blocks: a free block of layer {layer} carries a stamp")

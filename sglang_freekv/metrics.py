@@ -4,8 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
+from typing import TYPE_CHECKING
 
 from sglang.srt.managers.scheduler_components.pool_stats_observer import PoolStats
+
+if TYPE_CHECKING:
+    from sglang.srt.observability.metrics_collector import SchedulerStats
+
+    from sglang_freekv.kv_memory import KVMemory
 
 # name -> (kind, help); the names are published with the prefix "sglang:freekv_"
 METRICS = {
@@ -24,12 +30,28 @@ METRICS = {
 
 @dataclass
 class FreeKVPoolStats(PoolStats):
-    """SGLang's pool statistics, and ours."""
+    """SGLang's pool statistics, and ours; those are read only when they are shown."""
 
-    freekv: dict[str, int] | None = None  # name in METRICS -> value since start-up
+    memory: KVMemory | None = None
+
+    @classmethod
+    def extend(cls, stats: PoolStats, memory: KVMemory) -> FreeKVPoolStats:
+        known = {name: getattr(stats, name) for name in PoolStats.__dataclass_fields__}
+        return cls(**known, memory=memory)
+
+    def freekv(self) -> dict[str, int]:
+        """Name in METRICS -> value, counters since start-up."""
+        page_size = self.memory.geometry.page_size
+        values = {
+            **self.memory.counters.as_dict(),
+            "host_pages_used": self.memory.host.num_pages - 1 - self.full_available_size // page_size,
+            "host_pages_free": self.full_available_size // page_size,
+            "device_blocks_used": self.memory.blocks.num_resident,
+        }
+        return {name: values[name] for name in METRICS}
 
     def get_decode_usage_msg_parts(self) -> list[str]:
-        f = self.freekv
+        f = self.freekv()
         return [
             *super().get_decode_usage_msg_parts(),
             f"freekv: {f['device_blocks_used']} blocks used, {f['recalled_bytes'] / 2**20:.1f} MiB recalled, "
@@ -37,26 +59,13 @@ class FreeKVPoolStats(PoolStats):
             f"{f['demand_misses']} demand misses, {f['absent_pages']} absent",
         ]
 
-    def update_scheduler_stats(self, stats) -> None:
+    def update_scheduler_stats(self, stats: SchedulerStats) -> None:
         super().update_scheduler_stats(stats)
-        stats.freekv = self.freekv
+        stats.freekv = self.freekv()
 
 
 def _share(part: int, whole: int) -> str:
     return f"{part / whole:.3f}" if whole else "-"
-
-
-def extend_pool_stats(stats: PoolStats, memory, num_free_tokens: int) -> FreeKVPoolStats:
-    """Add our counters to SGLang's statistics; `num_free_tokens` are those of the allocator."""
-    pages_free = num_free_tokens // memory.geometry.page_size
-    freekv = {
-        **memory.counters.as_dict(),
-        "host_pages_used": memory.host.num_pages - 1 - pages_free,
-        "host_pages_free": pages_free,
-        "device_blocks_used": memory.blocks.num_resident,
-    }
-    fields = {name: getattr(stats, name) for name in PoolStats.__dataclass_fields__}
-    return FreeKVPoolStats(**fields, freekv={name: freekv[name] for name in METRICS})
 
 
 @cache

@@ -118,11 +118,15 @@ def check_resolved(server_args: ServerArgs, config: FreeKVConfig) -> None:
         raise UnsupportedConfiguration(
             f"--kv-retrieval freekv runs on cpu and cuda (NVIDIA), not on {server_args.device}; remove it."
         )
-    model = server_args.get_model_config()
+    check_model(server_args.get_model_config(), config)
+
+
+def check_model(model: ModelConfig, config: FreeKVConfig) -> None:
+    """Raise UnsupportedConfiguration where the model is not served."""
     if (obstacle := _obstacle(model)) is not None:
         raise UnsupportedConfiguration(
             f"--kv-retrieval freekv serves models with full attention in every layer; "
-            f"{server_args.model_path} has {obstacle}. Remove --kv-retrieval to serve it."
+            f"{model.model_path} has {obstacle}. Remove --kv-retrieval to serve it."
         )
     num_layers = model.num_hidden_layers
     if any(layer >= num_layers for layer in config.dense_layers):

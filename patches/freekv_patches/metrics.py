@@ -10,9 +10,9 @@ def extend_pool_stats(result, self):
 
     pool = self.token_to_kv_pool_allocator.get_kvcache()
     if isinstance(pool, FreeKVPool):
-        from sglang_freekv.metrics import extend_pool_stats
+        from sglang_freekv.metrics import FreeKVPoolStats
 
-        return extend_pool_stats(result, pool.memory, self.token_to_kv_pool_allocator.available_size())
+        return FreeKVPoolStats.extend(result, pool.memory)
 
 
 def publish_metrics(result, self, stats):

@@ -10,18 +10,21 @@ class Blocks:
         self.table = torch.full((num_keys,), -1, dtype=torch.int32)
         self.owner = torch.full((num_blocks,), -1, dtype=torch.int32)
         self.last_used = torch.full((num_blocks,), -1, dtype=torch.int32)
+        self.free = torch.arange(num_blocks, dtype=torch.int32).flip(0)
+        self.num_free = torch.tensor([num_blocks])
         self.hand = torch.zeros(1, dtype=torch.int64)
 
     def claim(self, keys, protect_from=10, stamp=0):
         keys = torch.tensor(keys, dtype=torch.int64)
-        return claim_blocks(
-            keys, self.table, self.owner, self.last_used, self.hand, protect_from, stamp
-        ).tolist()
+        state = (self.table, self.owner, self.last_used, self.free, self.num_free, self.hand)
+        return claim_blocks(keys, *state, protect_from, stamp).tolist()
 
     def check(self):
         held = (self.owner >= 0).nonzero().flatten()
         assert torch.equal(self.table[self.owner[held].long()].long(), held)
         assert (self.table >= 0).sum() == len(held)
+        free = self.free[: self.num_free].tolist()
+        assert sorted(free + held.tolist()) == list(range(len(self.owner)))
 
 
 def test_every_key_gets_a_block_of_its_own():
@@ -62,6 +65,15 @@ def test_the_hand_moves_on_so_that_victims_take_turns():
     blocks.claim([0, 1, 2, 3, 4, 5])
     taken = [blocks.claim([10 + i])[0] for i in range(6)]
     assert sorted(taken) == [0, 1, 2, 3, 4, 5]
+    blocks.check()
+
+
+def test_the_search_goes_all_the_way_round_for_the_one_block_that_may_go():
+    blocks = Blocks(1000, num_keys=2000)
+    blocks.claim(list(range(1000)), stamp=10)
+    blocks.last_used[700] = 3
+    blocks.hand.fill_(701)
+    assert blocks.claim([1500, 1501], protect_from=10, stamp=11) == [700, -1]
     blocks.check()
 
 
