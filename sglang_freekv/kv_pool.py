@@ -55,7 +55,6 @@ class FreeKVPool(KVCache):
     def report(self) -> dict[str, int | float]:
         """What `/server_info` and the metrics publish, sizes in bytes."""
         g, memory = self.plan.geometry, self.memory
-        request_blocks = memory.blocks.kv[0].nbytes // max(1, self.plan.num_blocks)
         return {
             **memory.counters.as_dict(),
             **memory.device_bytes(),
@@ -66,7 +65,7 @@ class FreeKVPool(KVCache):
             "max_running_requests": self.plan.max_requests,
             "full_kv_bytes_per_token": g.token_bytes,
             "device_bytes_per_request": self.plan.request_bytes,
-            "block_bytes": request_blocks,
+            "block_bytes": g.block_bytes,
         }
 
     def _no_buffer(self, layer_id: int) -> NoReturn:

@@ -97,7 +97,7 @@ def test_every_step_of_a_changing_batch_matches_the_reference(
     engine = SimulatedEngine(geometry, config, max_requests=3, num_blocks=1000 if plentiful else None)
     num_changes = run_changing_batch(engine)
     assert engine.memory.counters.demand_misses == 0, "no page was replaced, so none may be lost"
-    assert num_changes > 50, "the selection has to move for this test to mean something"
+    assert num_changes > 25, "the selection has to move for this test to mean something"
     assert (engine.corrected > 0) == (config.tau > -1)
     assert (engine.kept > 0) == (config.tau < 1)
     assert (engine.memory.counters.recalled_bytes > 0) != plentiful
