@@ -81,9 +81,7 @@ class RecordWriter:
             If only one of `baseline` and `baseline_value` is given.
         """
         if (baseline is None) != (baseline_value is None):
-            raise ValueError(
-                f"baseline and its value belong together, got {baseline!r} and {baseline_value!r}"
-            )
+            raise ValueError(f"baseline and its value belong together, got {baseline!r} and {baseline_value!r}")
         if ratio is None and baseline_value:
             ratio = value / baseline_value
         record = Record(
@@ -120,9 +118,7 @@ def read_records(path: Path) -> list[Record]:
         values = json.loads(line)
         if set(values) != names:
             wrong = ", ".join(sorted(set(values) ^ names))
-            raise ValueError(
-                f"{path}:{number}: missing or unknown fields: {wrong}; write it with RecordWriter"
-            )
+            raise ValueError(f"{path}:{number}: missing or unknown fields: {wrong}; write it with RecordWriter")
         records.append(Record(**values))
     return records
 

@@ -30,6 +30,11 @@ class MemoryPlan:
     def num_tokens(self) -> int:
         return self.num_pages * self.geometry.page_size
 
+    @property
+    def max_input_tokens(self) -> int:
+        """Longest prompt that SGLang ever schedules: it rounds up to pages, keeps one in reserve, and decodes a token."""
+        return self.num_tokens - 2 * self.geometry.page_size
+
     def describe(self) -> str:
         """One line per pool, in GiB and tokens, for the log."""
         c = self.config

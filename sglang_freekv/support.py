@@ -114,9 +114,10 @@ def check_resolved(server_args: ServerArgs, config: FreeKVConfig) -> None:
             f"--chunked-prefill-size is {server_args.chunked_prefill_size}; give a multiple of the page size "
             f"({_PAGE_SIZE} tokens)."
         )
-    if server_args.device not in ("cpu", "cuda") or torch.version.hip is not None:
+    if server_args.device != "cpu":
         raise UnsupportedConfiguration(
-            f"--kv-retrieval freekv runs on cpu and cuda (NVIDIA), not on {server_args.device}; remove it."
+            f"--kv-retrieval freekv has no GPU kernels yet and runs on cpu, not on {server_args.device}; remove it, or "
+            f"hide the GPUs from SGLang (CUDA_VISIBLE_DEVICES= in its environment)."
         )
     check_model(server_args.get_model_config(), config)
 

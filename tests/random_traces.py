@@ -21,6 +21,10 @@ class Trace:
     k: torch.Tensor
     v: torch.Tensor
 
+    def tokens(self, layer: int, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values of tokens `first` to `last`, the last one excluded, `[n, heads, head_dim]`."""
+        return self.q[layer, first:last], self.k[layer, first:last], self.v[layer, first:last]
+
 
 def make_trace(
     geometry: Geometry, num_tokens: int, seed: int, *, prefix: Trace | None = None, prefix_tokens: int = 0

@@ -56,9 +56,7 @@ class ReferenceRequest:
             k, v = torch.cat([self.keys[layer], k]), torch.cat([self.values[layer], v])
         self.keys[layer], self.values[layer] = k, v
 
-    def prefill(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
-    ) -> torch.Tensor:
+    def prefill(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
         """Append a chunk and return the causal attention of its queries over everything, `[n, Hq, D]`."""
         self.remember(layer, k, v)
         self.last_query[layer] = q[-1].double()
@@ -103,9 +101,7 @@ class ReferenceRequest:
             out[qo_head] = weights @ values
         return out
 
-    def window(
-        self, layer: int, kv_head: int, q: torch.Tensor, length: int
-    ) -> tuple[list[int], dict[int, float]]:
+    def window(self, layer: int, kv_head: int, q: torch.Tensor, length: int) -> tuple[list[int], dict[int, float]]:
         """The window that query `q [Hq, D]` chooses for a length, and the scores it was chosen by."""
         num_pages = math.ceil(length / PAGE)
         if num_pages <= self.budget_pages:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -35,7 +36,7 @@ class Server:
     url: str
     log: Path
 
-    def request(self, path: str, body: dict | None = None, timeout_s: float = 300) -> Reply:
+    def request(self, path: str, body: dict | None = None, timeout_s: float = 120) -> Reply:
         """GET `path`, or POST `body` to it."""
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
@@ -45,10 +46,17 @@ class Server:
         except urllib.error.HTTPError as error:
             return Reply(error.code, _decode(error.read()))
 
-    def generate(self, input_ids: list[int], max_new_tokens: int = 64, **sampling_params) -> Reply:
-        """Greedy generation; `ignore_eos`, so that exactly `max_new_tokens` come back."""
+    def generate(self, input_ids: list, max_new_tokens: int = 64, **sampling_params) -> Reply:
+        """Greedy generation for one prompt (token ids), or for a list of prompts that arrive together.
+
+        With `ignore_eos`, so that exactly `max_new_tokens` come back.
+        """
         params = {"temperature": 0, "max_new_tokens": max_new_tokens, "ignore_eos": True, **sampling_params}
         return self.request("/generate", {"input_ids": input_ids, "sampling_params": params})
+
+    def generate_one(self, prompt: list[int], max_new_tokens: int = 64, **sampling_params) -> list[int]:
+        """Output token ids."""
+        return self.generate_all([prompt], max_new_tokens, **sampling_params)[0]
 
     def generate_all(self, prompts: list[list[int]], max_new_tokens: int = 64, **sampling_params) -> list[list[int]]:
         """Output token ids of prompts sent at the same time."""
@@ -58,9 +66,25 @@ class Server:
         assert not failed, failed[0]
         return [reply.body["output_ids"] for reply in replies]
 
+    def metrics(self) -> dict[str, float]:
+        """Values under /metrics by name, summed over their labels."""
+        values: dict[str, float] = {}
+        for line in self.request("/metrics").body.splitlines():
+            if not line.startswith("#"):
+                name, value = line.split("{")[0].split(" ")[0], line.rsplit(" ", 1)[1]
+                values[name] = values.get(name, 0) + float(value)
+        return values
+
     def freekv(self) -> dict[str, int]:
         """Counters and sizes that the server publishes under /server_info."""
         return self.request("/server_info").body["internal_states"][0]["freekv"]
+
+    def wait_for_decoding(self, num_tokens: int, timeout_s: float = 60) -> None:
+        """Return once `num_tokens` more tokens have been decoded than now."""
+        goal = self.freekv()["decoded_tokens"] + num_tokens
+        deadline = time.monotonic() + timeout_s
+        while self.freekv()["decoded_tokens"] < goal:
+            assert time.monotonic() < deadline, f"the server does not decode:\n{self.log.read_text()[-4000:]}"
 
     def flush(self) -> None:
         """Empty the prefix cache, once the server is idle."""
@@ -68,6 +92,19 @@ class Server:
         while self.request("/flush_cache", {}).status != 200:
             assert time.monotonic() < deadline, "the server does not become idle"
             time.sleep(0.2)
+
+
+def random_prompt(rng: random.Random, num_tokens: int) -> list[int]:
+    """Token ids of random bytes."""
+    return [rng.randrange(256) for _ in range(num_tokens)]
+
+
+def assert_pages_are_whole(server: Server) -> None:
+    """Every page of the host store is back: the prefix cache can be emptied, and the longest request fits."""
+    server.flush()
+    state = server.freekv()
+    assert state["tree_tokens"] == 0
+    assert len(server.generate_one([1] * (state["host_tokens"] - 64), 3)) == 3  # SGLang keeps two pages back
 
 
 def _decode(raw: bytes) -> Any:
@@ -96,10 +133,11 @@ def serve(model: Path, log: Path, *flags: str, env: dict[str, str] | None = None
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--port", str(port)]
     with log.open("w") as out:
         process = subprocess.Popen(
-            [*command, "--max-running-requests", "64", *flags],
+            [*command, "--max-running-requests", "64", "--sleep-on-idle", *flags],
             stdout=out,
             stderr=subprocess.STDOUT,
-            env=os.environ | (env or {}),
+            # Servers of one test run share the cores; more threads would only wait for each other.
+            env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}),
             start_new_session=True,
         )
     server = Server(f"http://127.0.0.1:{port}", log)

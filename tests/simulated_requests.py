@@ -70,17 +70,14 @@ class SimulatedEngine:
         max_requests: int = 4,
         num_pages: int = 120,
         num_blocks: int | None = None,
-        max_context: int = 1024,
     ) -> None:
         g = geometry
         if num_blocks is None:
             num_blocks = 2 * config.max_budget_pages * g.num_kv_heads * max_requests
         self.geometry, self.config, self.scale = g, config, 1 / math.sqrt(g.head_dim)
-        self.memory = KVMemory(
-            g, config, num_pages=num_pages, num_blocks=num_blocks, max_requests=max_requests
-        )
-        memory = self.memory
-        for tensor in (memory.host.kv, memory.host.summary, memory.arena, *memory.blocks.kv):
+        self.memory = KVMemory(g, config, num_pages=num_pages, num_blocks=num_blocks, max_requests=max_requests)
+        host, blocks = self.memory.host, self.memory.blocks
+        for tensor in (host.kv, host.summary, self.memory.arena, *blocks.kv):
             tensor.fill_(math.nan)  # what is read before it is written shows
         self.prefiller, self.retrieval = Prefill(self.memory), Retrieval(self.memory)
         self.rule = Rule(
@@ -93,7 +90,7 @@ class SimulatedEngine:
             pooling=config.group_pooling,
             dense_layers=config.dense_layers,
         )
-        self.req_to_token = torch.zeros((max_requests + 1, max_context), dtype=torch.int32)
+        self.req_to_token = torch.zeros((max_requests + 1, num_pages * PAGE), dtype=torch.int32)
         self.free_rows = list(range(max_requests, 0, -1))
         self.free_pages = list(range(num_pages - 1, 0, -1))
         self.users = [0] * num_pages  # requests that hold each host page
@@ -172,31 +169,25 @@ class SimulatedEngine:
 
     def prefill(self, chunks: list[tuple[Request, int]]) -> list[torch.Tensor]:
         """Run and check one extend batch; returns the outputs `[num_layers, n, Hq, D]` of each request."""
-        starts = [request.length for request, _ in chunks]
+        spans = [(request, request.length, request.length + num_tokens) for request, num_tokens in chunks]
         for request, num_tokens in chunks:
             self._grow(request, num_tokens)
-        self.prefiller.plan(
-            torch.tensor([request.row for request, _ in chunks]),
-            self.req_to_token,
-            starts,
-            [num_tokens for _, num_tokens in chunks],
-            [request.is_decoding for request, _ in chunks],
-        )
+        rows = torch.tensor([request.row for request, _ in chunks])
+        starts, lens = [first for _, first, _ in spans], [num_tokens for _, num_tokens in chunks]
+        is_final = [request.is_decoding for request, _ in chunks]
+        self.prefiller.plan(rows, self.req_to_token, starts, lens, is_final)
         outputs = []
         for layer in range(self.geometry.num_layers):
-            parts = [
-                [x[layer, start : start + n] for x in (request.trace.q, request.trace.k, request.trace.v)]
-                for (request, n), start in zip(chunks, starts, strict=True)
-            ]
-            out = self.prefiller.run(layer, *(torch.cat(x) for x in zip(*parts, strict=True)), self.scale)
+            parts = [request.trace.tokens(layer, first, last) for request, first, last in spans]
+            q, k, v = (torch.cat(x) for x in zip(*parts, strict=True))
+            outputs.append(self.prefiller.run(layer, q, k, v, self.scale))
             expected = [
                 request.reference.prefill(layer, *part, self.scale)
                 for (request, _), part in zip(chunks, parts, strict=True)
             ]
-            self._assert_output(out, torch.cat(expected))
-            outputs.append(out)
+            self._assert_output(outputs[-1], torch.cat(expected))
         self.check()
-        return list(torch.stack(outputs).split([n for _, n in chunks], dim=1))
+        return list(torch.stack(outputs).split(lens, dim=1))
 
     def prefill_whole(self, *requests: Request) -> None:
         """Prefill what is left of some prompts in one batch."""
@@ -212,10 +203,8 @@ class SimulatedEngine:
         self.retrieval.plan(rows, self.req_to_token, [request.length for request in requests])
         tokens = [DecodedToken(request, [], []) for request in requests]
         for layer in range(self.geometry.num_layers):
-            q, k, v = (
-                torch.stack([getattr(request.trace, x)[layer, request.length - 1] for request in requests])
-                for x in "qkv"
-            )
+            parts = [r.trace.tokens(layer, r.length - 1, r.length) for r in requests]
+            q, k, v = (torch.cat(x) for x in zip(*parts, strict=True))
             out = self.retrieval.run(layer, q, k, v, self.scale)
             for b, token in enumerate(tokens):
                 token.outputs.append(out[b])

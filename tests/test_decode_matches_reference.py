@@ -35,7 +35,7 @@ CASES = {
     "speculation-only": (make_geometry(group_size=4), make_config(tau=-1.0)),
     "corrected": (make_geometry(group_size=3, head_dim=16), make_config(recent_tokens=PAGE)),
     "exact": (make_geometry(group_size=8, num_kv_heads=1, head_dim=64), make_config(tau=1.01)),
-    "one-query-head-per-kv-head": (make_geometry(1, 4), make_config(sink_tokens=2 * PAGE)),
+    "one-query-head-per-kv-head": (make_geometry(1, 4), make_config(sink_tokens=2 * PAGE, recent_tokens=PAGE)),
     "mean-pooling": (make_geometry(group_size=4), make_config(group_pooling="mean")),
     "mean-pooling-speculation-only": (make_geometry(3), make_config(tau=-1.0, group_pooling="mean")),
     "no-sink": (make_geometry(group_size=3), make_config(sink_tokens=0)),
@@ -72,12 +72,12 @@ def run_changing_batch(engine: SimulatedEngine) -> int:
     running = {"long": start(1, 20 * PAGE + 13), "crosses its budget": start(2, BUDGET - 9)}
     joining = {
         5: ("within its budget", 3, PAGE + 1, MAX_BUDGET),
-        19: ("small budget", 4, 14 * PAGE, 4 * PAGE),
-        21: ("on the row of another", 5, 25 * PAGE - 1, MAX_BUDGET),
+        19: ("small budget", 4, 20 * PAGE, 5 * PAGE),
+        21: ("on the row of another", 5, 32 * PAGE - 1, MAX_BUDGET),
     }
     leaving = {14: "crosses its budget", 18: "long", 28: "within its budget"}
     num_changes, before = 0, {}
-    for step in range(36):
+    for step in range(40):
         if step in joining:
             name, *what = joining[step]
             running[name] = start(*what)
@@ -167,21 +167,25 @@ def test_pages_that_are_replaced_between_steps_are_fetched_on_demand(budget_toke
         engine.decode()
 
 
-def test_prefill_takes_no_block_that_a_demand_miss_fetched_for_a_request_within_its_budget() -> None:
-    engine = SimulatedEngine(make_geometry(), make_config(), max_requests=2)
-    request = engine.start(make_trace(engine.geometry, 5 * PAGE + 40, seed=9), 5 * PAGE)
+@pytest.mark.parametrize("is_lost", [False, True], ids=["resident", "fetched-on-demand"])
+@pytest.mark.parametrize("prompt_pages", [5, 12], ids=["within-budget", "over-budget"])
+def test_prefill_takes_no_block_that_a_running_request_reads(prompt_pages: int, is_lost: bool) -> None:
+    engine = SimulatedEngine(make_geometry(), make_config(tau=-1.0), max_requests=2)
+    request = engine.start(make_trace(engine.geometry, prompt_pages * PAGE + 40, seed=9), prompt_pages * PAGE)
     engine.prefill_whole(request)
     engine.decode()
-    engine.memory.blocks.reset_pages(torch.tensor(request.pages[:5]))
+    counters, blocks = engine.memory.counters, engine.memory.blocks
+    if is_lost:
+        blocks.reset_pages(torch.tensor(request.pages[:prompt_pages]))
     engine.decode()
-    num_lost = engine.memory.counters.demand_misses
-    assert num_lost == 5 * NUM_LAYERS * engine.geometry.num_kv_heads
+    num_lost = counters.demand_misses
+    assert (num_lost > 0) == is_lost
     # More pages than there are blocks, so this takes every block that may be taken.
-    num_pages = engine.memory.blocks.num_blocks[0] // engine.geometry.num_kv_heads
+    num_pages = blocks.num_blocks[0] // engine.geometry.num_kv_heads
     newcomer = engine.start(make_trace(engine.geometry, num_pages * PAGE, seed=10), num_pages * PAGE)
     engine.prefill([(newcomer, num_pages * PAGE - 1)])
     engine.decode()
-    assert engine.memory.counters.demand_misses == num_lost
+    assert counters.demand_misses == num_lost
 
 
 def perpendicular_to(x: torch.Tensor) -> torch.Tensor:

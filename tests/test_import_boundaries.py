@@ -49,7 +49,5 @@ def test_only_the_plug_in_imports_the_patches():
 )
 def test_importing_a_light_module_stays_light(module, absent):
     program = f"import sys, {module}; print(*sys.modules)"
-    loaded = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT
-    )
+    loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
     assert not absent & set(loaded.stdout.split())

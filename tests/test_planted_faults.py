@@ -14,9 +14,7 @@ from sglang_freekv.config import FreeKVConfig
 from sglang_freekv.geometry import Geometry
 
 GEOMETRY = Geometry(num_layers=1, num_qo_heads=4, num_kv_heads=2, head_dim=16, dtype=torch.float32)
-CONFIG = FreeKVConfig(
-    budget_tokens=4 * PAGE, max_budget_tokens=5 * PAGE, sink_tokens=PAGE, recent_tokens=PAGE
-)
+CONFIG = FreeKVConfig(budget_tokens=4 * PAGE, max_budget_tokens=5 * PAGE, sink_tokens=PAGE, recent_tokens=PAGE)
 
 
 @pytest.fixture
@@ -146,6 +144,16 @@ def stamp_free_block(engine: SimulatedEngine) -> None:
     blocks.last_used[0][(blocks.owner[0] < 0).nonzero()[0]] = 3
 
 
+def free_block_twice(engine: SimulatedEngine) -> None:
+    free, num_free = engine.memory.blocks.free_blocks[0], engine.memory.blocks.num_free[0]
+    free[num_free] = free[0].clone()
+    num_free += 1
+
+
+def lose_free_block(engine: SimulatedEngine) -> None:
+    engine.memory.blocks.num_free[0] -= 1
+
+
 def overfill_page(engine: SimulatedEngine) -> None:
     engine.memory.host.filled[engine.requests[0].pages[0]] = PAGE + 1
 
@@ -157,6 +165,8 @@ INTEGRITY_FAULTS = (
     share_block_between_pages,
     free_block_without_forgetting_it,
     stamp_free_block,
+    free_block_twice,
+    lose_free_block,
     overfill_page,
 )
 

@@ -49,9 +49,7 @@ def assert_close(out: torch.Tensor, expected: torch.Tensor) -> None:
 
 @every_arena
 @every_geometry
-def test_chunks_that_end_inside_a_page_give_dense_causal_attention(
-    geometry: Geometry, arena_pages: int
-) -> None:
+def test_chunks_that_end_inside_a_page_give_dense_causal_attention(geometry: Geometry, arena_pages: int) -> None:
     chunks = [45, 1, 18, 64, 7, 100, 15, 1]
     engine = make_engine(geometry, arena_pages)
     trace = make_trace(geometry, sum(chunks), seed=1)
@@ -60,17 +58,13 @@ def test_chunks_that_end_inside_a_page_give_dense_causal_attention(
     for layer in range(NUM_LAYERS):
         assert_close(
             outputs[layer],
-            dense_attention(
-                trace.q[layer], trace.k[layer], trace.v[layer], scale=engine.scale, is_causal=True
-            ),
+            dense_attention(trace.q[layer], trace.k[layer], trace.v[layer], scale=engine.scale, is_causal=True),
         )
 
 
 @every_arena
 @every_geometry
-def test_a_batch_of_unequal_requests_gives_each_its_own_attention(
-    geometry: Geometry, arena_pages: int
-) -> None:
+def test_a_batch_of_unequal_requests_gives_each_its_own_attention(geometry: Geometry, arena_pages: int) -> None:
     engine = make_engine(geometry, arena_pages)
     schedule = [  # tokens of each request per batch; 0 where it does not take part
         (70, 3, 0, 0),
@@ -97,9 +91,7 @@ def test_a_prefix_hit_reads_the_pages_of_another_request(geometry: Geometry, are
     hits = []
     for seed, prefix_pages in ((3, 7), (4, 3), (5, 7)):
         prefix_tokens = prefix_pages * PAGE
-        trace = make_trace(
-            geometry, prefix_tokens + 50, seed, prefix=first.trace, prefix_tokens=prefix_tokens
-        )
+        trace = make_trace(geometry, prefix_tokens + 50, seed, prefix=first.trace, prefix_tokens=prefix_tokens)
         hits.append(engine.start(trace, prefix_tokens + 40, prefix=first, prefix_tokens=prefix_tokens))
     outputs = engine.prefill([(request, 40) for request in hits])
     assert num_free - len(engine.free_pages) == 3 * 2, "a hit takes no pages for its prefix"

@@ -54,9 +54,7 @@ def test_a_line_with_other_fields_is_refused(writer):
 
 def test_losses_stand_beside_wins(writer):
     for batch, value in ((1, 3.0), (8, 16.0)):
-        writer.write(
-            "decode", value, "tokens/s", {"batch": batch}, baseline="plain SGLang", baseline_value=4.0
-        )
+        writer.write("decode", value, "tokens/s", {"batch": batch}, baseline="plain SGLang", baseline_value=4.0)
     text = fill(writer)
     assert "| batch | decode (tokens/s) | plain SGLang | ratio |  |" in text
     assert "| 1 | 3 | 4 | 0.75 | **loss** |" in text

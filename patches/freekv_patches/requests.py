@@ -19,9 +19,7 @@ PATCHES = (
         target="sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request",
         kind=HookType.BEFORE,
         hook=check_budget,
-        signature=(
-            "(self, obj: 'Union[GenerateReqInput, EmbeddingReqInput]', input_ids: 'List[int]') -> 'None'"
-        ),
+        signature="(self, obj: 'Union[GenerateReqInput, EmbeddingReqInput]', input_ids: 'List[int]') -> 'None'",
         reason="no registry checks a request's parameters",
         remove_when="SGLang validates custom_params through a registered function",
     ),

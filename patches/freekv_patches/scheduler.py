@@ -1,4 +1,4 @@
-"""The scheduler: self-check once everything is built, and `/server_info`.
+"""The scheduler: self-check and the longest prompt once everything is built, and `/server_info`.
 
 SGLang logs a plug-in's failure and serves without it, so the scheduler itself checks that every part is ours.
 """
@@ -17,6 +17,9 @@ def check_scheduler(result, self, server_args, *args, **kwargs):
 
         assert_installed()
         check_parts(self)
+        # SGLang accepts somewhat longer prompts, which then wait for ever at the head of the queue. It refuses from here.
+        plan = self.token_to_kv_pool_allocator.get_kvcache().plan
+        self.max_req_input_len = min(self.max_req_input_len, plan.max_input_tokens + 1)
 
 
 def report_internal_state(result, self, recv_req):

@@ -9,16 +9,12 @@ import shlex
 from pathlib import Path
 
 import pytest
-import torch
+from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.plugins import load_plugins
+from sglang.srt.server_args import ServerArgs
 
 from sglang_freekv.config import FreeKVConfig, UnsupportedConfiguration
-from sglang_freekv.support import RULES, check_model, preset
-
-load_plugins()
-
-from sglang.srt.configs.model_config import ModelConfig  # noqa: E402
-from sglang.srt.server_args import ServerArgs  # noqa: E402
+from sglang_freekv.support import RULES, check_model, check_resolved, preset
 
 SIZES = {
     "vocab_size": 320,
@@ -127,6 +123,11 @@ SETTINGS = [
 ]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def plugins() -> None:
+    load_plugins()
+
+
 @pytest.fixture(scope="module")
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser()
@@ -211,13 +212,18 @@ def test_a_flag_of_ours_that_does_not_fit_ends_start_up_with_a_sentence(flags, s
         start(parser, model(LLAMA), flags)
 
 
+def test_a_gpu_is_refused_until_there_are_kernels_for_it():
+    resolved = argparse.Namespace(device="cuda", chunked_prefill_size=2048)
+    with pytest.raises(UnsupportedConfiguration, match="no GPU kernels yet and runs on cpu, not on cuda"):
+        check_resolved(resolved, FreeKVConfig())
+
+
 def test_what_the_user_left_open_is_preset(parser, model):
-    on_gpu = torch.cuda.is_available()
     server_args = start(parser, model(LLAMA))
     assert server_args.page_size == 32
     assert server_args.radix_cache_backend == "freekv"
-    assert server_args.attention_backend == ("flashinfer" if on_gpu else "torch_native")
-    assert server_args.device == ("cuda" if on_gpu else "cpu")
+    assert server_args.attention_backend == "torch_native"
+    assert server_args.device == "cpu"
     assert server_args.disable_prefill_cuda_graph
 
 

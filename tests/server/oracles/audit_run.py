@@ -16,9 +16,9 @@ import random
 import re
 import sys
 import tempfile
-import threading
 import time
 import urllib.request
+import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -35,23 +35,28 @@ from sglang_freekv.tiny_model import TinyModel
 
 MODEL = TinyModel(layers=2, hidden=128, heads=4, kv_heads=2, head_dim=32, dtype="float32")
 MAX_PROMPT_TOKENS = 8192
-STRICT = {"SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1", "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1"}
+STRICT = {
+    "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",
+    "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1",
+    "OMP_NUM_THREADS": "1",  # the tensors are tiny
+}
+# Requests are admitted as if they stopped at once. They do not, and some are retracted.
+HASTE = {"SGLANG_CLIP_MAX_NEW_TOKENS_ESTIMATION": "1"}
 
-_BUDGET, _MAX_BUDGET = 192, 256  # tokens; far below most prompts
-_HOST_TOKENS = 10240  # one request of the largest kind and a few small ones
-_BLOCKS_GIB = 0.0094  # 10 requests' windows, about half of what the host store holds
+_BUDGETS = (96, 128, 160)  # tokens; far below most prompts
+_HOST_TOKENS = 8448  # one request of the largest kind and a few small ones
+_BLOCKS_GIB = 0.005  # the windows of 16 requests, and half of what the host store holds
 FLAGS = (
     "--kv-retrieval freekv --dtype float32 --freekv-audit --chunked-prefill-size 1024 --freekv-arena 2048 "
-    f"--max-total-tokens {_HOST_TOKENS} --freekv-budget {_BUDGET} --freekv-max-budget {_MAX_BUDGET} "
-    f"--freekv-sink 32 --freekv-recent 32 --freekv-device-blocks-memory {_BLOCKS_GIB} "
-    # Admit on the assumption that requests stop early: they do not, and some are retracted.
-    "--schedule-conservativeness 0.05"
+    f"--max-total-tokens {_HOST_TOKENS} --freekv-budget {_BUDGETS[0]} --freekv-max-budget {_BUDGETS[-1]} "
+    f"--freekv-sink 32 --freekv-recent 32 --freekv-device-blocks-memory {_BLOCKS_GIB}"
 ).split()
 
-_CLIENTS = 16
+_CLIENTS = 24
+_MAX_NEW_TOKENS = 512
 _REQUESTS_PER_ROUND = 100  # then the cache is flushed
 _NUM_COMPARED = 20
-_ERRORS = re.compile(r"Traceback|AuditError|leak|Exception|CRITICAL|Out of memory", re.IGNORECASE)
+_ERROR = re.compile(r"Traceback|\w+Error\b|leak|Exception|CRITICAL|out of memory", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -62,21 +67,12 @@ class Job:
     max_new_tokens: int
     budget: int  # tokens
     ending: Literal["length", "abort", "hang up"]
-    patience_s: float  # until it is aborted or the client hangs up
+    patience: int  # answers in the stream that the client awaits before it ends the request early
 
     @property
     def is_exact(self) -> bool:
         """Whether it attends to all of its tokens, all the time."""
         return len(self.prompt) + self.max_new_tokens <= self.budget
-
-    def body(self, rid: str) -> dict:
-        params = {
-            "temperature": 0,
-            "ignore_eos": True,
-            "max_new_tokens": self.max_new_tokens,
-            "custom_params": {"freekv_budget": self.budget},
-        }
-        return {"rid": rid, "input_ids": self.prompt, "sampling_params": params}
 
 
 @dataclass(frozen=True)
@@ -92,6 +88,7 @@ class Report:
 
 
 def make_jobs(num_requests: int, seed: int) -> list[Job]:
+    """Draw requests; equal seeds give equal requests."""
     rng = random.Random(seed)
     documents = [_tokens(rng, MAX_PROMPT_TOKENS) for _ in range(4)]
     jobs = []
@@ -100,8 +97,8 @@ def make_jobs(num_requests: int, seed: int) -> list[Job]:
         shared = rng.choice((0, length // 2, length - 1))
         prompt = rng.choice(documents)[:shared] + _tokens(rng, length - shared)
         ending = rng.choices(("length", "abort", "hang up"), (8, 1, 1))[0]
-        budget = rng.choice((_BUDGET - 64, _BUDGET, _MAX_BUDGET))
-        jobs.append(Job(prompt, _log_uniform(rng, 64), budget, ending, rng.uniform(0, 1)))
+        new_tokens = _log_uniform(rng, _MAX_NEW_TOKENS) if ending == "length" else _MAX_NEW_TOKENS
+        jobs.append(Job(prompt, new_tokens, rng.choice(_BUDGETS), ending, rng.choice((0, 1, 20))))
     return jobs
 
 
@@ -122,64 +119,72 @@ def run(server: Server, num_requests: int, seed: int) -> Report:
         If an answer is missing or wrong, the log shows an error, or the server is not whole.
     """
     jobs = make_jobs(num_requests, seed)
-    outputs, cached_tokens = {}, 0
-    for first in range(0, len(jobs), _REQUESTS_PER_ROUND):
-        indices = range(first, min(first + _REQUESTS_PER_ROUND, len(jobs)))
+    answers: list[dict] = []  # the last of each request
+    for first in range(0, num_requests, _REQUESTS_PER_ROUND):
         with ThreadPoolExecutor(_CLIENTS) as clients:
-            answers = clients.map(lambda i: _send(server, f"{seed}-{i}", jobs[i]), indices)
-            for i, answer in zip(indices, answers, strict=True):
-                if answer is not None:
-                    outputs[i] = answer["output_ids"]
-                    cached_tokens += answer["meta_info"]["cached_tokens"]
+            answers += clients.map(lambda job: _play(server, job), jobs[first : first + _REQUESTS_PER_ROUND])
         server.flush()
-        assert server.freekv()["tree_tokens"] == 0
+        state = server.freekv()
+        assert state["tree_tokens"] == 0
+        assert state["absent_pages"] == 0
+    _compare_with_unhurried(server, jobs, answers, random.Random(seed))
 
-    kinds = [job.ending for job in jobs]
     log = server.log.read_text()
-    errors = [line for line in log.splitlines() if _ERRORS.search(line)]
-    assert not errors, errors[:5]
-    state = server.freekv()
-    assert state["absent_pages"] == 0
-    _compare_with_unhurried(server, jobs, outputs, seed)
-    server.flush()
-    retracted = sum(map(int, re.findall(r"#retracted_reqs: (\d+)", log)))
+    errors = [line for line in log.splitlines() if _ERROR.search(line)]
+    assert not errors, "\n".join(errors[:10])
+    finished = [answer for answer in answers if _finish_reason(answer) == "length"]
     return Report(
-        len(outputs), kinds.count("abort"), kinds.count("hang up"), retracted, cached_tokens, state
+        answered=len(finished),
+        aborted=sum(_finish_reason(answer) == "abort" for answer in answers),
+        hung_up=sum(job.ending == "hang up" and not _finish_reason(last) for job, last in zip(jobs, answers, strict=True)),
+        retracted=sum(map(int, re.findall(r"#retracted_reqs: (\d+)", log))),
+        cached_tokens=sum(answer["meta_info"]["cached_tokens"] for answer in finished),
+        freekv=state,
     )
 
 
-def _send(server: Server, rid: str, job: Job) -> dict | None:
-    """Play a client; returns the answer of a request that was not cut short."""
-    if job.ending == "hang up":
-        _hang_up(server, rid, job)
-        return None
-    if job.ending == "abort":
-        abort = threading.Timer(job.patience_s, server.request, ("/abort_request", {"rid": rid}))
-        abort.start()
-        reply = server.request("/generate", job.body(rid))
-        abort.join()
-        assert reply.status in (200, 400, 503), reply
-        return None
-    reply = server.request("/generate", job.body(rid))
-    assert reply.status == 200, reply
-    assert len(reply.body["output_ids"]) == job.max_new_tokens, reply
-    return reply.body
+def _play(server: Server, job: Job) -> dict:
+    """Be the client of one request; returns the last answer that it read, {} where it read none."""
+    last: dict = {}
+    rid = uuid.uuid4().hex
+    with closing(_stream(server, rid, job)) as stream:
+        for num_read, answer in enumerate(stream):
+            last = answer
+            if num_read == job.patience and job.ending == "abort":
+                server.request("/abort_request", {"rid": rid})
+            if num_read == job.patience and job.ending == "hang up":
+                break
+    if job.ending == "length":
+        assert len(last["output_ids"]) == job.max_new_tokens, last
+    return last
 
 
-def _hang_up(server: Server, rid: str, job: Job) -> None:
-    body = json.dumps(job.body(rid) | {"stream": True}).encode()
-    request = urllib.request.Request(server.url + "/generate", body, {"Content-Type": "application/json"})
-    with closing(urllib.request.urlopen(request, timeout=300)):
-        time.sleep(job.patience_s)
+def _stream(server: Server, rid: str, job: Job) -> Iterator[dict]:
+    """Answers of one request as they arrive, the first of them, empty, before it has been scheduled."""
+    params = {"temperature": 0, "ignore_eos": True, "max_new_tokens": job.max_new_tokens}
+    params["custom_params"] = {"freekv_budget": job.budget}
+    body = {"rid": rid, "input_ids": job.prompt, "sampling_params": params, "stream": True}
+    headers = {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"{server.url}/generate", json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request, timeout=300) as response:
+        yield {}
+        for line in response:
+            if line.startswith(b"data: {"):
+                yield json.loads(line.removeprefix(b"data: "))
 
 
-def _compare_with_unhurried(server: Server, jobs: list[Job], outputs: dict[int, list[int]], seed: int) -> None:
-    """Requests within their budget say the same when they are alone on an empty server."""
-    exact = [i for i in outputs if jobs[i].is_exact]
-    for i in random.Random(seed).sample(exact, min(_NUM_COMPARED, len(exact))):
+def _finish_reason(answer: dict) -> str | None:
+    reason = answer.get("meta_info", {}).get("finish_reason")
+    return reason and reason["type"]
+
+
+def _compare_with_unhurried(server: Server, jobs: list[Job], answers: list[dict], rng: random.Random) -> None:
+    """Requests within their budget were answered as they are alone on an empty server."""
+    exact = [i for i, job in enumerate(jobs) if job.is_exact and job.ending == "length"]
+    for i in rng.sample(exact, min(_NUM_COMPARED, len(exact))):
         server.flush()
-        alone = _send(server, f"{seed}-{i}-alone", jobs[i])
-        assert alone["output_ids"] == outputs[i], f"request {i} of seed {seed}: {alone['output_ids']} != {outputs[i]}"
+        alone = _play(server, jobs[i])
+        assert alone["output_ids"] == answers[i]["output_ids"], f"request {i}: {jobs[i]}"
     assert exact
 
 
@@ -190,7 +195,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         MODEL.write(Path(folder, "model"))
-        with serve(Path(folder, "model"), Path(folder, "log"), *FLAGS, env=STRICT) as server:
+        with serve(Path(folder, "model"), Path(folder, "log"), *FLAGS, env=STRICT | HASTE) as server:
             start = time.monotonic()
             try:
                 report = run(server, arguments.requests, arguments.seed)

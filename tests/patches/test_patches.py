@@ -1,0 +1,266 @@
+"""Patches: they fit this SGLang, they go in all or none, and a plain server does not get them."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import subprocess
+import sys
+import types
+from importlib import import_module
+
+import freekv_patches
+import pytest
+from freekv_patches import ALL_PATCHES, IncompatibleSGLang, launch, patch, requests
+from freekv_patches.patch import Patch, check_applied, check_version, install
+from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+from sglang_freekv import plugin
+from sglang_freekv.config import FreeKVConfig
+
+PLAIN = types.SimpleNamespace()  # arguments of a plain server
+FREEKV = types.SimpleNamespace(_freekv=FreeKVConfig())
+
+
+@pytest.mark.parametrize("each", ALL_PATCHES, ids=lambda each: each.target.rpartition("srt.")[2])
+def test_every_patch_fits_this_sglang_and_says_why_it_exists(each):
+    assert each.mismatch() is None
+    assert each.reason and each.remove_when
+    assert each.kind is not HookType.REPLACE
+
+
+def test_no_target_is_patched_twice():
+    assert len({each.target for each in ALL_PATCHES}) == len(ALL_PATCHES)
+
+
+@pytest.fixture
+def upstream(monkeypatch):
+    """A module that stands for SGLang, with one target of each sort."""
+
+    class Server:
+        def method(self, x):
+            return ("method", x)
+
+        @classmethod
+        def of_class(cls, x):
+            return (cls, x)
+
+        @staticmethod
+        def static(x):
+            return ("static", x)
+
+    def function(x):
+        return ("function", x)
+
+    module = types.ModuleType("upstream")
+    module.Server, module.function = Server, function
+    monkeypatch.setitem(sys.modules, "upstream", module)
+    # What SGLang's registry holds for these targets is forgotten afterwards.
+    monkeypatch.setattr(HookRegistry, "_hooks", type(HookRegistry._hooks)(list, HookRegistry._hooks))
+    monkeypatch.setattr(HookRegistry, "_patched", set(HookRegistry._patched))
+    return module
+
+
+def around(target: str, signature: str) -> Patch:
+    def hook(original, *args):
+        return ("hooked", original(*args))
+
+    return Patch(f"upstream.{target}", HookType.AROUND, hook, signature, reason="test", remove_when="test")
+
+
+def test_functions_and_all_sorts_of_methods_are_patched_and_found_patched(upstream):
+    patches = [
+        around("function", "(x)"),
+        around("Server.method", "(self, x)"),
+        around("Server.of_class", "(cls, x)"),
+        around("Server.static", "(x)"),
+    ]
+    with pytest.raises(IncompatibleSGLang, match=r"(?s)not in place.*upstream.function.*Server.static"):
+        check_applied(patches)
+    install(patches)
+    install(patches)  # once is enough
+    HookRegistry.apply_hooks()
+    check_applied(patches)
+    assert upstream.function(1) == ("hooked", ("function", 1))
+    assert upstream.Server().method(1) == ("hooked", ("method", 1))
+    assert upstream.Server.of_class(1) == ("hooked", (upstream.Server, 1))
+    assert upstream.Server.static(1) == ("hooked", ("static", 1))
+    assert all(each.mismatch() is None for each in patches)  # a patched target still shows its own signature
+
+
+def test_one_changed_target_keeps_every_hook_out_and_is_named_with_both_signatures(upstream):
+    patches = [
+        around("function", "(x)"),
+        around("Server.method", "(self, x, y)"),
+        around("Server.gone", "(self)"),
+        around("elsewhere.function", "()"),
+    ]
+    with pytest.raises(IncompatibleSGLang) as error:
+        install(patches)
+    message = str(error.value)
+    assert "upstream.Server.method: expected (self, x, y), found (self, x)" in message
+    assert "upstream.Server.gone: expected (self), found nothing" in message
+    assert "upstream.elsewhere.function: expected (), found nothing" in message
+    assert "upstream.function" not in message
+    HookRegistry.apply_hooks()
+    assert upstream.function(1) == ("function", 1)
+
+
+def test_a_signature_may_be_recorded_by_its_beginning(upstream):
+    assert around("Server.method", "(self, ...").mismatch() is None
+    assert around("Server.method", "(self, y...").mismatch() is not None
+
+
+def test_a_target_that_another_plug_in_took_first_is_noticed(upstream):
+    HookRegistry.register("upstream.function", lambda result, x: None, HookType.AFTER)
+    HookRegistry.apply_hooks()
+    ours = [around("function", "(x)")]
+    install(ours)
+    HookRegistry.apply_hooks()
+    assert upstream.function(1) == ("function", 1)
+    with pytest.raises(IncompatibleSGLang, match=r"another plug-in.*\n.*upstream.function"):
+        check_applied(ours)
+
+
+def test_a_changed_signature_ends_the_process_and_not_just_the_plug_in(monkeypatch):
+    changed = dataclasses.replace(freekv_patches.FLAG_PATCHES[0], signature="(parser, changed)")
+    monkeypatch.setattr(freekv_patches, "FLAG_PATCHES", (changed,))
+    with pytest.raises(SystemExit, match=r"add_cli_args: expected \(parser, changed\), found \(parser: "):
+        plugin.register()
+
+
+@pytest.mark.parametrize("found", ["0.5.16", "0.5.18", "0.5.17.post1"])
+def test_a_release_that_was_not_tested_is_refused_with_a_sentence(found, monkeypatch):
+    monkeypatch.setattr(patch, "version", lambda name: found)
+    with pytest.raises(IncompatibleSGLang, match=f"works with sglang==0.5.17, found {found}; install"):
+        check_version()
+
+
+def test_the_table_lists_every_target_and_fails_with_one_that_does_not_fit(monkeypatch, capsys):
+    main = import_module("freekv_patches.__main__")
+    assert main.main() == 0
+    printed = capsys.readouterr().out
+    assert all(each.target in printed and each.reason in printed for each in ALL_PATCHES)
+    changed = dataclasses.replace(ALL_PATCHES[0], signature="()")
+    monkeypatch.setattr(main, "ALL_PATCHES", (changed, *ALL_PATCHES[1:]))
+    assert main.main() == 1
+    assert "expected ()" in capsys.readouterr().err
+
+
+PROGRAM = """
+import inspect, json, os, pkgutil, sys
+
+from sglang.srt import server_args
+from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+from sglang.srt.mem_cache.registry import registered_radix_cache_backends
+from sglang.srt.plugins import load_plugins
+from freekv_patches import ALL_PATCHES, FLAG_PATCHES, assert_installed
+
+def snapshot():
+    targets = {}
+    for each in ALL_PATCHES:
+        owner, _, name = each.target.rpartition(".")
+        targets[each.target] = inspect.getattr_static(pkgutil.resolve_name(owner), name)
+    return targets, dict(ATTENTION_BACKENDS), registered_radix_cache_backends()
+
+def resolved(argv):
+    found = server_args.prepare_server_args(argv)
+    return {name: value for name, value in vars(found).items() if name != "model_config"}
+
+argv = json.loads(sys.argv[1])
+plain_argv = [*argv[:2], "--random-seed", "1"]
+targets, backends, caches = snapshot()
+without = resolved(plain_argv)
+load_plugins()
+if os.environ.get("SGLANG_KV_RETRIEVAL"):
+    assert_installed()
+first = resolved(argv)
+after, backends_after, caches_after = snapshot()
+print(json.dumps({
+    "touched": [target for target in targets if after[target] is not targets[target]],
+    "backends": [name for name in backends if backends_after[name] is not backends[name]],
+    "caches": sorted(set(caches_after) - set(caches)),
+    "flags": [each.target for each in FLAG_PATCHES],
+    "is_freekv": "_freekv" in first,
+    "plain_is_unchanged": resolved(plain_argv) == without,
+    "announced": os.environ.get("SGLANG_KV_RETRIEVAL"),
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def fresh_process(tmp_path_factory):
+    """Load plug-ins and resolve arguments in a new process; report what of SGLang changed."""
+    path = tmp_path_factory.mktemp("model")
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 320}
+    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **sizes}
+    (path / "config.json").write_text(json.dumps(config))
+
+    @functools.cache
+    def run(*flags: str, announced: str | None = None) -> dict:
+        env = {name: value for name, value in os.environ.items() if name != "SGLANG_KV_RETRIEVAL"}
+        if announced is not None:
+            env["SGLANG_KV_RETRIEVAL"] = announced
+        argv = json.dumps(["--model-path", str(path), *flags])
+        done = subprocess.run([sys.executable, "-c", PROGRAM, argv], capture_output=True, text=True, env=env)
+        assert done.returncode == 0, done.stderr
+        return json.loads(done.stdout.splitlines()[-1])
+
+    return run
+
+
+def test_without_the_flag_everything_but_the_flags_is_the_identical_object(fresh_process):
+    report = fresh_process()
+    assert report["touched"] == report["flags"]
+    assert (report["backends"], report["caches"]) == ([], [])
+    assert not report["is_freekv"] and report["announced"] is None
+
+
+def test_the_flags_do_not_change_what_a_plain_command_line_resolves_to(fresh_process):
+    assert fresh_process()["plain_is_unchanged"]
+
+
+def test_with_the_flag_every_target_is_patched_and_plain_arguments_still_resolve_as_before(fresh_process):
+    report = fresh_process("--kv-retrieval", "freekv")
+    assert report["touched"] == [each.target for each in ALL_PATCHES]
+    assert report["caches"] == ["freekv"] and sorted(report["backends"]) == ["flashinfer", "torch_native"]
+    assert report["is_freekv"] and report["plain_is_unchanged"] and report["announced"] is None
+
+
+def test_a_process_that_a_freekv_server_starts_is_patched_when_it_loads_plug_ins(fresh_process):
+    report = fresh_process(announced="freekv")
+    assert report["touched"] == [each.target for each in ALL_PATCHES]
+    assert not report["is_freekv"]
+
+
+@pytest.mark.parametrize(("server_args", "announced"), [(FREEKV, "freekv"), (PLAIN, None)])
+@pytest.mark.parametrize("before", [None, "freekv"])
+def test_children_are_told_while_they_start_and_only_then(server_args, announced, before, monkeypatch):
+    monkeypatch.setenv("SGLANG_KV_RETRIEVAL", before or "")
+    if before is None:
+        monkeypatch.delenv("SGLANG_KV_RETRIEVAL")
+
+    def original(cls, server_args):
+        assert os.environ.get("SGLANG_KV_RETRIEVAL") == announced
+        raise InterruptedError  # a start-up that fails leaves nothing behind either
+
+    with pytest.raises(InterruptedError):
+        launch.launch_subprocesses(original, object, server_args)
+    assert os.environ.get("SGLANG_KV_RETRIEVAL") == before
+
+
+def test_a_request_is_checked_on_a_freekv_server_and_passed_on_a_plain_one():
+    bad = types.SimpleNamespace(sampling_params={"custom_params": {"freekv_budget": 5}})
+    with pytest.raises(ValueError, match="freekv_budget is 5"):
+        requests.check_budget(types.SimpleNamespace(server_args=FREEKV), bad, [1, 2])
+    assert requests.check_budget(types.SimpleNamespace(server_args=PLAIN), bad, [1, 2]) is None
+    unset = types.SimpleNamespace(sampling_params=None)
+    assert requests.check_budget(types.SimpleNamespace(server_args=FREEKV), unset, [1, 2]) is None
+
+
+def test_a_plain_server_in_a_patched_process_gets_the_attention_of_sglang():
+    factory = plugin._attention_factory(lambda runner: ("original", runner))
+    runner = types.SimpleNamespace(server_args=PLAIN)
+    assert factory(runner) == ("original", runner)

@@ -1,0 +1,39 @@
+"""A plug-in of SGLang's that breaks a server on demand: an oracle that cannot fail proves nothing.
+
+The file named by the environment variable FREEKV_TEST_FAULT says which fault to commit now; empty: none.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import freekv_kernels as ops
+
+FAULT_FILE = "FREEKV_TEST_FAULT"
+STORE = "store"  # host pages hold the values of other tokens, and so do the blocks recalled from them
+RECALL = "recall"  # device blocks differ from their host pages
+
+
+def register() -> None:
+    """SGLang calls this in each of its processes."""
+    fault = Path(os.environ[FAULT_FILE])
+    store_tokens, recall_blocks = ops.store_tokens, ops.recall_blocks
+
+    def store(host_kv, k, v, slots):
+        store_tokens(host_kv, k, v.roll(1, 0) if fault.read_text() == STORE else v, slots)
+
+    def recall(host_kv, layer, keys, blocks, block_kv):
+        recall_blocks(host_kv, layer, keys, blocks, block_kv)
+        if fault.read_text() == RECALL:
+            block_kv[blocks, 1] = block_kv[blocks, 1].roll(1, 1)
+
+    ops.store_tokens, ops.recall_blocks = store, recall
+
+
+def write_plugin(folder: Path) -> None:
+    """Make `folder` a distribution that announces `register` to SGLang where it is on the Python path."""
+    metadata = folder / "freekv_test_fault-0.dist-info"
+    metadata.mkdir(parents=True)
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: freekv-test-fault\nVersion: 0\n")
+    (metadata / "entry_points.txt").write_text(f"[sglang.srt.plugins]\nfault = {__name__.rpartition('.')[2]}:register\n")

@@ -1,0 +1,93 @@
+"""SGLang's own oracles of KV integrity: decoding, with and without cache hits, must agree with a fresh prefill.
+
+Requests are retracted and prefilled again all the time (SGLANG_TEST_RETRACT), on an audited server. A test plug-in can
+break this server; the last tests of the file use it, to show what the oracles and the audit notice.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from server.oracles import faults
+from server.oracles.audit_run import STRICT
+from servers import Server, random_prompt, serve
+from sglang.test import kl_test_utils
+
+# In nats. Float32 rounding gives under 1e-9 here, SGLang's thresholds for bfloat16 are about 1e-3, wrong KV over 1e-1.
+_MAX_KL = 1e-6
+_MAX_NEW_TOKENS = 40
+_PROMPT_TOKENS = (1, 31, 33, 127, 256, 257, 400, 513, 640, 700)
+
+_ORACLES = {
+    "decode_agrees_with_prefill": kl_test_utils.test_input_output_logprobs_match_helper,
+    "prefill_hit_agrees_with_prefill": kl_test_utils.test_input_output_logprobs_match_prefill_cache_hit_helper,
+    "decode_hit_agrees_with_prefill": kl_test_utils.test_input_output_logprobs_match_decode_cache_hit_helper,
+}
+
+
+@pytest.fixture(scope="module")
+def fault(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the server does wrong now: see `faults`."""
+    file = tmp_path_factory.mktemp("fault") / "fault"
+    file.write_text("")
+    return file
+
+
+@pytest.fixture(scope="module")
+def server(small_model: Path, fault: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("kl_oracles")
+    faults.write_plugin(folder / "plugin")
+    path = [str(folder / "plugin"), str(Path(faults.__file__).parent)]
+    env = {
+        "PYTHONPATH": os.pathsep.join([*path, os.environ.get("PYTHONPATH", "")]),
+        faults.FAULT_FILE: str(fault),
+        "SGLANG_TEST_RETRACT": "1",
+    }
+    flags = "--kv-retrieval freekv --dtype float32 --chunked-prefill-size 256 --max-total-tokens 16384 --freekv-audit"
+    with serve(small_model, folder / "log", *flags.split(), env=STRICT | env) as server:
+        yield server
+
+
+@pytest.fixture
+def compare(server: Server, small_model: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable], None]:
+    """Run one of SGLang's helpers on prompts of ours; they would be downloaded otherwise."""
+    rng = random.Random(0)
+    prompts = [random_prompt(rng, n) for n in _PROMPT_TOKENS]
+    monkeypatch.setattr(kl_test_utils, "get_input_ids", lambda **_: prompts)
+    model = str(small_model)
+
+    def run(oracle: Callable) -> None:
+        oracle(server.url, {model: {"kl_div": _MAX_KL}}, model, max_samples=len(prompts), max_new_tokens=_MAX_NEW_TOKENS)
+
+    return run
+
+
+@pytest.mark.parametrize("oracle", _ORACLES.values(), ids=_ORACLES)
+def test_kl(oracle: Callable, compare: Callable[[Callable], None], server: Server) -> None:
+    compare(oracle)
+    assert "retracted_reqs" in server.log.read_text()
+
+
+@pytest.mark.parametrize("oracle", _ORACLES.values(), ids=_ORACLES)
+def test_wrong_bytes_in_the_host_store_are_noticed(oracle: Callable, compare: Callable, fault: Path) -> None:
+    fault.write_text(faults.STORE)
+    with pytest.raises(AssertionError, match="avg_kl_div=.* > threshold"):
+        compare(oracle)
+    fault.write_text("")
+
+
+def test_a_device_block_that_differs_from_its_host_page_ends_an_audited_server(server: Server, fault: Path) -> None:
+    server.flush()
+    assert server.generate([1] * 100).status == 200
+    fault.write_text(faults.RECALL)
+    with pytest.raises(OSError):  # the server hangs up
+        server.generate([2] * 100)
+    deadline = time.monotonic() + 30
+    while "AuditError: layer 0: block" not in server.log.read_text():
+        assert time.monotonic() < deadline, server.log.read_text()[-4000:]
+        time.sleep(0.2)
