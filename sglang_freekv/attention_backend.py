@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
-from sglang_freekv.audit import audit_blocks, audit_windows
+from sglang_freekv.audit import audit_blocks, audit_summaries, audit_windows
 from sglang_freekv.kv_pool import FreeKVPool
 from sglang_freekv.prefill import Prefill
 from sglang_freekv.retrieval import Retrieval
@@ -43,9 +43,11 @@ class FreeKVAttentionBackend(AttentionBackend):
         """Audit what the batch left behind, if asked to."""
         if not self.memory.config.audit or forward_mode.is_idle():
             return
+        side = self.retrieval if forward_mode.is_decode() else self.prefill
         audit_blocks(self.memory)
-        if forward_mode.is_decode():
-            audit_windows(self.memory, self.retrieval.last_plan)
+        audit_summaries(self.memory, side.last_plan.slots // self.memory.geometry.page_size)
+        if side is self.retrieval:
+            audit_windows(self.retrieval)
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         rows, req_to_token = forward_batch.req_pool_indices, self.req_to_token_pool.req_to_token

@@ -24,8 +24,10 @@ class DeviceBlocks:
     kv : list over layers of model dtype ``[num_blocks, 2, page_size, head_dim]``, device
     table : int32, ``[num_layers, num_pages, num_kv_heads]``, device
         Block of each (page, head), -1 where not resident.
-    owner, last_used : list over layers of int32 ``[num_blocks]``, device
-        Key (page * num_kv_heads + head) and stamp of each block, -1 where free.
+    owner : list over layers of int32 ``[num_blocks]``, device
+        Key of each block, page * num_kv_heads + head; -1 where free.
+    last_used : list over layers of int32 ``[num_blocks + 1]``, device
+        Stamp of each block, -1 where free. The last entry is a sink, so that touching block -1 touches none.
     free_blocks : list over layers of int32 ``[num_blocks]``; num_free : list over layers of int64 ``[1]``, device
         A stack of the free blocks.
     """
@@ -44,7 +46,7 @@ class DeviceBlocks:
             (g.num_layers, host.num_pages, g.num_kv_heads), -1, dtype=torch.int32, device=device
         )
         self.owner = [torch.full((n,), -1, dtype=torch.int32, device=device) for n in self.num_blocks]
-        self.last_used = [torch.full((n,), -1, dtype=torch.int32, device=device) for n in self.num_blocks]
+        self.last_used = [torch.full((n + 1,), -1, dtype=torch.int32, device=device) for n in self.num_blocks]
         self.free_blocks = [torch.arange(n, dtype=torch.int32, device=device).flip(0) for n in self.num_blocks]
         self.num_free = [torch.full((1,), n, dtype=torch.int64, device=device) for n in self.num_blocks]
         self.hand = [torch.zeros(1, dtype=torch.int64, device=device) for _ in self.num_blocks]
@@ -68,7 +70,7 @@ class DeviceBlocks:
         return self.table[layer].view(-1)[keys].long()
 
     def touch(self, layer: int, blocks: torch.Tensor, stamp: int) -> None:
-        """Mark resident blocks (int64, any shape) as used."""
+        """Mark blocks (int64, any shape, -1 for none) as used."""
         self.last_used[layer][blocks] = stamp
 
     def claim(self, layer: int, keys: torch.Tensor, protect_from: int, stamp: int) -> torch.Tensor:
@@ -77,7 +79,7 @@ class DeviceBlocks:
             keys,
             self.table[layer].view(-1),
             self.owner[layer],
-            self.last_used[layer],
+            self.last_used[layer][:-1],
             self.free_blocks[layer],
             self.num_free[layer],
             self.hand[layer],
@@ -143,7 +145,8 @@ class DeviceBlocks:
             if len(keys) != len(held) or not (owner[table[keys].long()] == keys).all():
                 raise RuntimeError(f"device blocks: block table and owners of layer {layer} disagree")
             free = self.free_blocks[layer][: int(self.num_free[layer])].long()
-            if len(free.unique()) + len(held) != len(owner) or not (owner[free] == -1).all():
-                raise RuntimeError(f"device blocks: a block of layer {layer} is neither free nor owned, or both")
+            listed = torch.cat((free, held))
+            if not torch.equal(listed.sort().values, torch.arange(len(owner))):
+                raise RuntimeError(f"device blocks: a block of layer {layer} is not either free or owned, once")
             if layer not in self.dense_layers and not (self.last_used[layer][free] == -1).all():
                 raise RuntimeError(f"device blocks: a free block of layer {layer} carries a stamp")

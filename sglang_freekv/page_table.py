@@ -26,7 +26,7 @@ class WindowKeys(NamedTuple):
     """A window in terms of the block table."""
 
     keys: torch.Tensor  # int64 [batch_size, num_kv_heads, num_entries], host page * num_kv_heads + head
-    is_valid: torch.Tensor  # bool, same shape; False for padding and for a page that is not opened yet
+    is_valid: torch.Tensor  # bool, same shape; False for padding and for a page that is not opened yet: key of page 0
 
 
 def window_keys(window: torch.Tensor, page_table: torch.Tensor, num_pages: torch.Tensor) -> WindowKeys:
@@ -42,5 +42,5 @@ def window_keys(window: torch.Tensor, page_table: torch.Tensor, num_pages: torch
     """
     window = window.long()
     is_valid = (window >= 0) & (window < num_pages[:, None, None])
-    pages = page_table.gather(1, window.where(is_valid, 0).flatten(1)).view_as(window)
+    pages = page_table.gather(1, window.where(is_valid, 0).flatten(1)).view_as(window).where(is_valid, 0)
     return WindowKeys(pages * window.shape[1] + torch.arange(window.shape[1])[:, None], is_valid)

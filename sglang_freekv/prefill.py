@@ -45,6 +45,10 @@ class Prefill:
         self.memory = memory
         self._plan: PrefillPlan | None = None
 
+    @property
+    def last_plan(self) -> PrefillPlan | None:
+        return self._plan
+
     def plan(
         self,
         rows: torch.Tensor,

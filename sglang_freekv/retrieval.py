@@ -114,7 +114,7 @@ class Retrieval:
 
         scores, is_flagged = None, None
         if len(plan.over_next):
-            scores = ops.score_pages(q[plan.over_next], memory.host.summary[layer], plan.page_table[plan.over_next])
+            scores = self.score(layer, q)
             is_flagged = self._correct(layer, q, scores)
         kv_indices = self._make_front_resident(layer, is_flagged)
         out = ops.attend_window(q, blocks.kv[layer], kv_indices, plan.window_lens, scale)
@@ -123,13 +123,18 @@ class Retrieval:
         memory.windows.last_q[layer][plan.rows] = q
         return out.flatten(1, 2)
 
-    def _select(self, scores: torch.Tensor, num_pages: torch.Tensor) -> torch.Tensor:
-        """Windows of the requests in `over_next`, at a length of `num_pages` pages each."""
-        config, budget = self.memory.config, self.memory.windows.budget_pages
+    def score(self, layer: int, q: torch.Tensor) -> torch.Tensor:
+        """Page scores of the requests in `over_next`; q is ``[batch_size, num_kv_heads, group_size, head_dim]``."""
+        over = self._plan.over_next
+        return ops.score_pages(q[over], self.memory.host.summary[layer], self._plan.page_table[over])
+
+    def select(self, scores: torch.Tensor, num_pages: torch.Tensor) -> torch.Tensor:
+        """Windows of the requests in `over_next`, at a length of `num_pages` (of the batch) pages each."""
+        config, budget, over = self.memory.config, self.memory.windows.budget_pages, self._plan.over_next
         return ops.select_pages(
             scores,
-            num_pages,
-            budget[self._plan.rows[self._plan.over_next]],
+            num_pages[over],
+            budget[self._plan.rows[over]],
             config.sink_pages,
             config.recent_pages,
             config.max_budget_pages,
@@ -145,7 +150,7 @@ class Retrieval:
         counters.flagged_rows += int(is_flagged.sum())
         index, head = is_flagged[plan.over_next].nonzero(as_tuple=True)
         if len(index):
-            window = self._select(scores, plan.num_pages[plan.over_next])
+            window = self.select(scores, plan.num_pages)
             windows.front(layer)[plan.rows[plan.over_next][index], head] = window[index, head]
         return is_flagged
 
@@ -157,13 +162,11 @@ class Retrieval:
             front = self.memory.windows.front(layer)[plan.rows]
             keys, is_valid = window_keys(front, plan.page_table, plan.num_pages)
         kv_indices = blocks.lookup(layer, keys)
-        is_resident = is_valid & (kv_indices >= 0)
-        # Before any claim, so that no claim of this step takes a block that this step reads.
-        blocks.touch(layer, kv_indices[is_resident], blocks.front_stamp)
-        within = plan.within_next
-        blocks.touch(layer, kv_indices[within][is_resident[within]], blocks.back_stamp)
-
         is_missing = is_valid & (kv_indices < 0)
+        if is_flagged is not None:
+            counters.hits += int(((kv_indices >= 0) & is_flagged[..., None]).sum())
+        # Before any claim, so that no claim of this step takes a block that this step reads.
+        blocks.touch(layer, kv_indices, blocks.front_stamp)
         if is_missing.any():
             stamp = blocks.front_stamp
             if is_flagged is not None:
@@ -172,15 +175,16 @@ class Retrieval:
             counters.demand_misses += blocks.fetch(layer, keys[is_missing], stamp, stamp)
             kv_indices = blocks.lookup(layer, keys)
             counters.absent_pages += int((is_valid & (kv_indices < 0)).sum())
-        if is_flagged is not None:
-            counters.hits += int((is_resident & is_flagged[..., None]).sum())
+        # Requests within their budget have no back window: they read the same blocks again.
+        if len(plan.within_next):
+            blocks.touch(layer, kv_indices[plan.within_next], blocks.back_stamp)
         return kv_indices
 
     def _retrieve(self, layer: int, scores: torch.Tensor) -> None:
         """Speculative retrieval: what the next step will read, selected with this step's query."""
         plan = self._plan
         rows, num_pages = plan.rows[plan.over_next], plan.num_pages[plan.over_next]
-        window = self._select(scores, plan.num_pages_next[plan.over_next])
+        window = self.select(scores, plan.num_pages_next)
         self.memory.windows.back(layer)[rows] = window
         keys = window_keys(window, plan.page_table[plan.over_next], num_pages)
         prefetch_window(self.memory, layer, keys, protect_from=self.memory.blocks.front_stamp)
@@ -190,9 +194,8 @@ def prefetch_window(memory: KVMemory, layer: int, keys: WindowKeys, protect_from
     """Make a window that the next decode step will read resident."""
     blocks, counters = memory.blocks, memory.counters
     kv_indices = blocks.lookup(layer, keys.keys)
-    is_resident = keys.is_valid & (kv_indices >= 0)
-    blocks.touch(layer, kv_indices[is_resident], blocks.back_stamp)
-    counters.hits += int(is_resident.sum())
+    blocks.touch(layer, kv_indices, blocks.back_stamp)
     missing = keys.keys[keys.is_valid & (kv_indices < 0)]
+    counters.hits += int(keys.is_valid.sum()) - len(missing)
     if len(missing):
         counters.misses += blocks.fetch(layer, missing, protect_from, blocks.back_stamp)

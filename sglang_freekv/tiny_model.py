@@ -40,6 +40,7 @@ _ATTENTION_GAIN = 3.0  # a head averages about ten values, which takes this fact
 _MLP_GAIN = 1.0
 _LAYER_VARIANCE = 1.0  # that a layer adds to the residual stream, whose embedding has variance 1
 _LOGIT_STD = 4.0
+_NEVER_LOGIT = -50.0  # of tokens that are not generated, from the constant channel
 _REPEAT_AVERSION = 0.4  # share of its own embedding that a token's logit subtracts: no runs of one token
 _ROPE_THETA = 1e7
 _NORM_EPS = 1e-6
@@ -120,7 +121,9 @@ class TinyModel:
         weights["model.embed_tokens.weight"][:, 0] = math.sqrt(self.hidden * _CONSTANT_VARIANCE)
         aversion = _REPEAT_AVERSION * _LOGIT_STD / math.sqrt(self.hidden * (1 - _CONSTANT_SHARE))
         weights["lm_head.weight"][:, 1:] -= aversion * weights["model.embed_tokens.weight"][:, 1:]
-        weights["lm_head.weight"][~_is_generated(self.vocab)] = 0
+        never = ~_is_generated(self.vocab)
+        weights["lm_head.weight"][never] = 0
+        weights["lm_head.weight"][never, 0] = _NEVER_LOGIT / math.sqrt(_CONSTANT_SHARE * self.hidden)
         for i in range(self.layers):
             for name, weight in self._layer_weights(generator).items():
                 weights[f"model.layers.{i}.{name}.weight"] = weight

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 
 import torch
-from reference_decoder import PAGE
 
+from reference_decoder import PAGE
 from sglang_freekv.geometry import Geometry
 
 SAME, ONE_HEAD, HALF, ALL = range(4)  # how many query heads of a group turn away between two tokens

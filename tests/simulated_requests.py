@@ -10,9 +10,9 @@ import math
 from dataclasses import dataclass, field
 
 import torch
+
 from random_traces import Trace
 from reference_decoder import PAGE, Expected, ReferenceRequest, Rule, explain_difference
-
 from sglang_freekv.config import FreeKVConfig
 from sglang_freekv.geometry import Geometry
 from sglang_freekv.kv_memory import KVMemory

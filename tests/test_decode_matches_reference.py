@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from random_traces import Trace, make_trace
-from simulated_requests import PAGE, DecodedToken, Request, SimulatedEngine
 
+from random_traces import Trace, make_trace
 from sglang_freekv.config import FreeKVConfig
 from sglang_freekv.geometry import Geometry
+from simulated_requests import PAGE, DecodedToken, Request, SimulatedEngine
 
 NUM_LAYERS, BUDGET, MAX_BUDGET = 2, 6 * PAGE, 7 * PAGE
 
@@ -180,10 +180,14 @@ def test_prefill_takes_no_block_that_a_running_request_reads(prompt_pages: int, 
     engine.decode()
     num_lost = counters.demand_misses
     assert (num_lost > 0) == is_lost
-    # More pages than there are blocks, so this takes every block that may be taken.
-    num_pages = blocks.num_blocks[0] // engine.geometry.num_kv_heads
-    newcomer = engine.start(make_trace(engine.geometry, num_pages * PAGE, seed=10), num_pages * PAGE)
-    engine.prefill([(newcomer, num_pages * PAGE - 1)])
+    # As many pages as there are blocks, so their prefill takes every block that may be taken; then the first
+    # windows are fetched. The newcomers but the last are aborted at once.
+    num_tokens = blocks.num_blocks[0] // engine.geometry.num_kv_heads * PAGE
+    trace = make_trace(engine.geometry, num_tokens + 1, seed=10)
+    for _ in range(4):
+        for newcomer in engine.requests[1:]:
+            engine.leave(newcomer)
+        engine.prefill_whole(engine.start(trace, num_tokens))
     engine.decode()
     assert counters.demand_misses == num_lost
 

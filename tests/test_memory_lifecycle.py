@@ -13,12 +13,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from random_traces import make_trace
-from simulated_requests import PAGE, Request, SimulatedEngine
 
-from sglang_freekv.audit import audit_blocks, audit_windows
+from random_traces import make_trace
+from sglang_freekv.audit import audit_blocks, audit_summaries, audit_windows
 from sglang_freekv.config import FreeKVConfig
 from sglang_freekv.geometry import Geometry
+from simulated_requests import PAGE, Request, SimulatedEngine
 
 GEOMETRY = Geometry(num_layers=1, num_qo_heads=4, num_kv_heads=2, head_dim=16, dtype=torch.float32)
 CONFIG = FreeKVConfig(
@@ -117,7 +117,8 @@ class RandomTraffic:
             return False
         self.engine.decode()
         audit_blocks(self.engine.memory)
-        audit_windows(self.engine.memory, self.engine.retrieval.last_plan)
+        audit_summaries(self.engine.memory, torch.tensor([page for r in self.decoding for page in r.pages]))
+        audit_windows(self.engine.retrieval)
         return True
 
     def finish(self) -> bool:

@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from random_traces import make_trace
-from simulated_requests import PAGE, SimulatedEngine
 
-from sglang_freekv.audit import AuditError, audit_blocks, audit_windows
+from random_traces import make_trace
+from sglang_freekv.audit import AuditError, audit_blocks, audit_summaries, audit_windows
 from sglang_freekv.config import FreeKVConfig
 from sglang_freekv.geometry import Geometry
+from simulated_requests import PAGE, SimulatedEngine
 
 GEOMETRY = Geometry(num_layers=1, num_qo_heads=4, num_kv_heads=2, head_dim=16, dtype=torch.float32)
 CONFIG = FreeKVConfig(budget_tokens=4 * PAGE, max_budget_tokens=5 * PAGE, sink_tokens=PAGE, recent_tokens=PAGE)
@@ -31,7 +31,8 @@ def engine() -> SimulatedEngine:
 
 def audit(engine: SimulatedEngine) -> None:
     audit_blocks(engine.memory)
-    audit_windows(engine.memory, engine.retrieval.last_plan)
+    audit_summaries(engine.memory, torch.tensor(engine.requests[0].pages))
+    audit_windows(engine.retrieval)
 
 
 def front(engine: SimulatedEngine, request: int = 0) -> torch.Tensor:
@@ -79,6 +80,17 @@ def lose_page_within_budget(engine: SimulatedEngine) -> None:
     front(engine, request=1)[1] = -1
 
 
+def select_another_page(engine: SimulatedEngine) -> None:
+    row, pages = engine.requests[0].row, range(1, 7)
+    back = engine.memory.windows.back(0)[row, 1]
+    selected = set(back[1:3].tolist())
+    back[1:3] = torch.tensor(sorted(page for page in pages if page not in selected)[:2])
+
+
+def corrupt_summary(engine: SimulatedEngine) -> None:
+    engine.memory.host.summary[0, engine.requests[0].pages[2], 0, 1, 5] += 1
+
+
 def run_with_absent_page(engine: SimulatedEngine) -> None:
     engine.memory.counters.absent_pages += 1
 
@@ -93,6 +105,8 @@ AUDIT_FAULTS = (
     list_page_twice,
     exceed_budget,
     lose_page_within_budget,
+    select_another_page,
+    corrupt_summary,
     run_with_absent_page,
 )
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from random_traces import make_trace
-from simulated_requests import OUTPUT_TOLERANCE, PAGE, SimulatedEngine
 
+from random_traces import make_trace
 from sglang_freekv.config import FreeKVConfig
 from sglang_freekv.geometry import Geometry
+from simulated_requests import OUTPUT_TOLERANCE, PAGE, SimulatedEngine
 
 NUM_LAYERS = 3  # more than the arena has halves
 GEOMETRIES = {

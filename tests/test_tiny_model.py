@@ -111,8 +111,10 @@ def test_tokenizer_knows_every_id_of_the_model(checkpoint, model):
     assert all(tokenizer.convert_ids_to_tokens(range(model.config.vocab_size)))
 
 
-def test_only_printable_ascii_is_generated(checkpoint, continuations):
-    text = "".join(AutoTokenizer.from_pretrained(checkpoint).batch_decode(continuations))
+def test_only_printable_ascii_is_generated_even_when_sampled(checkpoint, model, prompts):
+    torch.manual_seed(0)
+    tokens = model.generate(prompts, max_new_tokens=24, do_sample=True, top_k=0, eos_token_id=None)
+    text = "".join(AutoTokenizer.from_pretrained(checkpoint).batch_decode(tokens[:, CONTEXT_TOKENS:]))
     assert text.isascii()
     assert text.isprintable()
 

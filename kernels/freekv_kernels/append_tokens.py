@@ -39,15 +39,14 @@ def append_tokens(
     """
     page_size = host_kv.shape[3]
     pages, offsets = slots // page_size, slots % page_size
-    host_kv[pages, :, 0, offsets] = k
-    host_kv[pages, :, 1, offsets] = v
+    kv = torch.stack((k, v), 2)  # [batch_size, num_kv_heads, 2, head_dim]
+    host_kv[pages, :, :, offsets] = kv
 
-    opened = (offsets == 0)[:, None, None]
-    low, high = summary[pages].unbind(2)
-    low = torch.where(opened, k, torch.minimum(low, k))
-    high = torch.where(opened, k, torch.maximum(high, k))
-    summary[pages] = torch.stack((low, high), 2)
+    bounds = summary[pages].where((offsets > 0)[:, None, None, None], k[:, :, None])
+    torch.minimum(bounds[:, :, 0], k, out=bounds[:, :, 0])
+    torch.maximum(bounds[:, :, 1], k, out=bounds[:, :, 1])
+    summary[pages] = bounds
 
     blocks = block_table[pages]  # [batch_size, num_kv_heads]
     row, head = (blocks >= 0).nonzero(as_tuple=True)
-    block_kv[blocks[row, head].long(), :, offsets[row]] = torch.stack((k, v), 2)[row, head]
+    block_kv[blocks[row, head].long(), :, offsets[row]] = kv[row, head]

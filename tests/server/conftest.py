@@ -9,8 +9,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from servers import Server, serve
 
+from servers import Server, serve
 from sglang_freekv.tiny_model import TinyModel
 
 # Every server computes in float32: identical tokens are expected.

@@ -11,27 +11,28 @@ from pathlib import Path
 
 import pytest
 import torch
-from servers import Server, random_prompt
 from transformers import AutoModelForCausalLM
+
+from servers import Server, random_prompt
 
 SCRIPT = Path(__file__).with_name("engine_script.py")
 NUM_STEPS = 64
 GREEDY = {"temperature": 0, "max_new_tokens": NUM_STEPS, "ignore_eos": True}
-# Budgets of the server "narrow".
-NARROW = {"freekv_budget": 128, "freekv_max_budget": 256, "freekv_sink": 32, "freekv_recent": 32}
+BUDGET_COVERS, BUDGET_SELECTS = 1024, 128  # the second is that of the server "narrow", as are sink and recent
 COMMON = {
     "kv_retrieval": "freekv",
+    "freekv_sink": 32,
+    "freekv_recent": 32,
     "freekv_audit": True,
     "max_running_requests": 8,
     "max_total_tokens": 4096,
     "log_level": "warning",
 }
-BUDGET_COVERS, BUDGET_SELECTS = 1024, 128
 
 
 @pytest.fixture(scope="module")
 def prompts() -> list[list[int]]:
-    """Within the budget of `NARROW` to the last step, and over it from the first."""
+    """Two stay within the smaller budget to the last step; the others exceed it in between, or from the first."""
     rng = random.Random("engine")
     return [random_prompt(rng, n) for n in (3, 60, 130, 250, 600)]
 
@@ -44,7 +45,13 @@ def engines(
     folder = tmp_path_factory.mktemp("engine")
     jobs = {
         "float32": {
-            "engine": {**COMMON, **NARROW, "model_path": str(model), "dtype": "float32", "tp_size": 2},
+            "engine": {
+                **COMMON,
+                "model_path": str(model),
+                "dtype": "float32",
+                "freekv_budget": BUDGET_SELECTS,
+                "tp_size": 2,
+            },
             "requests": [{"input_ids": prompts, "sampling_params": GREEDY}],
         },
         "bfloat16": {
@@ -78,7 +85,7 @@ def test_two_ranks_give_the_tokens_of_the_server(engines, narrow: Server, prompt
 
 
 def test_two_ranks_give_the_tokens_of_plain_sglang_within_the_budget(engines, plain: Server, prompts: list[list[int]]):
-    within = [i for i, prompt in enumerate(prompts) if len(prompt) + NUM_STEPS <= NARROW["freekv_budget"]]
+    within = [i for i, prompt in enumerate(prompts) if len(prompt) + NUM_STEPS <= BUDGET_SELECTS]
     assert len(within) == 2
     expected = plain.generate_all([prompts[i] for i in within], NUM_STEPS)
     assert [engines["float32"][0][i]["output_ids"] for i in within] == expected

@@ -6,7 +6,6 @@ import random
 import re
 
 from servers import Server, random_prompt
-
 from sglang_freekv.metrics import METRICS
 
 NUM_STEPS = 64

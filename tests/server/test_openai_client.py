@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from openai import OpenAI
+
 from servers import Server, assert_pages_are_whole
 
 PROMPT = "Once upon a time there was a page that nobody had read for a long while."

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
+
 from servers import Server, random_prompt
 
 NUM_STEPS = 24

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
+
 from servers import Server, random_prompt
 
 NUM_REQUESTS, PREFIX_TOKENS, NUM_STEPS = 16, 4096, 64
@@ -31,7 +32,7 @@ def fetches(before: dict[str, int], after: dict[str, int]) -> int:
 
 
 def test_sixteen_requests_hold_the_pages_of_their_prefix_once(narrow: Server, prefix: list[int], rng: random.Random):
-    tails = [random_prompt(rng, 20 + i) for i in range(NUM_REQUESTS)]
+    tails = [random_prompt(rng, 16 + i) for i in range(NUM_REQUESTS)]
     before = narrow.freekv()
     assert before["host_tokens"] < NUM_REQUESTS * PREFIX_TOKENS, "without sharing, they would fit as well"
     replies = narrow.generate([prefix + tail for tail in tails], NUM_STEPS).body

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pytest
+
 from servers import Server, random_prompt
 
 NUM_STEPS = 64

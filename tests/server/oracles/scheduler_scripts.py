@@ -9,6 +9,7 @@ from collections.abc import Generator
 from typing import Any, Literal
 
 from sglang.srt.entrypoints.http_server import launch_server
+from sglang.srt.environ import envs
 from sglang.srt.plugins import load_plugins
 from sglang.srt.server_args import ServerArgs
 from sglang.test.scripted_runtime.context import ScriptedContext
@@ -18,6 +19,8 @@ Script = Generator[None, None, None]
 
 CHUNK_TOKENS = 128
 _MAX_STEPS = 2000
+_STRICT_WHEN_BUSY = envs.SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY
+_STRICT_WHEN_IDLE = envs.SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE
 
 
 def launch_with_plugins(**arguments: Any) -> None:
@@ -53,13 +56,16 @@ def exhausted_pages_make_requests_wait_or_retract(ctx: ScriptedContext) -> Scrip
     for token in range(1, 7):
         unhurried += yield from _outputs(ctx, [_start(ctx, 96, token)])
         yield from _flush(ctx)
-    ctx.exhaust_kv(leave_pages=14)
-    reqs = [_start(ctx, 96, token) for token in range(1, 7)]  # of 5 pages each
-    yield
-    assert any(req.status == "waiting" for req in reqs)
-    hurried = yield from _outputs(ctx, reqs)
+    # The pages that the runtime holds look like a leak.
+    with _STRICT_WHEN_BUSY.override(0), _STRICT_WHEN_IDLE.override(False):
+        ctx.exhaust_kv(leave_pages=14)
+        reqs = [_start(ctx, 96, token) for token in range(1, 7)]  # of 5 pages each
+        yield
+        yield
+        assert any(req.status == "waiting" for req in reqs)
+        hurried = yield from _outputs(ctx, reqs)
+        ctx._release_exhausted_pools()
     assert hurried == unhurried
-    ctx._release_exhausted_pools()
     yield from _assert_whole(ctx)
 
 

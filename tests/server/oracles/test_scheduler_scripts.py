@@ -47,4 +47,4 @@ def server(small_model: Path) -> Iterator[http_server.ScriptedHttpServer]:
     ],
 )
 def test_script(server: http_server.ScriptedHttpServer, script, arguments: tuple) -> None:
-    server.execute_script(script, args=arguments)
+    server.execute_script(script, args=arguments, timeout_s=60)
