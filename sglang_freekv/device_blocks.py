@@ -6,7 +6,6 @@ import torch
 
 import freekv_kernels as ops
 from sglang_freekv.counters import Counters
-from sglang_freekv.geometry import Geometry
 from sglang_freekv.host_store import HostStore
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, NoReturn
 
-import torch
 from sglang.srt.mem_cache.memory_pool import KVCache, ReqToTokenPool
 
 from sglang_freekv.config import FreeKVConfig

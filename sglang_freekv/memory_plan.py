@@ -32,7 +32,7 @@ class MemoryPlan:
 
     @property
     def max_input_tokens(self) -> int:
-        """Longest prompt that SGLang ever schedules: it rounds up to pages, keeps one in reserve, and decodes a token."""
+        """Longest prompt that SGLang ever schedules: it rounds up to pages, reserves one, and decodes a token."""
         return self.num_tokens - 2 * self.geometry.page_size
 
     def describe(self) -> str:

@@ -38,10 +38,11 @@ def register() -> None:
 @functools.cache
 def activate() -> None:
     """Patch this process and register FreeKV's parts; each server's arguments decide whether it uses them."""
-    from freekv_patches import IncompatibleSGLang, assert_installed, install
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
     from sglang.srt.mem_cache.registry import register_radix_cache_backend
     from sglang.srt.plugins.hook_registry import HookRegistry
+
+    from freekv_patches import IncompatibleSGLang, assert_installed, install
 
     try:
         install()

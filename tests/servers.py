@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -145,12 +146,8 @@ def serve(model: Path, log: Path, *flags: str, env: dict[str, str] | None = None
         _wait_until_healthy(server, process)
         yield server
     finally:
-        process.terminate()
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)
-            process.wait()
+        os.killpg(process.pid, signal.SIGKILL)  # at once: a graceful end takes seconds, and nothing is to be saved
+        process.wait()
 
 
 def _wait_until_healthy(server: Server, process: subprocess.Popen) -> None:

@@ -17,7 +17,7 @@ def check_scheduler(result, self, server_args, *args, **kwargs):
 
         assert_installed()
         check_parts(self)
-        # SGLang accepts somewhat longer prompts, which then wait for ever at the head of the queue. It refuses from here.
+        # SGLang would accept somewhat longer prompts, which then wait for ever at the head of the queue.
         plan = self.token_to_kv_pool_allocator.get_kvcache().plan
         self.max_req_input_len = min(self.max_req_input_len, plan.max_input_tokens + 1)
 

@@ -18,7 +18,7 @@ from servers import Server, random_prompt
 SCRIPT = Path(__file__).with_name("engine_script.py")
 NUM_STEPS = 64
 GREEDY = {"temperature": 0, "max_new_tokens": NUM_STEPS, "ignore_eos": True}
-BUDGET_COVERS, BUDGET_SELECTS = 1024, 128  # the second is that of the server "narrow", as are sink and recent
+BUDGET_COVERS, BUDGET_SELECTS = 1024, 128  # the second as on the server "narrow", like sink, recent and pooling
 COMMON = {
     "kv_retrieval": "freekv",
     "freekv_sink": 32,
@@ -50,6 +50,7 @@ def engines(
                 "model_path": str(model),
                 "dtype": "float32",
                 "freekv_budget": BUDGET_SELECTS,
+                "freekv_group_pooling": "mean",
                 "tp_size": 2,
             },
             "requests": [{"input_ids": prompts, "sampling_params": GREEDY}],

@@ -19,13 +19,13 @@ def test_a_request_longer_than_the_store_is_refused_with_the_tokens_that_fit(exa
 
 
 def test_requests_that_do_not_fit_together_wait_or_are_retracted(exact: Server, rng: random.Random):
-    prompts = [random_prompt(rng, rng.randrange(300, 1200)) for _ in range(16)]
+    prompts = [random_prompt(rng, rng.randrange(600, 1200)) for _ in range(12)]
     assert sum(map(len, prompts)) > 2 * exact.freekv()["host_tokens"]
-    hurried = exact.generate_all(prompts, 48)
+    hurried = exact.generate_all(prompts, 32)
     unhurried = []
     for prompt in prompts:
         exact.flush()
-        unhurried.append(exact.generate_one(prompt, 48))
+        unhurried.append(exact.generate_one(prompt, 32))
     assert hurried == unhurried
     assert_pages_are_whole(exact)
 

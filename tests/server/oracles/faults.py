@@ -33,7 +33,8 @@ def register() -> None:
 
 def write_plugin(folder: Path) -> None:
     """Make `folder` a distribution that announces `register` to SGLang where it is on the Python path."""
+    entry_point = f"fault = {__name__.rpartition('.')[2]}:register"  # found by PYTHONPATH, not as part of a package
     metadata = folder / "freekv_test_fault-0.dist-info"
     metadata.mkdir(parents=True)
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: freekv-test-fault\nVersion: 0\n")
-    (metadata / "entry_points.txt").write_text(f"[sglang.srt.plugins]\nfault = {__name__.rpartition('.')[2]}:register\n")
+    (metadata / "entry_points.txt").write_text(f"[sglang.srt.plugins]\n{entry_point}\n")

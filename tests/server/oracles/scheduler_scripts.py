@@ -5,7 +5,7 @@ The runtime empties the server before each script.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any, Literal
 
 from sglang.srt.entrypoints.http_server import launch_server
@@ -24,13 +24,13 @@ _STRICT_WHEN_IDLE = envs.SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE
 
 
 def launch_with_plugins(**arguments: Any) -> None:
-    """Start the server as `python -m sglang.launch_server` does; the scripted runtime's own launcher loads no plug-ins."""
+    """Start the server as `python -m sglang.launch_server` does; the runtime's own launcher loads no plug-ins."""
     load_plugins()
     launch_server(ServerArgs(**arguments))
 
 
 def prompt_runs_in_chunks(ctx: ScriptedContext) -> Script:
-    """A prompt longer than a chunk is prefilled in chunks, between the decode steps of nobody else."""
+    """A prompt longer than a chunk is prefilled in chunks."""
     req = _start(ctx, prompt_tokens=3 * CHUNK_TOKENS + 1)
     yield from _finish([req])
     assert req.chunks_done == 4, req.chunks_done
@@ -121,7 +121,7 @@ def _start(ctx: ScriptedContext, prompt_tokens: int, token: int = 1) -> Scripted
     )
 
 
-def _until(is_true) -> Script:
+def _until(is_true: Callable[[], bool]) -> Script:
     for _ in range(_MAX_STEPS):
         if is_true():
             return
@@ -130,7 +130,7 @@ def _until(is_true) -> Script:
 
 
 def _finish(reqs: list[ScriptedReqHandle]) -> Script:
-    yield from _until(lambda: all([req.finished for req in reqs]))
+    yield from _until(lambda: all(req.finished for req in reqs))
 
 
 def _decode(req: ScriptedReqHandle, num_tokens: int) -> Script:
@@ -139,7 +139,7 @@ def _decode(req: ScriptedReqHandle, num_tokens: int) -> Script:
 
 def _outputs(ctx: ScriptedContext, reqs: list[ScriptedReqHandle]) -> Generator[None, None, list[list[int]]]:
     """Output tokens of requests, once they have finished."""
-    yield from _until(lambda: all([req.req is not None for req in reqs]))
+    yield from _until(lambda: all(req.req is not None for req in reqs))
     objects = [req.req for req in reqs]  # a finished request can no longer be found
     yield from _finish(reqs)
     return [list(req.output_ids) for req in objects]

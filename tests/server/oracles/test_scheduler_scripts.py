@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from sglang.test.scripted_runtime import http_server
+
 from server.oracles import scheduler_scripts as scripts
 from server.oracles.audit_run import STRICT
-from sglang.test.scripted_runtime import http_server
 
 
 @pytest.fixture(scope="module")
@@ -17,6 +18,8 @@ def server(small_model: Path) -> Iterator[http_server.ScriptedHttpServer]:
         for name, value in STRICT.items():
             patch.setenv(name, value)
         patch.setattr(http_server, "_launch_scripted_http_server", scripts.launch_with_plugins)
+        # The scheduler leaves on request, but the process that serves HTTP waits for a signal.
+        patch.setattr(http_server, "SHUTDOWN_JOIN_TIMEOUT_S", 3.0)
         server = http_server.ScriptedHttpServer.start(
             model_path=str(small_model),
             dtype="float32",
@@ -30,8 +33,8 @@ def server(small_model: Path) -> Iterator[http_server.ScriptedHttpServer]:
             kv_canary_real_data="none",
             kv_canary_sweep_interval=0,
         )
-    yield server
-    server.shutdown()
+        yield server
+        server.shutdown()
 
 
 @pytest.mark.parametrize(
