@@ -14,7 +14,7 @@ class DeviceBlocks:
 
     What may be evicted follows from stamps. Step t stamps the blocks of its front windows with 2t, and those of the
     back windows, which step t + 1 will read, with 2t + 1. Inside the step, blocks stamped 2t or later stay; between
-    steps (prefill, new pages), blocks stamped 2t + 1. So ``2 * width * num_kv_heads`` blocks per request always suffice.
+    steps (prefill, new pages), blocks stamped 2t + 1. So ``2 * width * num_kv_heads`` blocks per request suffice.
 
     A dense layer has a block for every (page, head), at the block number of its key: it never misses.
 
@@ -38,12 +38,8 @@ class DeviceBlocks:
         self.host, self.counters, self.dense_layers = host, counters, frozenset(dense_layers)
         num_keys = host.num_pages * g.num_kv_heads
         self.num_blocks = [num_keys if layer in self.dense_layers else num_blocks for layer in range(g.num_layers)]
-        self.kv = [
-            torch.empty((n, 2, g.page_size, g.head_dim), dtype=g.dtype, device=device) for n in self.num_blocks
-        ]
-        self.table = torch.full(
-            (g.num_layers, host.num_pages, g.num_kv_heads), -1, dtype=torch.int32, device=device
-        )
+        self.kv = [torch.empty((n, 2, g.page_size, g.head_dim), dtype=g.dtype, device=device) for n in self.num_blocks]
+        self.table = torch.full((g.num_layers, host.num_pages, g.num_kv_heads), -1, dtype=torch.int32, device=device)
         self.owner = [torch.full((n,), -1, dtype=torch.int32, device=device) for n in self.num_blocks]
         self.last_used = [torch.full((n + 1,), -1, dtype=torch.int32, device=device) for n in self.num_blocks]
         self.free_blocks = [torch.arange(n, dtype=torch.int32, device=device).flip(0) for n in self.num_blocks]

@@ -69,7 +69,7 @@ class FreeKVPool(KVCache):
 
     def _no_buffer(self, layer_id: int) -> NoReturn:
         raise NotImplementedError(
-            "FreeKV keeps no token-major KV buffer: the host store is head-major and only its attention backend reads it"
+            "FreeKV keeps no token-major KV buffer: the host store is head-major, only its attention backend reads it"
         )
 
     get_key_buffer = get_value_buffer = get_kv_buffer = _no_buffer

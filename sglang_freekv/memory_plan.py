@@ -48,8 +48,8 @@ class MemoryPlan:
                 f"  page summaries    {self.summaries_bytes / GIB:8.3f} GiB  and block table",
                 f"  prefill arena     {self.arena_bytes / GIB:8.3f} GiB  2 x {c.arena_tokens:,} tokens of one layer",
                 f"  windows           {self.windows_bytes / GIB:8.3f} GiB",
-                f"  running requests  {self.max_requests:8,}      at most, each with up to {c.max_budget_tokens:,} tokens "
-                f"on the device (front and back window: {self.request_bytes / GIB:.4f} GiB)",
+                f"  running requests  {self.max_requests:8,}      at most, each with up to {c.max_budget_tokens:,} "
+                f"tokens on the device (front and back window: {self.request_bytes / GIB:.4f} GiB)",
             ]
         )
 
@@ -114,8 +114,8 @@ def plan_memory(
         max_requests = min(max_requests, num_blocks // blocks_per_request)
     if max_requests < 1:
         raise ValueError(
-            f"FreeKV: {max(blocks_bytes, 0) / GIB:.3f} GiB of device blocks cannot hold one request, whose front and back "
-            f"window take {blocks_per_request * layer_blocks_bytes / GIB:.3f} GiB at a budget of "
+            f"FreeKV: {max(blocks_bytes, 0) / GIB:.3f} GiB of device blocks cannot hold one request, whose front and "
+            f"back window take {blocks_per_request * layer_blocks_bytes / GIB:.3f} GiB at a budget of "
             f"{config.max_budget_tokens:,} tokens; raise --freekv-device-blocks-memory or --mem-fraction-static, or "
             f"lower --freekv-max-budget, --freekv-budget or --freekv-host-memory (page summaries take 1/32 of it)"
         )

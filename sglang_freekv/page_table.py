@@ -44,3 +44,17 @@ def window_keys(window: torch.Tensor, page_table: torch.Tensor, num_pages: torch
     is_valid = (window >= 0) & (window < num_pages[:, None, None])
     pages = page_table.gather(1, window.where(is_valid, 0).flatten(1)).view_as(window).where(is_valid, 0)
     return WindowKeys(pages * window.shape[1] + torch.arange(window.shape[1])[:, None], is_valid)
+
+
+def every_key(page_table: torch.Tensor, num_pages: torch.Tensor, num_kv_heads: int) -> WindowKeys:
+    """Keys of all pages of each request, in order: the window of a request within its budget, and of a dense layer.
+
+    Parameters
+    ----------
+    page_table : int64, ``[batch_size, max_pages]``
+    num_pages : int64, ``[batch_size]``
+    num_kv_heads : int
+    """
+    is_valid = torch.arange(page_table.shape[1]) < num_pages[:, None]
+    keys = page_table.where(is_valid, 0)[:, None] * num_kv_heads + torch.arange(num_kv_heads)[:, None]
+    return WindowKeys(keys, is_valid[:, None].expand_as(keys))

@@ -71,11 +71,15 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
                 CpuPlatform._dealt_cores = os.environ[_THREADS_BIND] = split_cores(server_args.tp_size)
 
     def init_backend(self) -> None:
-        """Prepare one rank: its share of the threads, and no NCCL, which comes with CUDA builds of torch."""
+        """Prepare one rank: no NCCL, which comes with the CUDA build of torch, and its share of the threads.
+
+        One core is left to the processes that tokenize and answer: threads that wait for each other actively
+        slow a decode step down tenfold where these take a core away from them. OMP_NUM_THREADS overrides it.
+        """
         os.environ.setdefault(_NCCL_PATH, _NO_LIBRARY)
-        ranks = os.environ.get(_THREADS_BIND, "").split("|")
-        if len(ranks) > 1:
-            torch.set_num_threads(max(1, torch.get_num_threads() // len(ranks)))
+        if "OMP_NUM_THREADS" not in os.environ:
+            ranks = len(os.environ.get(_THREADS_BIND, "").split("|"))
+            torch.set_num_threads(max(1, (torch.get_num_threads() - 1) // ranks))
 
 
 def split_cores(num_ranks: int) -> str:

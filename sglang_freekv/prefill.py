@@ -141,13 +141,9 @@ class Prefill:
             blocks.claim(layer, missing, protect_from=blocks.back_stamp, stamp=blocks.front_stamp)
         kv_indices = blocks.lookup(layer, keys)
         is_resident = kv_indices >= 0
-        ops.recall_blocks(
-            self.memory.host.kv, layer, keys[is_resident], kv_indices[is_resident], blocks.kv[layer]
-        )
+        ops.recall_blocks(self.memory.host.kv, layer, keys[is_resident], kv_indices[is_resident], blocks.kv[layer])
 
-    def _attend(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
-    ) -> torch.Tensor:
+    def _attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
         """Causal attention of each request's queries to its prefix and to the chunk."""
         plan, host_kv, arena = self._plan, self.memory.host.kv[:, layer], self.memory.arena[layer % 2]
         states = [ops.attend_ragged(q[own], k[own], v[own], scale, causal=True) for own in plan.queries]

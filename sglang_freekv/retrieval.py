@@ -11,7 +11,7 @@ import torch
 
 import freekv_kernels as ops
 from sglang_freekv.kv_memory import KVMemory
-from sglang_freekv.page_table import WindowKeys, snapshot_page_table, window_keys
+from sglang_freekv.page_table import WindowKeys, every_key, snapshot_page_table, window_keys
 
 
 @dataclass
@@ -26,6 +26,7 @@ class DecodePlan:
     num_pages: torch.Tensor  # int64 [batch_size]
     num_pages_next: torch.Tensor  # int64 [batch_size], with one token more
     is_over: torch.Tensor  # bool [batch_size], the request exceeds its budget in this step
+    num_over: int  # such requests
     over_next: torch.Tensor  # int64, batch indices of the requests that do in the next step
     within_next: torch.Tensor  # int64, the others
     every_page: WindowKeys  # all pages of each request: what dense layers and requests within the budget read
@@ -72,8 +73,6 @@ class Retrieval:
         memory.counters.decoded_tokens += len(seq_lens)
 
         window_pages = torch.minimum(num_pages, budget)
-        num_heads = memory.geometry.num_kv_heads
-        everything = torch.arange(page_table.shape[1]).expand(len(rows), num_heads, -1)
         self._plan = DecodePlan(
             rows=rows,
             slots=slots,
@@ -83,9 +82,10 @@ class Retrieval:
             num_pages=num_pages,
             num_pages_next=num_pages_next,
             is_over=is_over,
+            num_over=int(is_over.sum()),
             over_next=is_over_next.nonzero().flatten(),
             within_next=(~is_over_next).nonzero().flatten(),
-            every_page=window_keys(everything, page_table, num_pages),
+            every_page=every_key(page_table, num_pages, memory.geometry.num_kv_heads),
         )
         return self._plan
 
@@ -105,9 +105,8 @@ class Retrieval:
         plan, memory, g = self._plan, self.memory, self.memory.geometry
         q = q.view(-1, g.num_kv_heads, g.group_size, g.head_dim)
         blocks = memory.blocks
-        ops.append_tokens(
-            k, v, plan.slots, memory.host.kv[:, layer], memory.host.summary[layer], blocks.kv[layer], blocks.table[layer]
-        )
+        host_kv, summary = memory.host.kv[:, layer], memory.host.summary[layer]
+        ops.append_tokens(k, v, plan.slots, host_kv, summary, blocks.kv[layer], blocks.table[layer])
         if layer in blocks.dense_layers:
             kv_indices, kv_lens = blocks.lookup(layer, plan.every_page.keys), plan.seq_lens
             return ops.attend_window(q, blocks.kv[layer], kv_indices, kv_lens, scale).flatten(1, 2)
@@ -120,7 +119,8 @@ class Retrieval:
         out = ops.attend_window(q, blocks.kv[layer], kv_indices, plan.window_lens, scale)
         if scores is not None:
             self._retrieve(layer, scores)
-        memory.windows.last_q[layer][plan.rows] = q
+            # Compared with in the next step, which a request within its budget need not do.
+            memory.windows.last_q[layer][plan.rows] = q
         return out.flatten(1, 2)
 
     def score(self, layer: int, q: torch.Tensor) -> torch.Tensor:
@@ -146,7 +146,7 @@ class Retrieval:
         plan, windows, counters = self._plan, self.memory.windows, self.memory.counters
         similarity = ops.compare_queries(q, windows.last_q[layer][plan.rows])
         is_flagged = plan.is_over[:, None] & (similarity < self.memory.config.tau)
-        counters.rows += int(plan.is_over.sum()) * is_flagged.shape[1]
+        counters.rows += plan.num_over * is_flagged.shape[1]
         counters.flagged_rows += int(is_flagged.sum())
         index, head = is_flagged[plan.over_next].nonzero(as_tuple=True)
         if len(index):
@@ -158,7 +158,7 @@ class Retrieval:
         """Blocks (int64 ``[B, H, num_entries]``) of the front windows, after fetching what has none."""
         plan, blocks, counters = self._plan, self.memory.blocks, self.memory.counters
         keys, is_valid = plan.every_page
-        if plan.is_over.any():
+        if plan.num_over:
             front = self.memory.windows.front(layer)[plan.rows]
             keys, is_valid = window_keys(front, plan.page_table, plan.num_pages)
         kv_indices = blocks.lookup(layer, keys)

@@ -193,3 +193,22 @@ def test_released_pages_are_sorted_back_when_the_free_list_runs_short():
     empty, full = torch.tensor([0]), torch.tensor([4 * 32])
     slots = allocator.alloc_extend(empty, empty, full, full, torch.tensor([-1]), 4 * 32)
     assert torch.equal(slots, torch.arange(32, 5 * 32))
+
+
+@pytest.mark.parametrize(
+    "environment, threads",
+    [({}, 7), ({"SGLANG_CPU_OMP_THREADS_BIND": "0,1|2,3"}, 3), ({"OMP_NUM_THREADS": "8"}, 8)],
+    ids=["one-rank", "two-ranks", "chosen-by-the-user"],
+)
+def test_a_rank_leaves_a_core_to_the_other_processes(environment, threads, monkeypatch):
+    for name in ("SGLANG_CPU_OMP_THREADS_BIND", "SGLANG_NCCL_SO_PATH", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    before = torch.get_num_threads()
+    torch.set_num_threads(8)
+    try:
+        platform.CpuPlatform().init_backend()
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)

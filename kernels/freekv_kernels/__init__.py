@@ -1,4 +1,4 @@
-"""The operations of KV retrieval, one file each, as torch references: the specification that every kernel is tested against.
+"""The operations of KV retrieval, one file each, as torch references: the specification of every kernel.
 
 This package imports torch only, never SGLang. All ops work on one layer; a row is one (request, KV head).
 Pages are `[..., 2, page_size, head_dim]` records, K first, head-major (HND).

@@ -47,6 +47,9 @@ def append_tokens(
     torch.maximum(bounds[:, :, 1], k, out=bounds[:, :, 1])
     summary[pages] = bounds
 
-    blocks = block_table[pages]  # [batch_size, num_kv_heads]
-    row, head = (blocks >= 0).nonzero(as_tuple=True)
-    block_kv[blocks[row, head].long(), :, offsets[row]] = kv[row, head]
+    blocks = block_table[pages].flatten().long()  # [batch_size * num_kv_heads]
+    kv, offsets = kv.flatten(0, 1), offsets.repeat_interleave(block_table.shape[1])
+    is_resident = blocks >= 0
+    if not is_resident.all():
+        blocks, kv, offsets = blocks[is_resident], kv[is_resident], offsets[is_resident]
+    block_kv[blocks, :, offsets] = kv

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 
-
 # Blocks looked at first beyond a few per victim: most of what the hand meets may be taken.
 _SEARCH_MARGIN = 64
 

@@ -1,8 +1,7 @@
 """Pools: sizes, the token pool and the request pool.
 
-SGLang profiles the device, derives one token capacity from it and builds its pools for that. Here tokens are bounded by
-the host store and requests by the device blocks, and both pools are ours. No registry reaches these three steps; if they
-move, `install` refuses the release.
+SGLang profiles the device, derives one token capacity from it and builds its pools for that. Here tokens are bounded
+by the host store and requests by the device blocks, and both pools are ours. No registry reaches these steps.
 """
 
 from __future__ import annotations

@@ -42,9 +42,7 @@ CASES = [  # pages of each request, budgets, sink, recent, width
 def test_the_window_equals_the_loop(num_pages, budgets, sink, recent, width, pooling):
     max_pages = min(32, max(num_pages))
     scores = torch.randn(len(num_pages), 2, 3, max_pages, dtype=torch.float32)
-    window = select_pages(
-        scores, torch.tensor(num_pages), torch.tensor(budgets), sink, recent, width, pooling
-    )
+    window = select_pages(scores, torch.tensor(num_pages), torch.tensor(budgets), sink, recent, width, pooling)
     assert window.dtype == torch.int32 and window.shape == (len(num_pages), 2, width)
     for b, (n, budget) in enumerate(zip(num_pages, budgets, strict=True)):
         for h in range(2):

@@ -11,12 +11,12 @@ import sys
 import types
 from importlib import import_module
 
-import freekv_patches
 import pytest
-from freekv_patches import ALL_PATCHES, IncompatibleSGLang, launch, patch, requests
-from freekv_patches.patch import Patch, check_applied, check_version, install
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
+import freekv_patches
+from freekv_patches import ALL_PATCHES, IncompatibleSGLang, launch, patch, requests
+from freekv_patches.patch import Patch, check_applied, check_version, install
 from sglang_freekv import plugin
 from sglang_freekv.config import FreeKVConfig
 

@@ -15,7 +15,7 @@ from server.oracles.audit_run import STRICT
 @pytest.fixture(scope="module")
 def server(small_model: Path) -> Iterator[http_server.ScriptedHttpServer]:
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in STRICT.items():
+        for name, value in {**STRICT, "OMP_NUM_THREADS": "1"}.items():  # the tensors are tiny
             patch.setenv(name, value)
         patch.setattr(http_server, "_launch_scripted_http_server", scripts.launch_with_plugins)
         # The scheduler leaves on request, but the process that serves HTTP waits for a signal.
