@@ -62,7 +62,7 @@ test: $(INSTALLED)
 
 bench-cpu: $(INSTALLED)
 	$(RUN) -m benchmarks.bench_cpu $(BENCH_FLAGS)
-	$(RUN) -m benchmarks.records benchmarks/README.md
+	$(RUN) -m benchmarks.records benchmarks/README.md README.md
 
 lint: $(INSTALLED)
 	@$(RUN) -m ruff --version >/dev/null 2>&1 || $(RUN) -m pip install -q ruff
