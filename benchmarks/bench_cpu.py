@@ -38,6 +38,8 @@ PAGE_SIZE = 32
 BUILD = ROOT / "build" / "bench_cpu"
 # Streaming costs the client's and the tokenizer's share of two cores; messages of eight tokens make it small.
 STREAM_INTERVAL = 8
+# Above the largest batch: the requests of the cell before may not have left when the next batch comes.
+SPARE_REQUESTS = 4
 _COUNTERS = ("recalled_bytes", "decoded_tokens", "rows", "flagged_rows", "hits", "misses", "absent_pages")
 GOALS = {(32768, 8): 4.0, (1024, 8): 0.9, (1024, 1): 0.9}  # (context, batch) -> least ratio
 
@@ -206,7 +208,7 @@ def start_servers(args: argparse.Namespace, stack: contextlib.ExitStack) -> Iter
     TinyModel().write(model)
     tokens = sum(args.contexts) * (max(args.batches) if args.distinct else 1) + 32768
     common = f"--model-path {model} --page-size {PAGE_SIZE} --dtype bfloat16 --device cpu --sampling-backend pytorch"
-    common += f" --max-running-requests {max(args.batches)} --max-total-tokens {tokens}"
+    common += f" --max-running-requests {max(args.batches) + SPARE_REQUESTS} --max-total-tokens {tokens}"
     common += f" --chunked-prefill-size {args.chunk} --stream-interval {STREAM_INTERVAL}"
     common += " --sleep-on-idle --watchdog-timeout 100000"  # a frozen server is not a hung one
     flags = common.split()
