@@ -210,6 +210,7 @@ def start_servers(args: argparse.Namespace, stack: contextlib.ExitStack) -> Iter
     common = f"--model-path {model} --page-size {PAGE_SIZE} --dtype bfloat16 --device cpu --sampling-backend pytorch"
     common += f" --max-running-requests {max(args.batches) + SPARE_REQUESTS} --max-total-tokens {tokens}"
     common += f" --chunked-prefill-size {args.chunk} --stream-interval {STREAM_INTERVAL}"
+    common += " --mem-fraction-static 0.8"  # the default leaves nothing beside the buffers of a large chunk
     common += " --sleep-on-idle --watchdog-timeout 100000"  # a frozen server is not a hung one
     flags = common.split()
     retrieval = ["--kv-retrieval", "freekv", "--freekv-budget", str(args.budget)]
