@@ -196,7 +196,8 @@ class Bench:
         ratio: float | None = None,
         against: str = BASELINE,
     ) -> None:
-        params = {"context": cell.context, "batch": cell.batch, "budget": self.args.budget}
+        params = {"layers": self.args.layers, "context": cell.context, "batch": cell.batch}
+        params["budget"] = self.args.budget
         params |= {"prompts": "distinct"} if self.args.distinct else {}
         baseline = against if baseline_value is not None else None
         self.writer.write(metric, value, unit, params, baseline=baseline, baseline_value=baseline_value, ratio=ratio)
@@ -205,7 +206,7 @@ class Bench:
 def start_servers(args: argparse.Namespace, stack: contextlib.ExitStack) -> Iterator[Server]:
     """Start plain SGLang, then FreeKV, each frozen when it is ready; `stack` ends them."""
     model = BUILD / "model"
-    TinyModel().write(model)
+    TinyModel(layers=args.layers).write(model)
     tokens = sum(args.contexts) * (max(args.batches) if args.distinct else 1) + 32768
     common = f"--model-path {model} --page-size {PAGE_SIZE} --dtype bfloat16 --device cpu --sampling-backend pytorch"
     common += f" --max-running-requests {max(args.batches) + SPARE_REQUESTS} --max-total-tokens {tokens}"
@@ -261,6 +262,7 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 4096, 16384, 32768], help="tokens")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="requests")
+    parser.add_argument("--layers", type=int, default=4, help="of the model; prefill time grows with them")
     parser.add_argument("--budget", type=int, default=2048, help="tokens")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each server per cell")
     parser.add_argument("--steps", type=int, default=32, help=f"decode steps per turn, a multiple of {STREAM_INTERVAL}")
