@@ -19,6 +19,7 @@ from sglang_freekv.audit import audit_blocks, audit_summaries, audit_windows
 from sglang_freekv.config import FreeKVConfig
 from sglang_freekv.geometry import Geometry
 from simulated_requests import PAGE, Request, SimulatedEngine
+from small_engine import two_requests
 
 GEOMETRY = Geometry(num_layers=1, num_qo_heads=4, num_kv_heads=2, head_dim=16, dtype=torch.float32)
 CONFIG = FreeKVConfig(
@@ -183,14 +184,7 @@ def test_random_lives_of_requests_keep_every_invariant(seed: int) -> None:
 
 @pytest.fixture
 def engine() -> SimulatedEngine:
-    """Two requests that decode, the first over its budget and the second within, and blocks that are free."""
-    engine = SimulatedEngine(GEOMETRY, CONFIG, num_blocks=200)
-    for seed, prompt_tokens in enumerate([9 * PAGE, 2 * PAGE]):
-        request = engine.start(make_trace(GEOMETRY, prompt_tokens + 60, seed), prompt_tokens)
-        engine.prefill_whole(request)
-    for _ in range(5):
-        engine.decode()
-    return engine
+    return two_requests(GEOMETRY, CONFIG)
 
 
 def test_a_page_that_changes_owner_forgets_its_blocks_and_only_its_own(engine: SimulatedEngine) -> None:

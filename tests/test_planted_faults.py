@@ -7,11 +7,11 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from random_traces import make_trace
 from sglang_freekv.audit import AuditError, audit_blocks, audit_summaries, audit_windows
 from sglang_freekv.config import FreeKVConfig
 from sglang_freekv.geometry import Geometry
 from simulated_requests import PAGE, SimulatedEngine
+from small_engine import two_requests
 
 GEOMETRY = Geometry(num_layers=1, num_qo_heads=4, num_kv_heads=2, head_dim=16, dtype=torch.float32)
 CONFIG = FreeKVConfig(budget_tokens=4 * PAGE, max_budget_tokens=5 * PAGE, sink_tokens=PAGE, recent_tokens=PAGE)
@@ -19,14 +19,7 @@ CONFIG = FreeKVConfig(budget_tokens=4 * PAGE, max_budget_tokens=5 * PAGE, sink_t
 
 @pytest.fixture
 def engine() -> SimulatedEngine:
-    """Two requests that decode, the first over its budget and the second within, and blocks that are free."""
-    engine = SimulatedEngine(GEOMETRY, CONFIG, num_blocks=200)
-    for seed, prompt_tokens in enumerate([9 * PAGE, 2 * PAGE]):
-        request = engine.start(make_trace(GEOMETRY, prompt_tokens + 60, seed), prompt_tokens)
-        engine.prefill_whole(request)
-    for _ in range(5):
-        engine.decode()
-    return engine
+    return two_requests(GEOMETRY, CONFIG)
 
 
 def audit(engine: SimulatedEngine) -> None:
