@@ -1,12 +1,13 @@
 # make serve      set everything up and serve a small model with KV retrieval
 # make test       set everything up and run the tests      (PYTEST_FLAGS="-k radix")
 # make bench-cpu  plain SGLang and FreeKV side by side     (BENCH_FLAGS=--quick)
+# make gpu-suite  tests and numbers that need a GPU        (SUITE_FLAGS=--rehearse: without one)
 # make lint, make clean
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help serve test bench-cpu lint clean
+.PHONY: help serve test bench-cpu gpu-suite lint clean
 
 # The first that runs and is recent enough.
 PYTHON ?= $(shell for python in python3.12 python3.11 python3; do \
@@ -18,6 +19,7 @@ PORT ?= 30000
 SERVE_FLAGS ?= --freekv-host-memory 1
 PYTEST_FLAGS ?=
 BENCH_FLAGS ?=
+SUITE_FLAGS ?=
 # The environment takes 11 GB, and the downloads as much again for a moment.
 MIN_FREE_GB ?= 20
 
@@ -63,6 +65,9 @@ test: $(INSTALLED)
 bench-cpu: $(INSTALLED)
 	$(RUN) -m benchmarks.bench_cpu $(BENCH_FLAGS)
 	$(RUN) -m benchmarks.records benchmarks/README.md README.md
+
+gpu-suite: $(INSTALLED)
+	$(RUN) -m benchmarks.gpu_suite $(SUITE_FLAGS)
 
 lint: $(INSTALLED)
 	@$(RUN) -m ruff --version >/dev/null 2>&1 || $(RUN) -m pip install -q ruff

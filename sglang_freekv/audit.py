@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from freekv_kernels import Batch, Count, Read
 from sglang_freekv.kv_memory import KVMemory
-from sglang_freekv.retrieval import DecodePlan, Retrieval
+from sglang_freekv.retrieval import Retrieval, select_windows
 
 # Compared at a time, to bound the memory of the comparison.
 _BLOCKS_PER_CHUNK = 4096
@@ -16,18 +17,22 @@ class AuditError(RuntimeError):
 
 
 def audit_blocks(memory: KVMemory) -> None:
-    """Raise AuditError where a resident block differs from its host page, bit for bit, in a written token."""
+    """Raise AuditError where a resident block differs from its host page, bit for bit, in a written token.
+
+    The comparison runs on the CPU; reading the blocks waits for the device to have written both.
+    """
     memory.check_integrity()
     g = memory.geometry
     bits = torch.int16 if g.dtype.itemsize == 2 else torch.int32
-    offsets = torch.arange(g.page_size)
-    for layer, owner in enumerate(memory.blocks.owner):
+    offsets, filled = torch.arange(g.page_size), memory.host.filled.cpu()
+    for layer, block_kv in enumerate(memory.blocks.kv):
+        owner = memory.blocks.owner(layer).cpu()
         for blocks in (owner >= 0).nonzero().flatten().split(_BLOCKS_PER_CHUNK):
-            keys = owner[blocks].long()
+            keys = owner[blocks]
             pages, heads = keys // g.num_kv_heads, keys % g.num_kv_heads
+            on_device = block_kv[blocks.to(block_kv.device)].cpu().view(bits)
             on_host = memory.host.kv[pages, layer, heads].view(bits)  # [n, 2, page_size, head_dim]
-            on_device = memory.blocks.kv[layer][blocks].view(bits)
-            is_written = (offsets < memory.host.filled[pages][:, None])[:, None, :, None]
+            is_written = (offsets < filled[pages][:, None])[:, None, :, None]
             is_wrong = ((on_host != on_device) & is_written).flatten(1).any(1).nonzero().flatten()
             if len(is_wrong):
                 i = is_wrong[0]
@@ -39,17 +44,18 @@ def audit_blocks(memory: KVMemory) -> None:
 
 def audit_summaries(memory: KVMemory, pages: torch.Tensor) -> None:
     """Raise AuditError where the summary of one of `pages` (int64) is not the min and max of its keys on the host."""
-    g = memory.geometry
-    pages = pages[memory.host.filled[pages] > 0].unique()
-    is_written = torch.arange(g.page_size) < memory.host.filled[pages][:, None]
+    g, pages, filled = memory.geometry, pages.cpu(), memory.host.filled.cpu()
+    pages = pages[filled[pages] > 0].unique()
+    is_written = torch.arange(g.page_size) < filled[pages][:, None]
     is_written = is_written[:, None, :, None]  # of [n, num_kv_heads, page_size, head_dim]
-    for layer in range(g.num_layers):
-        keys = memory.host.kv[pages, layer, :, 0]
+    for layer in memory.layers:
+        keys = layer.host_kv[pages, :, 0]
         low = keys.masked_fill(~is_written, float("inf")).amin(2)
         high = keys.masked_fill(~is_written, float("-inf")).amax(2)
-        is_wrong = (memory.host.summary[layer, pages] != torch.stack((low, high), 2)).flatten(1).any(1)
+        summary = layer.summary[pages.to(layer.summary.device)].cpu()
+        is_wrong = (summary != torch.stack((low, high), 2)).flatten(1).any(1)
         if is_wrong.any():
-            raise AuditError(f"layer {layer}: wrong summary of host page {int(pages[is_wrong][0])}")
+            raise AuditError(f"layer {layer.number}: wrong summary of host page {int(pages[is_wrong][0])}")
 
 
 def audit_windows(retrieval: Retrieval) -> None:
@@ -58,29 +64,30 @@ def audit_windows(retrieval: Retrieval) -> None:
     Front windows must have their form: sink, ascending pages, recent, within the budget. Back windows must be what this
     step's queries select.
     """
-    memory, plan = retrieval.memory, retrieval.last_plan
-    if memory.counters.absent_pages:
-        raise AuditError(f"{memory.counters.absent_pages} pages were absent when attention ran")
-    for layer in range(memory.geometry.num_layers):
-        if layer in memory.blocks.dense_layers:
+    memory, batch = retrieval.memory, retrieval.last_plan.batch
+    if absent := memory.counters[Count.ABSENT_PAGES]:
+        raise AuditError(f"{absent} pages were absent when attention ran")
+    front, back = int(batch.step) % 2, (int(batch.step) + 1) % 2
+    is_over_next = batch.num_pages_next > batch.budget_pages
+    for layer in memory.layers:
+        if layer.number in memory.blocks.dense_layers:
             continue
-        _audit_form(memory, plan, layer)
-        if len(plan.over_next):
-            scores = retrieval.score(layer, memory.windows.last_q[layer][plan.rows])
-            back = memory.windows.back(layer)[plan.rows[plan.over_next]]
-            is_wrong = (back != retrieval.select(scores, plan.num_pages_next)).any(-1)
-            if is_wrong.any():
-                index, head = is_wrong.nonzero()[0].tolist()
-                row = int(plan.rows[plan.over_next][index])
-                raise AuditError(f"layer {layer}, row {row}, KV head {head}: the back window is not what q selects")
+        _audit_form(memory, batch, layer.number, layer.windows[front, batch.rows].long())
+        again = layer._replace(windows=layer.windows.clone())
+        select_windows(memory, again, batch, Read.BACK)
+        is_wrong = (again.windows[back, batch.rows] != layer.windows[back, batch.rows]).any(-1) & is_over_next[:, None]
+        if is_wrong.any():
+            index, head = is_wrong.nonzero()[0].tolist()
+            row = int(batch.rows[index])
+            raise AuditError(f"layer {layer.number}, row {row}, KV head {head}: the back window is not what q selects")
 
 
-def _audit_form(memory: KVMemory, plan: DecodePlan, layer: int) -> None:
+def _audit_form(memory: KVMemory, batch: Batch, layer: int, window: torch.Tensor) -> None:
+    """Check front windows ``[batch_size, num_kv_heads, max_budget_pages]``."""
     config = memory.config
-    column = torch.arange(config.max_budget_pages)
-    n, budget = plan.num_pages[:, None, None], memory.windows.budget_pages[plan.rows][:, None, None]
+    column = torch.arange(config.max_budget_pages, device=window.device)
+    n, budget = batch.num_pages[:, None, None], batch.budget_pages[:, None, None]
     length = torch.minimum(n, budget)
-    window = memory.windows.front(layer)[plan.rows].long()  # [batch_size, num_kv_heads, max_budget_pages]
     is_entry = column < length
     ascends = (window.diff(dim=-1) > 0) | ~is_entry[..., 1:]
     # From both ends: entry i is page i in the sink, and page n - length + i in the recent pages.
@@ -98,6 +105,6 @@ def _audit_form(memory: KVMemory, plan: DecodePlan, layer: int) -> None:
         if not is_ok.all():
             index, head, _ = (~is_ok).nonzero()[0].tolist()
             raise AuditError(
-                f"layer {layer}, row {int(plan.rows[index])}, KV head {head}: wrong window, {name}: "
-                f"{window[index, head].tolist()} at {plan.seq_lens[index]} tokens"
+                f"layer {layer}, row {int(batch.rows[index])}, KV head {head}: wrong window, {name}: "
+                f"{window[index, head].tolist()} at {int(batch.num_pages[index])} pages"
             )

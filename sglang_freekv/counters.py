@@ -2,22 +2,40 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import torch
+
+from freekv_kernels import Count
 
 
-@dataclass
 class Counters:
-    """Totals since start-up, over all layers. A row is one (request, KV head) of one layer and step."""
+    """Totals since start-up, over all layers; what they mean is said at `freekv_kernels.Count`.
 
-    steps: int = 0  # decode steps
-    decoded_tokens: int = 0
-    rows: int = 0  # rows of requests over their budget, dense layers excluded
-    flagged_rows: int = 0  # of those, rows whose query had moved: corrected before attention
-    hits: int = 0  # selected (page, head) pairs that were resident
-    misses: int = 0  # selected pairs that were recalled
-    demand_misses: int = 0  # pairs of a front window that had lost their block since it was written
-    recalled_bytes: int = 0
-    absent_pages: int = 0  # window entries without a block when attention ran: must stay 0
+    Attributes
+    ----------
+    values : int64, ``[len(Count)]``, device
+        Advanced by the ops.
+    steps, decoded_tokens : int
+    """
+
+    def __init__(self, block_bytes: int, device: str) -> None:
+        self.values = torch.zeros(len(Count), dtype=torch.int64, device=device)
+        self.steps = self.decoded_tokens = 0
+        self._block_bytes = block_bytes
+
+    def __getitem__(self, count: Count) -> int:
+        return int(self.values[count])
+
+    def reset(self) -> None:
+        """Forget warm-up forwards."""
+        self.values.zero_()
+        self.steps = self.decoded_tokens = 0
 
     def as_dict(self) -> dict[str, int]:
-        return asdict(self)
+        totals = {count.name.lower(): total for count, total in zip(Count, self.values.tolist(), strict=True)}
+        recalled_bytes = totals.pop("recalls") * self._block_bytes
+        return {
+            "steps": self.steps,
+            "decoded_tokens": self.decoded_tokens,
+            **totals,
+            "recalled_bytes": recalled_bytes,
+        }

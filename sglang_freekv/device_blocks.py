@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import groupby
+
 import torch
 
-import freekv_kernels as ops
-from sglang_freekv.counters import Counters
-from sglang_freekv.host_store import HostStore
+from freekv_kernels import BlockTables, KeyList, Ops
+from sglang_freekv.geometry import Geometry
+
+# Stamps are int32, two per step; long before they end, all of them become old.
+_LAST_STEP = 1 << 29
 
 
 class DeviceBlocks:
@@ -21,111 +25,75 @@ class DeviceBlocks:
     Attributes
     ----------
     kv : list over layers of model dtype ``[num_blocks, 2, page_size, head_dim]``, device
-    table : int32, ``[num_layers, num_pages, num_kv_heads]``, device
-        Block of each (page, head), -1 where not resident.
-    owner : list over layers of int32 ``[num_blocks]``, device
-        Key of each block, page * num_kv_heads + head; -1 where free.
-    last_used : list over layers of int32 ``[num_blocks + 1]``, device
-        Stamp of each block, -1 where free. The last entry is a sink, so that touching block -1 touches none.
-    free_blocks : list over layers of int32 ``[num_blocks]``; num_free : list over layers of int64 ``[1]``, device
-        A stack of the free blocks.
+    tables : BlockTables
+        Of all layers; of a dense layer only `table` is used.
+    step : int64, ``[1]``, device
+        Number of the decode step.
     """
 
     def __init__(
-        self, host: HostStore, counters: Counters, num_blocks: int, dense_layers: tuple[int, ...], device: str
+        self,
+        geometry: Geometry,
+        ops: Ops,
+        *,
+        num_pages: int,
+        num_blocks: int,
+        dense_layers: tuple[int, ...],
+        device: str,
     ) -> None:
-        g = host.geometry
-        self.host, self.counters, self.dense_layers = host, counters, frozenset(dense_layers)
-        num_keys = host.num_pages * g.num_kv_heads
-        self.num_blocks = [num_keys if layer in self.dense_layers else num_blocks for layer in range(g.num_layers)]
+        g = geometry
+        self.geometry, self.dense_layers, self._ops = g, frozenset(dense_layers), ops
+        self._num_keys = num_pages * g.num_kv_heads
+        layers = range(g.num_layers)
+        self.num_blocks = [self._num_keys if layer in self.dense_layers else num_blocks for layer in layers]
         self.kv = [torch.empty((n, 2, g.page_size, g.head_dim), dtype=g.dtype, device=device) for n in self.num_blocks]
-        self.table = torch.full((g.num_layers, host.num_pages, g.num_kv_heads), -1, dtype=torch.int32, device=device)
-        self.owner = [torch.full((n,), -1, dtype=torch.int32, device=device) for n in self.num_blocks]
-        self.last_used = [torch.full((n + 1,), -1, dtype=torch.int32, device=device) for n in self.num_blocks]
-        self.free_blocks = [torch.arange(n, dtype=torch.int32, device=device).flip(0) for n in self.num_blocks]
-        self.num_free = [torch.full((1,), n, dtype=torch.int64, device=device) for n in self.num_blocks]
-        self.hand = [torch.zeros(1, dtype=torch.int64, device=device) for _ in self.num_blocks]
-        self.step = 0
-        every_key = torch.arange(num_keys, dtype=torch.int32, device=device)
-        for layer in self.dense_layers:
-            self.table[layer] = every_key.view(host.num_pages, g.num_kv_heads)
-            self.owner[layer].copy_(every_key)
-            self.num_free[layer].zero_()
-
-    @property
-    def front_stamp(self) -> int:
-        return 2 * self.step
-
-    @property
-    def back_stamp(self) -> int:
-        return 2 * self.step + 1
-
-    def lookup(self, layer: int, keys: torch.Tensor) -> torch.Tensor:
-        """Blocks (int64) of keys of any shape, -1 where not resident."""
-        return self.table[layer].view(-1)[keys].long()
-
-    def touch(self, layer: int, blocks: torch.Tensor, stamp: int) -> None:
-        """Mark blocks (int64, any shape, -1 for none) as used."""
-        self.last_used[layer][blocks] = stamp
-
-    def claim(self, layer: int, keys: torch.Tensor, protect_from: int, stamp: int) -> torch.Tensor:
-        """Claim a block for each missing key (int64, no key twice); -1 for the last ones if victims run out."""
-        return ops.claim_blocks(
-            keys,
-            self.table[layer].view(-1),
-            self.owner[layer],
-            self.last_used[layer][:-1],
-            self.free_blocks[layer],
-            self.num_free[layer],
-            self.hand[layer],
-            protect_from,
-            stamp,
+        per_block = {"size": (g.num_layers, num_blocks), "dtype": torch.int32, "device": device}
+        per_layer = {"size": (g.num_layers,), "dtype": torch.int32, "device": device}
+        self.tables = BlockTables(
+            table=torch.full((g.num_layers, num_pages, g.num_kv_heads), -1, dtype=torch.int32, device=device),
+            owner=torch.full(fill_value=-1, **per_block),
+            last_used=torch.full(fill_value=-1, **per_block),
+            free_blocks=torch.arange(num_blocks, dtype=torch.int32, device=device).flip(0).repeat(g.num_layers, 1),
+            num_free=torch.full(fill_value=num_blocks, **per_layer),
+            hand=torch.zeros(**per_layer),
         )
+        self.step = torch.zeros(1, dtype=torch.int64, device=device)
+        every_key = torch.arange(self._num_keys, dtype=torch.int32, device=device)
+        for layer in self.dense_layers:
+            self.tables.table[layer] = every_key.view(num_pages, g.num_kv_heads)
+        # Runs of layers that share one launch.
+        runs = (list(run) for is_dense, run in groupby(layers, lambda x: x in self.dense_layers) if not is_dense)
+        self._cached_runs = [self.tables.layers(run[0], run[-1] + 1) for run in runs]
 
-    def recall(self, layer: int, keys: torch.Tensor, blocks: torch.Tensor) -> None:
-        """Fetch keys from the host store into their blocks."""
-        ops.recall_blocks(self.host.kv, layer, keys, blocks, self.kv[layer])
-        self.counters.recalled_bytes += len(keys) * self.host.geometry.block_bytes
+    def begin_step(self, number: int) -> None:
+        """Decode step `number` starts: the host counts the steps, the device follows."""
+        if number % _LAST_STEP == 0:
+            self.tables.last_used.clamp_(max=0)
+            self.step.fill_(1)  # the next step is even, as its predecessor was odd
+        self.step.add_(1)
 
-    def fetch(self, layer: int, keys: torch.Tensor, protect_from: int, stamp: int) -> int:
-        """Make keys (int64, repeats allowed) resident as far as victims allow: one claim, one copy each.
+    def release(self, keys: KeyList) -> None:
+        """Forget the blocks of pages that get a new owner."""
+        for layers in self._cached_runs:
+            self._ops.release_blocks(keys, layers)
 
-        Returns the number of keys fetched.
-        """
-        keys = keys.unique()
-        keys = keys[self.lookup(layer, keys) < 0]
-        blocks = self.claim(layer, keys, protect_from, stamp)
-        num_claimed = int((blocks >= 0).sum())
-        self.recall(layer, keys[:num_claimed], blocks[:num_claimed])
-        return num_claimed
+    def open(self, keys: KeyList) -> None:
+        """Claim blocks for the pages that the next decode step starts; nothing to copy yet."""
+        for layers in self._cached_runs:
+            self._ops.claim_blocks(keys, layers, self.step, protect_back=True, stamp_back=True)
 
-    def reset_pages(self, pages: torch.Tensor) -> None:
-        """Forget the blocks of pages (int64) that get a new owner."""
-        for layer in range(len(self.kv)):
-            if layer in self.dense_layers:
-                continue
-            blocks = self.table[layer][pages].flatten()
-            blocks = blocks[blocks >= 0].long()
-            num_free = int(self.num_free[layer])
-            self.free_blocks[layer][num_free : num_free + len(blocks)] = blocks.int()
-            self.num_free[layer] += len(blocks)
-            self.owner[layer][blocks] = -1
-            self.last_used[layer][blocks] = -1
-            self.table[layer][pages] = -1
-
-    def open_pages(self, pages: torch.Tensor) -> None:
-        """Claim blocks for pages (int64) that decoding is about to start; nothing to copy yet."""
-        num_kv_heads = self.host.geometry.num_kv_heads
-        keys = (pages[:, None] * num_kv_heads + torch.arange(num_kv_heads, device=pages.device)).flatten()
-        for layer in range(len(self.kv)):
-            if layer not in self.dense_layers:
-                self.claim(layer, keys, self.back_stamp, self.back_stamp)
+    def owner(self, layer: int) -> torch.Tensor:
+        """Key of each block of a layer, int64 ``[num_blocks]``, -1 where free."""
+        if layer in self.dense_layers:
+            return torch.arange(self._num_keys, device=self.step.device)
+        return self.tables.owner[layer].long()
 
     @property
     def num_resident(self) -> int:
         """Blocks in use over all layers but the dense ones."""
-        layers = range(len(self.kv))
-        return sum(self.num_blocks[i] - int(self.num_free[i]) for i in layers if i not in self.dense_layers)
+        num_free = self.tables.num_free.tolist()
+        layers = range(len(num_free))
+        return sum(self.num_blocks[i] - num_free[i] for i in layers if i not in self.dense_layers)
 
     @property
     def nbytes(self) -> int:
@@ -133,15 +101,18 @@ class DeviceBlocks:
 
     def check_integrity(self) -> None:
         """Raise if block table, owners, stamps and free blocks disagree."""
-        for layer, owner in enumerate(self.owner):
-            table = self.table[layer].view(-1)
+        for layer in range(len(self.kv)):
+            if layer in self.dense_layers:
+                continue
+            table, owner, last_used, free_blocks, num_free, _ = (x[layer] for x in self.tables)
+            table = table.view(-1)
             keys = (table >= 0).nonzero().flatten()
             held = (owner >= 0).nonzero().flatten()
             if len(keys) != len(held) or not (owner[table[keys].long()] == keys).all():
                 raise RuntimeError(f"device blocks: block table and owners of layer {layer} disagree")
-            free = self.free_blocks[layer][: int(self.num_free[layer])].long()
+            free = free_blocks[: int(num_free)].long()
             listed = torch.cat((free, held))
-            if not torch.equal(listed.sort().values, torch.arange(len(owner))):
+            if not torch.equal(listed.sort().values, torch.arange(len(owner), device=listed.device)):
                 raise RuntimeError(f"device blocks: a block of layer {layer} is not either free or owned, once")
-            if layer not in self.dense_layers and not (self.last_used[layer][free] == -1).all():
+            if not (last_used[free] == -1).all():
                 raise RuntimeError(f"device blocks: a free block of layer {layer} carries a stamp")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-import freekv_kernels as ops
 from sglang_freekv.geometry import Geometry
+from sglang_freekv.host_memory import PinnedMemory
 
 
 class HostStore:
@@ -15,11 +15,11 @@ class HostStore:
 
     Attributes
     ----------
-    kv : model dtype, ``[num_pages, num_layers, num_kv_heads, 2, page_size, head_dim]``, CPU
+    kv : model dtype, ``[num_pages, num_layers, num_kv_heads, 2, page_size, head_dim]``, CPU, pinned for a GPU
         One page is one self-contained record over all layers.
     summary : model dtype, ``[num_layers, num_pages, num_kv_heads, 2, head_dim]``, device
         Minimum and maximum of each page's post-RoPE keys.
-    filled : int32, ``[num_pages]``, CPU
+    filled : int32, ``[num_pages]``, device
         Tokens written to each page by its present owner.
     """
 
@@ -27,28 +27,33 @@ class HostStore:
         g = geometry
         self.geometry = g
         self.num_pages = num_pages
-        record = (g.num_layers, g.num_kv_heads, 2, g.page_size, g.head_dim)
-        self.kv = torch.empty((num_pages, *record), dtype=g.dtype)
+        shape = (num_pages, g.num_layers, g.num_kv_heads, 2, g.page_size, g.head_dim)
+        self._memory: PinnedMemory | None = None
+        if device == "cpu":
+            self.kv = torch.empty(shape, dtype=g.dtype)
+        else:
+            self._memory = PinnedMemory(num_pages * g.page_bytes)
+            self.kv = self._memory.tensor.view(g.dtype).view(shape)
         self.summary = torch.empty(
             (g.num_layers, num_pages, g.num_kv_heads, 2, g.head_dim), dtype=g.dtype, device=device
         )
-        self.filled = torch.zeros(num_pages, dtype=torch.int32)
+        self.filled = torch.zeros(num_pages, dtype=torch.int32, device=device)
 
     def mark_filled(self, slots: torch.Tensor) -> None:
-        """Record that tokens are written to `slots` (int64); the tokens of a page come in order."""
-        pages, offsets = slots // self.geometry.page_size, slots % self.geometry.page_size
-        self.filled[pages[offsets == 0]] = 0
-        written = (offsets + 1).to(torch.int32)
-        self.filled.scatter_reduce_(0, pages, written, "amax")
-
-    def store(self, layer: int, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor) -> None:
-        """Write a prefill chunk: K and V ``[num_tokens, num_kv_heads, head_dim]``, and its pages' summaries."""
-        ops.store_tokens(self.kv[:, layer], k, v, slots)
-        ops.summarize_pages(self.summary[layer], k, slots, self.geometry.page_size)
+        """Record that tokens are written to `slots` (int64, device); the tokens of a page come in order."""
+        pages, offsets = slots // self.geometry.page_size, (slots % self.geometry.page_size).int()
+        # The first token of a page starts its count anew; a page's own tokens only raise it.
+        self.filled.scatter_(0, pages.where(offsets == 0, 0), 0)
+        self.filled.scatter_reduce_(0, pages, offsets + 1, "amax")
 
     @property
     def nbytes(self) -> int:
         return self.kv.nbytes
+
+    def release(self) -> None:
+        """Unpin the memory; no GPU may use the store after this."""
+        if self._memory is not None:
+            self._memory.release()
 
     def check_integrity(self) -> None:
         if not ((self.filled >= 0) & (self.filled <= self.geometry.page_size)).all():

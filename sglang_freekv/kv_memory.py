@@ -1,19 +1,39 @@
-"""The memory side of the engine: host store, device blocks, windows and prefill arena of one rank."""
+"""The memory side of the engine: every tensor of one rank, allocated once at start-up."""
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
+from freekv_kernels import REFERENCE, Batch, BlockTables, FlagList, KeyList, MissList, Ops, triton_ops
 from sglang_freekv.config import FreeKVConfig
 from sglang_freekv.counters import Counters
 from sglang_freekv.device_blocks import DeviceBlocks
 from sglang_freekv.geometry import Geometry
 from sglang_freekv.host_store import HostStore
+from sglang_freekv.page_table import num_pages_of
 from sglang_freekv.windows import Windows
 
 
+class Layer(NamedTuple):
+    """What the ops read and write in one layer: views of the tensors of `KVMemory`."""
+
+    number: int
+    host_kv: torch.Tensor  # [num_pages, num_kv_heads, 2, page_size, head_dim], CPU
+    summary: torch.Tensor  # [num_pages, num_kv_heads, 2, head_dim]
+    block_kv: torch.Tensor  # [num_blocks, 2, page_size, head_dim]
+    blocks: BlockTables  # without the leading dimension
+    blocks_of_one: BlockTables  # with a leading dimension of 1
+    windows: torch.Tensor  # int32 [2, max_requests + 1, num_kv_heads, max_budget_pages]
+    last_q: torch.Tensor  # [max_requests + 1, num_kv_heads, group_size, head_dim]
+    flags: FlagList
+    front: MissList  # missing pages of the windows that this step reads
+    back: MissList  # of those that the next step reads
+
+
 class KVMemory:
-    """All tensors of KV retrieval, allocated once at start-up and released with the scheduler.
+    """All tensors of KV retrieval, released with the scheduler.
 
     Parameters
     ----------
@@ -25,7 +45,11 @@ class KVMemory:
         Device blocks per layer; dense layers have one per (page, head) instead.
     max_requests : int
         Rows of SGLang's request table; row 0 is padding and comes on top.
+    max_context : int
+        Most tokens of one request.
     device : str
+    ops : Ops, optional
+        By default Triton kernels on a GPU, and their references on a CPU.
     """
 
     def __init__(
@@ -36,47 +60,119 @@ class KVMemory:
         num_pages: int,
         num_blocks: int,
         max_requests: int,
+        max_context: int,
         device: str = "cpu",
+        ops: Ops | None = None,
     ) -> None:
-        self.geometry, self.config, self.max_requests, self.device = geometry, config, max_requests, device
-        self.counters = Counters()
-        self.host = HostStore(geometry, num_pages, device)
-        self.blocks = DeviceBlocks(self.host, self.counters, num_blocks, config.dense_layers, device)
-        self.windows = Windows(geometry, max_requests, config.max_budget_pages, device)
-        # [layer parity, arena_tokens, 2, num_kv_heads, head_dim]
-        self.arena = torch.empty(
-            (2, config.arena_tokens, 2, geometry.num_kv_heads, geometry.head_dim),
-            dtype=geometry.dtype,
+        g = geometry
+        self.geometry, self.config, self.max_requests, self.device = g, config, max_requests, device
+        self.ops = ops or (REFERENCE if device == "cpu" else triton_ops())
+        self.max_pages = num_pages_of(max_context, g.page_size)
+        self.counters = Counters(g.block_bytes, device)
+        self.host = HostStore(g, num_pages, device)
+        self.blocks = DeviceBlocks(
+            g,
+            self.ops,
+            num_pages=num_pages,
+            num_blocks=num_blocks,
+            dense_layers=config.dense_layers,
             device=device,
         )
+        self.windows = Windows(g, max_requests, config.max_budget_pages, device)
+        # [half, arena_tokens, 2, num_kv_heads, head_dim]
+        self.arena = torch.empty((2, config.arena_tokens, 2, g.num_kv_heads, g.head_dim), dtype=g.dtype, device=device)
+        self._allocate_step()
+        self.layers = [self._layer(number) for number in range(g.num_layers)]
+
+    def _allocate_step(self) -> None:
+        """Tables and lists of one step, at fixed addresses, as CUDA graphs hold them."""
+        g, max_requests, device = self.geometry, self.max_requests, self.device
+        num_rows = max_requests * g.num_kv_heads
+        num_entries = num_rows * self.config.max_budget_pages
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        per_request = [zeros(max_requests) for _ in range(5)]
+        page_table = zeros(max_requests, self.max_pages)
+        self._batch = Batch(*per_request[:2], page_table, *per_request[2:], self.blocks.step)
+        self._counts = zeros(3, g.num_layers, 1, dtype=torch.int32)  # of flags, front and back misses
+        self._flags = zeros(num_rows, dtype=torch.int32), zeros(num_rows, dtype=torch.bool)
+        self._misses = [
+            (zeros(num_entries), zeros(num_entries, dtype=torch.int32), zeros(num_entries, dtype=torch.int32))
+            for _ in ("front", "back")
+        ]
+        self.opened = KeyList(zeros(num_rows), zeros(1, dtype=torch.int32))
+        # Correction runs beside the speculation of an earlier layer, so each has its own. A CPU runs one after the
+        # other, and takes memory for the scores that it needs.
+        shape = (num_rows, g.group_size, self.max_pages)
+        self.scores = (
+            (None, None)
+            if device == "cpu"
+            else (zeros(*shape, dtype=torch.float32), zeros(*shape, dtype=torch.float32))
+        )
+
+    def _layer(self, number: int) -> Layer:
+        flag_rows, is_flagged = self._flags
+        flag_count, front_count, back_count = self._counts[:, number]
+        (front_keys, *front), (back_keys, *back) = self._misses
+        blocks_of_one = self.blocks.tables.layers(number, number + 1)
+        return Layer(
+            number=number,
+            host_kv=self.host.kv[:, number],
+            summary=self.host.summary[number],
+            block_kv=self.blocks.kv[number],
+            blocks=BlockTables(*(tensor[0] for tensor in blocks_of_one)),
+            blocks_of_one=blocks_of_one,
+            windows=self.windows.pages[:, number],
+            last_q=self.windows.last_q[number],
+            flags=FlagList(flag_rows, flag_count, is_flagged),
+            front=MissList(front_keys, front_count, *front),
+            back=MissList(back_keys, back_count, *back),
+        )
+
+    def batch(self, batch_size: int, max_pages: int | None = None) -> Batch:
+        """The tables for a decode step of `batch_size` requests; of `max_pages` pages where no graph holds them."""
+        rows, slots, page_table, *counts, step = self._batch
+        per_request = [tensor[:batch_size] for tensor in (rows, slots, *counts)]
+        return Batch(*per_request[:2], page_table[:batch_size, :max_pages], *per_request[2:], step)
+
+    def flags(self, layer: int, batch_size: int) -> FlagList:
+        """The list of flagged rows of a layer, for a batch."""
+        rows, count, is_flagged = self.layers[layer].flags
+        num_rows = batch_size * self.geometry.num_kv_heads
+        return FlagList(rows[:num_rows], count, is_flagged[:num_rows])
 
     def admit(self, row: int, budget_tokens: int | None = None) -> None:
         """A request takes `row` of the request table; its budget is the configured one unless given (tokens)."""
         budget_tokens = self.config.budget_tokens if budget_tokens is None else budget_tokens
-        self.windows.budget_pages[row] = budget_tokens // self.geometry.page_size
+        self.windows.admit(row, budget_tokens // self.geometry.page_size)
 
-    def begin_write(self, slots: torch.Tensor) -> None:
-        """Tokens are about to be written to `slots` (int64): pages that get their first token change owner."""
-        opened = slots[slots % self.geometry.page_size == 0] // self.geometry.page_size
-        if len(opened):
-            self.blocks.reset_pages(opened)
-        self.host.mark_filled(slots)
+    def clear_lists(self) -> None:
+        """Empty the lists of all layers."""
+        self._counts.zero_()
 
     def begin_step(self) -> None:
         """A decode step starts: the windows written for it come to the front."""
-        self.blocks.step += 1
-        self.windows.swap()
         self.counters.steps += 1
+        self.blocks.begin_step(self.counters.steps)
 
     def device_bytes(self) -> dict[str, int]:
         """Device memory by purpose, measured from the tensors."""
+        scores = sum(tensor.nbytes for tensor in self.scores if tensor is not None)
+        lists = sum(tensor.nbytes for lists in self._misses for tensor in lists)
         return {
             "device_blocks_bytes": self.blocks.nbytes,
-            "block_table_bytes": self.blocks.table.nbytes,
+            "block_table_bytes": sum(tensor.nbytes for tensor in self.blocks.tables),
             "page_summaries_bytes": self.host.summary.nbytes,
             "windows_bytes": self.windows.nbytes,
             "prefill_arena_bytes": self.arena.nbytes,
+            "workspace_bytes": scores + lists + self._batch.page_table.nbytes,
         }
+
+    def release(self) -> None:
+        """Give the host store's memory back to the system."""
+        self.host.release()
 
     def check_integrity(self) -> None:
         """Raise RuntimeError where an invariant of the pools is broken."""

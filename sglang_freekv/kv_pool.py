@@ -24,7 +24,7 @@ class FreeKVPool(KVCache):
     token-major buffer, as none exists.
     """
 
-    def __init__(self, plan: MemoryPlan, device: str, start_layer: int, end_layer: int) -> None:
+    def __init__(self, plan: MemoryPlan, max_context: int, device: str, start_layer: int, end_layer: int) -> None:
         g = plan.geometry
         super().__init__(
             plan.num_tokens,
@@ -43,6 +43,7 @@ class FreeKVPool(KVCache):
             num_pages=plan.num_pages + 1,
             num_blocks=plan.num_blocks,
             max_requests=plan.max_requests,
+            max_context=max_context,
             device=device,
         )
         logger.info(plan.describe())

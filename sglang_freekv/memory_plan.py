@@ -24,6 +24,7 @@ class MemoryPlan:
     summaries_bytes: int  # page summaries and block table
     arena_bytes: int
     windows_bytes: int
+    workspace_bytes: int  # buffers of a step on a GPU; 0 on a CPU, which allocates them step by step
     request_bytes: int  # device bytes that one running request may claim
 
     @property
@@ -39,6 +40,14 @@ class MemoryPlan:
         """One line per pool, in GiB and tokens, for the log."""
         c = self.config
         full = self.geometry.token_bytes
+        on_gpu = []
+        if self.workspace_bytes:
+            resident = min(self.num_blocks // self.geometry.num_kv_heads * self.geometry.page_size, self.num_tokens)
+            on_gpu = [
+                f"  step workspace    {self.workspace_bytes / GIB:8.3f} GiB  page table, scores, lists, FlashInfer",
+                f"  {resident:,} of the {self.num_tokens:,} tokens fit on the device, in all heads; as long as no more "
+                f"are in use, nothing is recalled from CPU memory",
+            ]
         return "\n".join(
             [
                 "FreeKV memory plan",
@@ -50,8 +59,32 @@ class MemoryPlan:
                 f"  windows           {self.windows_bytes / GIB:8.3f} GiB",
                 f"  running requests  {self.max_requests:8,}      at most, each with up to {c.max_budget_tokens:,} "
                 f"tokens on the device (front and back window: {self.request_bytes / GIB:.4f} GiB)",
+                *on_gpu,
             ]
         )
+
+
+def workspace_bytes(geometry: Geometry, config: FreeKVConfig, max_context: int, max_requests: int) -> int:
+    """Device bytes of the tables and lists of a decode step, at fixed addresses for CUDA graphs.
+
+    Not counted: graphs, activations and what prefill allocates; SGLang keeps ``1 - mem_fraction_static`` free for them.
+
+    Parameters
+    ----------
+    max_context : int
+        Most tokens of a request; bounds its page table.
+    max_requests : int
+        Rows of the largest batch.
+    """
+    g, width = geometry, config.max_budget_pages
+    max_pages = -(-max_context // g.page_size)
+    batch = 8 * (max_pages + 5)  # page table, row, slot, lengths, budget
+    scores = 2 * 4 * g.num_qo_heads * max_pages  # of the main and of the side stream
+    misses = 2 * (8 + 4 + 4) * g.num_kv_heads * width  # front and back: key, entry, block
+    flags, opened = (4 + 1) * g.num_kv_heads, 8 * g.num_kv_heads
+    window_attention = 4 * g.num_kv_heads * (width + 2)  # kv_indices, kv_indptr, last_page_len
+    dense_attention = 4 * g.num_kv_heads * (max_pages + 2) if config.dense_layers else 0
+    return max_requests * (batch + scores + misses + flags + opened + window_attention + dense_attention)
 
 
 def plan_memory(
@@ -62,6 +95,8 @@ def plan_memory(
     host_bytes: int,
     max_requests: int,
     max_total_tokens: int | None = None,
+    max_context: int | None = None,
+    attention_bytes: int = 0,
 ) -> MemoryPlan:
     """Divide the memory of one rank.
 
@@ -75,6 +110,10 @@ def plan_memory(
         Upper bound on running requests from SGLang.
     max_total_tokens : int, optional
         Upper bound on the host store's tokens (``--max-total-tokens``).
+    max_context : int, optional
+        On a GPU: most tokens of a request. Plans for the buffers of a step, too; see `workspace_bytes`.
+    attention_bytes : int
+        Workspaces of the attention library.
 
     Raises
     ------
@@ -104,11 +143,23 @@ def plan_memory(
     blocks_per_request = 2 * config.max_budget_pages * num_heads
     num_keys = (num_pages + 1) * num_heads  # with this many blocks everything stays resident
 
-    if config.device_blocks_memory_gib is not None:
-        blocks_bytes = int(config.device_blocks_memory_gib * GIB)
-    else:
-        fixed_bytes = dense_bytes + summaries_bytes + arena_bytes + (max_requests + 1) * window_bytes
-        blocks_bytes = device_bytes - fixed_bytes
+    def workspace(num_requests: int) -> int:
+        return 0 if max_context is None else workspace_bytes(g, config, max_context, num_requests)
+
+    left = device_bytes - dense_bytes - summaries_bytes - arena_bytes - attention_bytes - window_bytes
+    per_request = window_bytes + workspace(1)
+    blocks_bytes = None if config.device_blocks_memory_gib is None else int(config.device_blocks_memory_gib * GIB)
+    if max_context is not None:
+        # SGLang proposes thousands; buffers of requests that could never run would take the blocks' memory.
+        if blocks_bytes is not None:
+            fitting = (left - blocks_bytes) // per_request
+        else:
+            with_own_blocks = left // (per_request + blocks_per_request * layer_blocks_bytes)
+            with_all_resident = (left - num_keys * layer_blocks_bytes) // per_request
+            fitting = max(with_own_blocks, with_all_resident)
+        max_requests = min(max_requests, max(fitting, 1))
+    if blocks_bytes is None:
+        blocks_bytes = left - max_requests * per_request
     num_blocks = min(blocks_bytes // layer_blocks_bytes, num_keys) if layer_blocks_bytes else num_keys
     if num_blocks < num_keys:
         max_requests = min(max_requests, num_blocks // blocks_per_request)
@@ -130,5 +181,6 @@ def plan_memory(
         summaries_bytes=summaries_bytes,
         arena_bytes=arena_bytes,
         windows_bytes=(max_requests + 1) * window_bytes,
+        workspace_bytes=workspace(max_requests) + attention_bytes,
         request_bytes=blocks_per_request * layer_blocks_bytes + window_bytes,
     )

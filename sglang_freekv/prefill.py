@@ -1,49 +1,48 @@
-"""Prefill: write a chunk through to the host store and attend to the whole prefix, streamed through the arena."""
+"""Prefill: write a chunk through to the host store and attend to the whole prefix, streamed through the arena.
+
+Per layer:  attend to the chunk, then to the prefix, group by group from the arena
+            beside it: write the chunk through -> select the first windows -> fill the arena one group ahead
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
-import freekv_kernels as ops
-from sglang_freekv.kv_memory import KVMemory
-from sglang_freekv.page_table import num_pages_of, snapshot_page_table, window_keys
-from sglang_freekv.retrieval import prefetch_window
-
-
-@dataclass(frozen=True)
-class PrefixPiece:
-    """A run of one request's prefix pages, as laid out in the arena."""
-
-    request: int  # index in the batch
-    pages: torch.Tensor  # int64 [num_pages], host pages
-    first_token: int  # in the arena
-    num_tokens: int  # fewer than the pages hold where the prefix ends inside a page
+from freekv_kernels import Batch, KeyList, Read
+from sglang_freekv.kv_memory import KVMemory, Layer
+from sglang_freekv.page_table import num_pages_of, snapshot_page_table, to_device
+from sglang_freekv.prefix_pieces import PrefixPiece, cut_prefixes
+from sglang_freekv.retrieval import make_resident, select_windows
+from sglang_freekv.side_stream import SideStream
 
 
 @dataclass
 class PrefillPlan:
     """One extend batch, the same for all layers."""
 
-    rows: torch.Tensor  # int64 [batch_size]
     slots: torch.Tensor  # int64 [num_tokens], of the new tokens
-    page_table: torch.Tensor  # int64 [batch_size, max_pages]
-    queries: list[slice]  # of each request in the batch's tokens
+    page_starts: torch.Tensor  # int64 [num_runs + 1], index of the first token of each page, and num_tokens
+    opened: KeyList  # of the pages whose first token the chunk writes, the newest pages first
     groups: list[list[PrefixPiece]]  # the pieces of a group fit the arena together
-    new_keys: torch.Tensor  # int64, (page, head) keys of the written pages, the newest pages first
-    final: torch.Tensor  # int64, batch indices of the requests whose prompt is complete
-    num_pages: torch.Tensor  # int64 [batch_size], after the chunk
-    num_pages_next: torch.Tensor  # int64 [batch_size], at the first decode step
+    group_pages: list[torch.Tensor]  # int64, the host pages of each group
+    completed: Batch  # the requests whose prompt ends with this chunk
+    last_tokens: torch.Tensor  # int64, index of the last token of those in the batch
 
 
 class Prefill:
-    """The prefill side of the engine, for one rank. `plan` once per batch, then `run` for each layer in order."""
+    """The prefill side of the engine, for one rank. `plan` once per batch, then `run` for each layer in order.
 
-    def __init__(self, memory: KVMemory) -> None:
-        self.memory = memory
+    Everything that touches the host store or the block tables runs on the side stream, in order; so the arena is filled
+    while the layer before computes.
+    """
+
+    def __init__(self, memory: KVMemory, attention, side: SideStream) -> None:
+        self.memory, self._attention, self._side = memory, attention, side
         self._plan: PrefillPlan | None = None
+        self._num_fills = 0  # of the plan so far; fill i uses half i % 2 of the arena
+        self._fill_marks: list = []  # events after the fills
 
     @property
     def last_plan(self) -> PrefillPlan | None:
@@ -52,7 +51,9 @@ class Prefill:
     def plan(
         self,
         rows: torch.Tensor,
+        slots: torch.Tensor,
         req_to_token: torch.Tensor,
+        rows_cpu: list[int],
         prefix_lens: list[int],
         extend_lens: list[int],
         is_final: list[bool],
@@ -61,62 +62,88 @@ class Prefill:
 
         Parameters
         ----------
-        rows : int64, ``[batch_size]``
+        rows : int64, ``[batch_size]``, device
             `req_pool_idx` of the requests.
-        req_to_token : int32, ``[max_requests + 1, max_context]``
+        slots : int64, ``[num_tokens]``, device
+            Token slots of the chunk; the requests' tokens are concatenated.
+        req_to_token : int32, ``[max_requests + 1, max_context]``, device
             Token slots, those of the chunk included.
+        rows_cpu : list of int
+            `rows` on the host.
         prefix_lens, extend_lens : list of int
             Tokens already in the host store, and tokens of the chunk.
         is_final : list of bool
             Whether the prompt ends with this chunk.
         """
         memory, page_size = self.memory, self.memory.geometry.page_size
-        rows = rows.long()
         lens = [prefix + extend for prefix, extend in zip(prefix_lens, extend_lens, strict=True)]
-        spans = zip(rows.tolist(), prefix_lens, lens, strict=True)
-        slots = torch.cat([req_to_token[row, prefix:end] for row, prefix, end in spans]).long()
         page_table = snapshot_page_table(rows, req_to_token, max(lens), page_size)
-        memory.begin_write(slots)
-
-        ends = torch.tensor(extend_lens).cumsum(0).tolist()
-        num_heads = memory.geometry.num_kv_heads
-        pages = torch.unique_consecutive(slots // page_size).flip(0)
+        groups = list(cut_prefixes(page_table, prefix_lens, memory.config.arena_pages, page_size))
+        completed, last_tokens = self._completed(rows, rows_cpu, page_table, lens, extend_lens, is_final)
         self._plan = PrefillPlan(
-            rows=rows,
             slots=slots,
-            page_table=page_table,
-            queries=[slice(end - extend, end) for end, extend in zip(ends, extend_lens, strict=True)],
-            groups=list(self._groups(page_table, prefix_lens)),
-            new_keys=(pages[:, None] * num_heads + torch.arange(num_heads)).flatten(),
-            final=torch.tensor(is_final).nonzero().flatten(),
-            num_pages=torch.tensor([num_pages_of(n, page_size) for n in lens]),
-            num_pages_next=torch.tensor([num_pages_of(n + 1, page_size) for n in lens]),
+            page_starts=to_device(_page_starts(prefix_lens, extend_lens, page_size), memory.device),
+            opened=self._opened(page_table, prefix_lens, lens),
+            groups=groups,
+            group_pages=[torch.cat([piece.pages for piece in group]) for group in groups],
+            completed=completed,
+            last_tokens=last_tokens,
         )
+        memory.clear_lists()
+        memory.blocks.release(self._plan.opened)
+        memory.host.mark_filled(slots)
+        self._attention.plan(extend_lens, groups)
+        self._num_fills, self._fill_marks = 0, []
+        with self._side.fork():
+            self._side.keep(slots, self._plan.page_starts, *self._plan.opened, *self._plan.group_pages, *completed)
+            self._side.keep(last_tokens)
+            self._fill_next()
         return self._plan
 
-    def _groups(self, page_table: torch.Tensor, prefix_lens: list[int]) -> Iterator[list[PrefixPiece]]:
-        """Cut the prefixes of a batch into groups of pieces that fit the arena."""
-        page_size, capacity = self.memory.geometry.page_size, self.memory.config.arena_pages
-        group, used = [], 0
-        for request, prefix_len in enumerate(prefix_lens):
-            first, num_pages = 0, num_pages_of(prefix_len, page_size)
-            while first < num_pages:
-                if used == capacity:
-                    yield group
-                    group, used = [], 0
-                count = min(num_pages - first, capacity - used)
-                num_tokens = min(prefix_len - first * page_size, count * page_size)
-                pages = page_table[request, first : first + count]
-                group.append(PrefixPiece(request, pages, used * page_size, num_tokens))
-                first, used = first + count, used + count
-        if group:
-            yield group
+    def _completed(
+        self,
+        rows: torch.Tensor,
+        rows_cpu: list[int],
+        page_table: torch.Tensor,
+        lens: list[int],
+        extend_lens: list[int],
+        is_final: list[bool],
+    ) -> tuple[Batch, torch.Tensor]:
+        """The requests whose prompt is complete, at their first decode step, and the index of their last tokens."""
+        memory, page_size, device = self.memory, self.memory.geometry.page_size, self.memory.device
+        final = [i for i, ends in enumerate(is_final) if ends and rows_cpu[i] > 0]
+        which = to_device(final, device)
+        last_tokens = to_device([sum(extend_lens[: i + 1]) - 1 for i in final], device)
+        batch = Batch(
+            rows=rows[which].long(),
+            slots=last_tokens,
+            page_table=page_table[which],
+            num_pages=to_device([num_pages_of(lens[i], page_size) for i in final], device),
+            num_pages_next=to_device([num_pages_of(lens[i] + 1, page_size) for i in final], device),
+            budget_pages=to_device([memory.windows.budget_of(rows_cpu[i]) for i in final], device),
+            step=memory.blocks.step,
+        )
+        return batch, last_tokens
 
-    def run(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    def _opened(self, page_table: torch.Tensor, prefix_lens: list[int], lens: list[int]) -> KeyList:
+        """Keys of the pages whose first token the chunk writes, the newest pages first."""
+        g, device = self.memory.geometry, self.memory.device
+        opened = [
+            (request, page)
+            for request, (first, last) in enumerate(zip(prefix_lens, lens, strict=True))
+            for page in range(num_pages_of(first, g.page_size), num_pages_of(last, g.page_size))
+        ][::-1]
+        request, page = to_device([x for pair in opened for x in pair], device).view(-1, 2).unbind(1)
+        keys = page_table[request, page][:, None] * g.num_kv_heads + torch.arange(g.num_kv_heads, device=device)
+        return KeyList(keys.flatten(), to_device([keys.numel()], device).int())
+
+    def run(self, number: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
         """One layer of an extend batch; the requests' tokens are concatenated.
 
         Parameters
         ----------
+        number : int
+            Of the layer.
         q : model dtype, ``[num_tokens, num_qo_heads, head_dim]``, post-RoPE
         k, v : model dtype, ``[num_tokens, num_kv_heads, head_dim]``, k post-RoPE
         scale : float, of the logits
@@ -125,56 +152,65 @@ class Prefill:
         -------
         model dtype, ``[num_tokens, num_qo_heads, head_dim]``
         """
-        self.memory.host.store(layer, k, v, self._plan.slots)
-        self._fill_blocks(layer)
-        out = self._attend(layer, q, k, v, scale)
-        if len(self._plan.final):
-            self._start_windows(layer, q)
-        return out
+        layer, attention = self.memory.layers[number], self._attention
+        with self._side.fork():
+            self._side.keep(q, k, v)
+            self._write_through(layer, k, v)
+            if len(self._plan.last_tokens):
+                self._start_windows(layer, q)
+        state = attention.attend_chunk(q, k, v, scale)
+        for group in range(len(self._plan.groups)):
+            half, filled = self._take_filled()
+            with self._side.fork():
+                self._fill_next()  # into the half that the attention before has read
+            if filled is not None:
+                torch.cuda.current_stream().wait_event(filled)
+            state = attention.attend_prefix(state, q, group, self.memory.arena[half], scale)
+        if number == self.memory.geometry.num_layers - 1:
+            self._side.join()
+        return attention.finish(state)
 
-    def _fill_blocks(self, layer: int) -> None:
-        """Keep the written pages resident where blocks are to be had without taking one from a running request."""
-        blocks, keys = self.memory.blocks, self._plan.new_keys
-        if layer not in blocks.dense_layers:
-            missing = keys[blocks.lookup(layer, keys) < 0]
+    def _write_through(self, layer: Layer, k: torch.Tensor, v: torch.Tensor) -> None:
+        """Write the chunk to the host store, to summaries, and to blocks as far as no running request loses one."""
+        plan, ops = self._plan, self.memory.ops
+        if layer.number not in self.memory.blocks.dense_layers:
             # Stamped as used by the step before: the next decode step may evict them.
-            blocks.claim(layer, missing, protect_from=blocks.back_stamp, stamp=blocks.front_stamp)
-        kv_indices = blocks.lookup(layer, keys)
-        is_resident = kv_indices >= 0
-        ops.recall_blocks(self.memory.host.kv, layer, keys[is_resident], kv_indices[is_resident], blocks.kv[layer])
+            step = self.memory.blocks.step
+            ops.claim_blocks(plan.opened, layer.blocks_of_one, step, protect_back=True, stamp_back=False)
+        written = (layer.host_kv, layer.summary, layer.block_kv, layer.blocks.table)
+        ops.store_pages(k, v, plan.slots, plan.page_starts, *written)
 
-    def _attend(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-        """Causal attention of each request's queries to its prefix and to the chunk."""
-        plan, host_kv, arena = self._plan, self.memory.host.kv[:, layer], self.memory.arena[layer % 2]
-        states = [ops.attend_ragged(q[own], k[own], v[own], scale, causal=True) for own in plan.queries]
-        for group in plan.groups:
-            ops.fill_arena(arena, host_kv, torch.cat([piece.pages for piece in group]))
-            for piece in group:
-                own = plan.queries[piece.request]
-                k_prefix, v_prefix = arena[piece.first_token :][: piece.num_tokens].unbind(1)
-                part = ops.attend_ragged(q[own], k_prefix, v_prefix, scale, causal=False)
-                states[piece.request] = ops.merge_states(*states[piece.request], *part)
-        return torch.cat([out for out, _ in states]).to(q.dtype)
-
-    def _start_windows(self, layer: int, q: torch.Tensor) -> None:
+    def _start_windows(self, layer: Layer, q: torch.Tensor) -> None:
         """Select the first windows with the last prompt token's query."""
         plan, memory, g = self._plan, self.memory, self.memory.geometry
-        config, windows, blocks = memory.config, memory.windows, memory.blocks
-        rows, page_table = plan.rows[plan.final], plan.page_table[plan.final]
-        last_token = torch.tensor([plan.queries[i].stop - 1 for i in plan.final.tolist()])
-        last_q = q[last_token].view(-1, g.num_kv_heads, g.group_size, g.head_dim)
-        windows.last_q[layer][rows] = last_q
-        if layer in blocks.dense_layers:
+        batch = plan.completed
+        last_q = q[plan.last_tokens].view(-1, g.num_kv_heads, g.group_size, g.head_dim)
+        layer.last_q[batch.rows] = last_q
+        if layer.number not in memory.blocks.dense_layers:
+            select_windows(memory, layer, batch, Read.FIRST)
+            make_resident(memory, layer, batch, Read.FIRST)
+
+    def _fill_next(self) -> None:
+        """Lay out the next group of prefix pieces: of this layer, or of the next."""
+        plan, memory = self._plan, self.memory
+        if self._num_fills == len(plan.groups) * memory.geometry.num_layers:
             return
-        window = ops.select_pages(
-            ops.score_pages(last_q, memory.host.summary[layer], page_table),
-            plan.num_pages_next[plan.final],
-            windows.budget_pages[rows],
-            config.sink_pages,
-            config.recent_pages,
-            config.max_budget_pages,
-            config.group_pooling,
-        )
-        windows.start(layer, rows, window)
-        keys = window_keys(window, page_table, plan.num_pages[plan.final])
-        prefetch_window(memory, layer, keys, protect_from=blocks.back_stamp)
+        number, group = divmod(self._num_fills, len(plan.groups))
+        layer, half = memory.layers[number], self._num_fills % 2
+        pages = plan.group_pages[group]
+        memory.ops.fill_arena(memory.arena[half], layer.host_kv, pages, layer.block_kv, layer.blocks.table)
+        self._num_fills += 1
+        self._fill_marks.append(self._side.mark())
+
+    def _take_filled(self) -> tuple[int, torch.cuda.Event | None]:
+        """The half of the arena that was filled last, and when."""
+        return (self._num_fills - 1) % 2, self._fill_marks[-1]
+
+
+def _page_starts(prefix_lens: list[int], extend_lens: list[int], page_size: int) -> list[int]:
+    """Index of the first token of each page of a batch, and the number of tokens."""
+    starts, first = [], 0
+    for prefix, extend in zip(prefix_lens, extend_lens, strict=True):
+        starts += [first, *range(first + page_size - prefix % page_size, first + extend, page_size)]
+        first += extend
+    return [*starts, first]

@@ -1,11 +1,11 @@
-"""The radix cache backend `freekv`: SGLang's tree over slots of the host store, with counters."""
+"""The radix cache backend `freekv`: SGLang's tree over slots of the host store, with counters and an end."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from sglang.srt.mem_cache.chunk_cache import ChunkCache
 from sglang.srt.mem_cache.radix_cache import RadixCache
-from sglang.srt.mem_cache.registry import TreeCacheBuildContext, default_radix_cache_factory
 
 if TYPE_CHECKING:
     from sglang.srt.mem_cache.base_prefix_cache import (
@@ -13,16 +13,29 @@ if TYPE_CHECKING:
         EvictParams,
         EvictResult,
     )
+    from sglang.srt.mem_cache.registry import TreeCacheBuildContext
 
 
 def create_radix_cache(ctx: TreeCacheBuildContext) -> BasePrefixCache:
-    """Build the tree; with ``--disable-radix-cache``, what SGLang builds then."""
-    if ctx.disable_radix_cache:
-        return default_radix_cache_factory(ctx)
+    """Build the tree; with ``--disable-radix-cache``, the cache that forgets, as SGLang does."""
+    if ctx.disable_radix_cache and ctx.effective_chunked_prefill_size is not None:
+        return FreeKVChunkCache(ctx.params)
     return FreeKVRadixCache(ctx.params)
 
 
-class FreeKVRadixCache(RadixCache):
+class _ReleasesHostStore:
+    """A scheduler that ends as asked calls this on its cache, so that a patch is not needed."""
+
+    def release_host_resources(self) -> None:
+        """Unpin the host store: the kernel would take long over it when the process dies."""
+        self.token_to_kv_pool_allocator.get_kvcache().memory.release()
+
+
+class FreeKVChunkCache(_ReleasesHostStore, ChunkCache):
+    """SGLang's cache of running requests only."""
+
+
+class FreeKVRadixCache(_ReleasesHostStore, RadixCache):
     """SGLang's radix tree. Its node values are slots of the host store, so a shared prefix is stored once there,
     and its page summaries, indexed by page, are shared with it.
 

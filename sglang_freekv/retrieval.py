@@ -1,6 +1,7 @@
 """Decode: attend to the window, correct the heads whose query moved, retrieve for the next step.
 
-Per layer:  append -> correct flagged rows -> make the front resident -> attend -> select and recall the back
+Per layer:  append -> correct flagged rows -> make the front resident -> attend
+            beside it, for the next step: select -> make the back resident
 """
 
 from __future__ import annotations
@@ -9,91 +10,121 @@ from dataclasses import dataclass
 
 import torch
 
-import freekv_kernels as ops
-from sglang_freekv.kv_memory import KVMemory
-from sglang_freekv.page_table import WindowKeys, every_key, snapshot_page_table, window_keys
+from freekv_kernels import Batch, FlagList, Read
+from sglang_freekv.kv_memory import KVMemory, Layer
+from sglang_freekv.page_table import num_pages_of
+from sglang_freekv.side_stream import SideStream
 
 
 @dataclass
 class DecodePlan:
-    """One decode step of a batch, the same for all layers; lengths include the new token."""
+    """One decode step of a batch, the same for all layers."""
 
-    rows: torch.Tensor  # int64 [batch_size], rows of the request table
-    slots: torch.Tensor  # int64 [batch_size], of the new tokens
-    seq_lens: list[int]
-    window_lens: list[int]  # tokens in each front window
-    page_table: torch.Tensor  # int64 [batch_size, max_pages]
-    num_pages: torch.Tensor  # int64 [batch_size]
-    num_pages_next: torch.Tensor  # int64 [batch_size], with one token more
-    is_over: torch.Tensor  # bool [batch_size], the request exceeds its budget in this step
-    num_over: int  # such requests
-    over_next: torch.Tensor  # int64, batch indices of the requests that do in the next step
-    within_next: torch.Tensor  # int64, the others
-    every_page: WindowKeys  # all pages of each request: what dense layers and requests within the budget read
+    batch: Batch
+    flags: list[FlagList]  # per layer
+    may_be_over: bool  # False: every request is within its budget in the next step, so nothing is selected
 
 
 class Retrieval:
-    """The decode side of the engine, for one rank. `plan` once per step, then `run` for each layer in order."""
+    """The decode side of the engine, for one rank. `plan` once per step, then `run` for each layer in order.
 
-    def __init__(self, memory: KVMemory) -> None:
-        self.memory = memory
+    Between `plan` and the last `run` nothing is decided on the host, so a CUDA graph can hold the runs: it is captured
+    after a `plan` and replayed after others for the same batch size.
+
+    Parameters
+    ----------
+    window_attention, dense_attention
+        Decode attention over windows, and over every page for dense layers (None without dense layers).
+    """
+
+    def __init__(self, memory: KVMemory, window_attention, dense_attention, side: SideStream) -> None:
+        self.memory, self._side = memory, side
+        self._window_attention, self._dense_attention = window_attention, dense_attention
         self._plan: DecodePlan | None = None
 
     @property
     def last_plan(self) -> DecodePlan | None:
         return self._plan
 
-    def plan(self, rows: torch.Tensor, req_to_token: torch.Tensor, seq_lens: list[int]) -> DecodePlan:
+    def plan(
+        self,
+        rows: torch.Tensor,
+        seq_lens: torch.Tensor,
+        slots: torch.Tensor,
+        req_to_token: torch.Tensor,
+        rows_cpu: list[int],
+        seq_lens_cpu: list[int],
+        in_graph: bool = False,
+    ) -> DecodePlan:
         """Start a decode step.
 
         Parameters
         ----------
-        rows : int64, ``[batch_size]``
-            `req_pool_idx` of every running request.
-        req_to_token : int32, ``[max_requests + 1, max_context]``
+        rows : int64, ``[batch_size]``, device
+            `req_pool_idx` of every running request; 0 for padding, which comes last.
+        seq_lens : int64, ``[batch_size]``, device
+            With the new token; 1 for padding.
+        slots : int64, ``[num_requests]``, device
+            Token slots of the new tokens, without padding.
+        req_to_token : int32, ``[max_requests + 1, max_context]``, device
             Token slots, those of the new tokens included.
-        seq_lens : list of int
-            With the new token.
+        rows_cpu, seq_lens_cpu : list of int, ``[num_requests]``
+            The same on the host, without padding.
+        in_graph : bool
+            Whether the runs are captured in, or replayed from, a CUDA graph.
         """
         memory, page_size = self.memory, self.memory.geometry.page_size
-        rows, lens = rows.long(), torch.tensor(seq_lens)
-        slots = req_to_token[rows, lens - 1].long()
-        page_table = snapshot_page_table(rows, req_to_token, max(seq_lens), page_size)
-        num_pages, num_pages_next = (lens - 1) // page_size + 1, lens // page_size + 1
-        budget = memory.windows.budget_pages[rows]
-        is_over, is_over_next = num_pages > budget, num_pages_next > budget
-
-        memory.begin_write(slots)
-        opens_page = slots % page_size == 0
-        if opens_page.any():
-            memory.blocks.open_pages(slots[opens_page] // page_size)
-            within = opens_page & ~is_over
-            memory.windows.open_page(rows[within], num_pages[within] - 1)
-        memory.begin_step()
-        memory.counters.decoded_tokens += len(seq_lens)
-
-        window_pages = torch.minimum(num_pages, budget)
-        self._plan = DecodePlan(
-            rows=rows,
-            slots=slots,
-            seq_lens=seq_lens,
-            window_lens=(lens - (num_pages - window_pages) * page_size).tolist(),
-            page_table=page_table,
-            num_pages=num_pages,
-            num_pages_next=num_pages_next,
-            is_over=is_over,
-            num_over=int(is_over.sum()),
-            over_next=is_over_next.nonzero().flatten(),
-            within_next=(~is_over_next).nonzero().flatten(),
-            every_page=every_key(page_table, num_pages, memory.geometry.num_kv_heads),
+        is_on_gpu, batch_size = memory.device != "cpu", len(rows)
+        num_pages = [num_pages_of(n, page_size) for n in seq_lens_cpu]
+        # A graph holds whole tables; otherwise a CPU need not read beyond the longest request.
+        max_pages = None if is_on_gpu or in_graph else max(num_pages, default=1)
+        batch = memory.batch(batch_size, max_pages)
+        memory.ops.begin_step(
+            rows,
+            seq_lens,
+            slots,
+            req_to_token,
+            memory.windows.budget_pages,
+            page_size,
+            batch,
+            self._window_attention.last_page_len,
+            memory.windows.pages,
+            memory.host.filled,
+            memory.opened,
         )
+        if any(n % page_size == 1 for n in seq_lens_cpu):
+            memory.blocks.release(memory.opened)
+            memory.blocks.open(memory.opened)
+        memory.clear_lists()
+        if seq_lens_cpu:  # a warm-up has padding only: the windows of running requests stay where they are
+            memory.begin_step()
+        memory.counters.decoded_tokens += len(seq_lens_cpu)
+
+        padding = [1] * (batch_size - len(num_pages))
+        budgets = [memory.windows.budget_of(row) for row in rows_cpu]
+        self._window_attention.plan([*map(min, num_pages, budgets), *padding])
+        if self._dense_attention is not None:
+            self._plan_dense(batch, [*num_pages, *padding])
+        flags = [memory.flags(layer, batch_size) for layer in range(memory.geometry.num_layers)]
+        is_over = any(n // page_size >= budget for n, budget in zip(seq_lens_cpu, budgets, strict=True))
+        self._plan = DecodePlan(batch, flags, may_be_over=is_over or in_graph)
         return self._plan
 
-    def run(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    def _plan_dense(self, batch: Batch, num_pages: list[int]) -> None:
+        """Dense layers read the same blocks in the same order, so their list is written once."""
+        dense, num_kv_heads = self._dense_attention, self.memory.geometry.num_kv_heads
+        dense.plan(num_pages)
+        num_rows = len(num_pages) * num_kv_heads
+        dense.last_page_len[:num_rows].copy_(self._window_attention.last_page_len[:num_rows])
+        self.memory.ops.list_pages(batch, num_kv_heads, dense.kv_indptr[: num_rows + 1], dense.kv_indices)
+
+    def run(self, number: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
         """One layer of a decode step.
 
         Parameters
         ----------
+        number : int
+            Of the layer.
         q : model dtype, ``[batch_size, num_qo_heads, head_dim]``, post-RoPE
         k, v : model dtype, ``[batch_size, num_kv_heads, head_dim]``, k post-RoPE
         scale : float, of the logits
@@ -102,100 +133,67 @@ class Retrieval:
         -------
         model dtype, ``[batch_size, num_qo_heads, head_dim]``
         """
-        plan, memory, g = self._plan, self.memory, self.memory.geometry
+        memory, g, batch = self.memory, self.memory.geometry, self._plan.batch
+        layer, flags = memory.layers[number], self._plan.flags[number]
         q = q.view(-1, g.num_kv_heads, g.group_size, g.head_dim)
-        blocks = memory.blocks
-        host_kv, summary = memory.host.kv[:, layer], memory.host.summary[layer]
-        ops.append_tokens(k, v, plan.slots, host_kv, summary, blocks.kv[layer], blocks.table[layer])
-        if layer in blocks.dense_layers:
-            kv_indices, kv_lens = blocks.lookup(layer, plan.every_page.keys), plan.seq_lens
-            return ops.attend_window(q, blocks.kv[layer], kv_indices, kv_lens, scale).flatten(1, 2)
-
-        scores, is_flagged = None, None
-        if len(plan.over_next):
-            scores = self.score(layer, q)
-            is_flagged = self._correct(layer, q, scores)
-        kv_indices = self._make_front_resident(layer, is_flagged)
-        out = ops.attend_window(q, blocks.kv[layer], kv_indices, plan.window_lens, scale)
-        if scores is not None:
-            self._retrieve(layer, scores)
-            # Compared with in the next step, which a request within its budget need not do.
-            memory.windows.last_q[layer][plan.rows] = q
+        is_dense = number in memory.blocks.dense_layers
+        attention = self._dense_attention if is_dense else self._window_attention
+        written = (layer.host_kv, layer.summary, layer.block_kv, layer.blocks.table, layer.last_q)
+        memory.ops.append_tokens(
+            q, k, v, batch, memory.config.tau, *written, None if is_dense else flags, memory.counters.values
+        )
+        may_be_over = self._plan.may_be_over and not is_dense
+        if may_be_over:
+            select_windows(memory, layer, batch, Read.FRONT, flags)
+        if not is_dense:
+            self._make_front_resident(layer, flags)
+        if may_be_over:
+            with self._side.fork():
+                select_windows(memory, layer, batch, Read.BACK)
+                make_resident(memory, layer, batch, Read.BACK)
+        out = attention.run(q, layer.block_kv, scale)
+        if number == g.num_layers - 1:
+            self._side.join()
         return out.flatten(1, 2)
 
-    def score(self, layer: int, q: torch.Tensor) -> torch.Tensor:
-        """Page scores of the requests in `over_next`; q is ``[batch_size, num_kv_heads, group_size, head_dim]``."""
-        over = self._plan.over_next
-        return ops.score_pages(q[over], self.memory.host.summary[layer], self._plan.page_table[over])
-
-    def select(self, scores: torch.Tensor, num_pages: torch.Tensor) -> torch.Tensor:
-        """Windows of the requests in `over_next`, at a length of `num_pages` (of the batch) pages each."""
-        config, budget, over = self.memory.config, self.memory.windows.budget_pages, self._plan.over_next
-        return ops.select_pages(
-            scores,
-            num_pages[over],
-            budget[self._plan.rows[over]],
-            config.sink_pages,
-            config.recent_pages,
-            config.max_budget_pages,
-            config.group_pooling,
+    def _make_front_resident(self, layer: Layer, flags: FlagList) -> None:
+        """Fetch what correction selected, and what has lost its block since it was selected."""
+        memory, attention, ops = self.memory, self._window_attention, self.memory.ops
+        batch, counters = self._plan.batch, memory.counters.values
+        kv_indptr = attention.kv_indptr[: len(flags.rows) + 1]
+        ops.lookup_blocks(
+            layer.windows,
+            batch,
+            Read.FRONT,
+            layer.blocks,
+            layer.front,
+            counters,
+            flags,
+            kv_indptr,
+            attention.kv_indices,
         )
-
-    def _correct(self, layer: int, q: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Select again, with this step's query, for the rows whose query moved; returns them, bool ``[B, H]``."""
-        plan, windows, counters = self._plan, self.memory.windows, self.memory.counters
-        similarity = ops.compare_queries(q, windows.last_q[layer][plan.rows])
-        is_flagged = plan.is_over[:, None] & (similarity < self.memory.config.tau)
-        counters.rows += plan.num_over * is_flagged.shape[1]
-        counters.flagged_rows += int(is_flagged.sum())
-        index, head = is_flagged[plan.over_next].nonzero(as_tuple=True)
-        if len(index):
-            window = self.select(scores, plan.num_pages)
-            windows.front(layer)[plan.rows[plan.over_next][index], head] = window[index, head]
-        return is_flagged
-
-    def _make_front_resident(self, layer: int, is_flagged: torch.Tensor | None) -> torch.Tensor:
-        """Blocks (int64 ``[B, H, num_entries]``) of the front windows, after fetching what has none."""
-        plan, blocks, counters = self._plan, self.memory.blocks, self.memory.counters
-        keys, is_valid = plan.every_page
-        if plan.num_over:
-            front = self.memory.windows.front(layer)[plan.rows]
-            keys, is_valid = window_keys(front, plan.page_table, plan.num_pages)
-        kv_indices = blocks.lookup(layer, keys)
-        is_missing = is_valid & (kv_indices < 0)
-        if is_flagged is not None:
-            counters.hits += int(((kv_indices >= 0) & is_flagged[..., None]).sum())
-        # Before any claim, so that no claim of this step takes a block that this step reads.
-        blocks.touch(layer, kv_indices, blocks.front_stamp)
-        if is_missing.any():
-            stamp = blocks.front_stamp
-            if is_flagged is not None:
-                corrected = keys[is_missing & is_flagged[..., None]]
-                counters.misses += blocks.fetch(layer, corrected, stamp, stamp)
-            counters.demand_misses += blocks.fetch(layer, keys[is_missing], stamp, stamp)
-            kv_indices = blocks.lookup(layer, keys)
-            counters.absent_pages += int((is_valid & (kv_indices < 0)).sum())
-        # Requests within their budget have no back window: they read the same blocks again.
-        if len(plan.within_next):
-            blocks.touch(layer, kv_indices[plan.within_next], blocks.back_stamp)
-        return kv_indices
-
-    def _retrieve(self, layer: int, scores: torch.Tensor) -> None:
-        """Speculative retrieval: what the next step will read, selected with this step's query."""
-        plan = self._plan
-        rows, num_pages = plan.rows[plan.over_next], plan.num_pages[plan.over_next]
-        window = self.select(scores, plan.num_pages_next)
-        self.memory.windows.back(layer)[rows] = window
-        keys = window_keys(window, plan.page_table[plan.over_next], num_pages)
-        prefetch_window(self.memory, layer, keys, protect_from=self.memory.blocks.front_stamp)
+        # Stamped for the next step too: a request within its budget reads them again.
+        ops.claim_blocks(layer.front, layer.blocks_of_one, batch.step, protect_back=False, stamp_back=True)
+        recalled = (layer.block_kv, layer.blocks.table, counters)
+        ops.recall_blocks(memory.host.kv, layer.number, layer.front, *recalled, attention.kv_indices)
 
 
-def prefetch_window(memory: KVMemory, layer: int, keys: WindowKeys, protect_from: int) -> None:
-    """Make a window that the next decode step will read resident."""
-    blocks, counters = memory.blocks, memory.counters
-    kv_indices = blocks.lookup(layer, keys.keys)
-    blocks.touch(layer, kv_indices, blocks.back_stamp)
-    missing = keys.keys[keys.is_valid & (kv_indices < 0)]
-    counters.hits += int(keys.is_valid.sum()) - len(missing)
-    if len(missing):
-        counters.misses += blocks.fetch(layer, missing, protect_from, blocks.back_stamp)
+def select_windows(memory: KVMemory, layer: Layer, batch: Batch, read: Read, flags: FlagList | None = None) -> None:
+    """Select the windows of requests over their budget with the latest queries; only of flagged rows if given."""
+    config, ops = memory.config, memory.ops
+    workspace = memory.scores[read != Read.FRONT] if read != Read.FIRST else None
+    if workspace is not None:
+        workspace = workspace[: len(batch.rows) * memory.geometry.num_kv_heads]
+    scores = ops.score_pages(layer.last_q, layer.summary, batch, read, flags, workspace)
+    ops.select_pages(
+        scores, batch, read, config.sink_pages, config.recent_pages, config.group_pooling, layer.windows, flags
+    )
+
+
+def make_resident(memory: KVMemory, layer: Layer, batch: Batch, read: Read) -> None:
+    """Recall what the next step's windows lack."""
+    ops, counters = memory.ops, memory.counters.values
+    ops.lookup_blocks(layer.windows, batch, read, layer.blocks, layer.back, counters)
+    # Between steps, nothing of what the next step reads may go; in a step, nothing of what this step reads either.
+    ops.claim_blocks(layer.back, layer.blocks_of_one, batch.step, protect_back=read == Read.FIRST, stamp_back=True)
+    ops.recall_blocks(memory.host.kv, layer.number, layer.back, layer.block_kv, layer.blocks.table, counters)

@@ -5,21 +5,25 @@ from __future__ import annotations
 import dataclasses
 from typing import TYPE_CHECKING
 
-import psutil
 import torch
+from sglang.srt.mem_cache.allocation_sizing import get_req_to_token_extra_context_len
 from sglang.srt.runtime_context import get_parallel, get_schedule
 
 from sglang_freekv.config import FreeKVConfig
 from sglang_freekv.geometry import Geometry
+from sglang_freekv.host_memory import free_container_bytes, free_host_bytes
 from sglang_freekv.memory_plan import MemoryPlan, plan_memory
 
 if TYPE_CHECKING:
     from sglang.srt.mem_cache.kv_cache_configurator import KVCacheConfigurator
 
-# Of the free host memory of a GPU machine; the rest is for the system, the page cache and pinned staging.
+# Of the free host memory of a GPU machine, or of a container; the rest is for the system, the page cache and staging.
 _HOST_SHARE = 0.8
+_CONTEXT_STEP = 16 * FreeKVConfig.page_size
 # Without a GPU one memory is host and device: the store gets the larger part, as blocks are a cache over it.
 _CPU_HOST_SHARE = 0.6
+# FlashInfer's plans: some tens of KiB for each batch size and each piece of a prefix.
+_PLANS_BYTES = 64 << 20
 
 
 def plan_for(
@@ -34,23 +38,32 @@ def plan_for(
     max_requests : int
         SGLang's own bound on running requests.
     """
+    server_args = configurator.server_args
+    ranks = max(server_args.tp_size // server_args.nnodes, 1)  # on this machine
     free_bytes = configurator._profile_available_bytes(pre_model_load_memory)
+    geometry = geometry_of(configurator)
+    max_context, attention_bytes = None, 0
     if configurator.device == "cpu":
+        if (in_container := free_container_bytes()) is not None:  # SGLang asks the machine
+            free_bytes = min(free_bytes, int(in_container * _HOST_SHARE) // ranks)
         host_bytes = int(free_bytes * _CPU_HOST_SHARE)
         device_bytes = free_bytes - host_bytes
     else:
-        ranks = configurator.server_args.tp_size // configurator.server_args.nnodes
-        host_bytes = int(psutil.virtual_memory().available * _HOST_SHARE) // ranks
+        host_bytes = int(free_host_bytes() * _HOST_SHARE) // ranks
         device_bytes = free_bytes
+        max_context = max_context_of(configurator)
+        attention_bytes = _attention_bytes(geometry, configurator.gpu_id)
     plan = plan_memory(
-        geometry_of(configurator),
+        geometry,
         config,
         device_bytes=device_bytes,
         host_bytes=host_bytes,
         max_requests=max_requests,
         max_total_tokens=get_schedule().max_total_tokens,
+        max_context=max_context,
+        attention_bytes=attention_bytes,
     )
-    return _agree(plan, configurator.server_args.tp_size)
+    return _agree(plan, server_args.tp_size)
 
 
 def geometry_of(configurator: KVCacheConfigurator) -> Geometry:
@@ -64,6 +77,22 @@ def geometry_of(configurator: KVCacheConfigurator) -> Geometry:
         dtype=configurator.kv_cache_dtype,
         page_size=configurator.pool_page_size,
     )
+
+
+def max_context_of(configurator: KVCacheConfigurator) -> int:
+    """Most tokens of a request: the width of SGLang's request table, as one that has ended takes part in one more step.
+
+    Rounded up to whole cache lines of the tables by page, which kernels then read with 16-byte accesses.
+    """
+    max_context = configurator.model_config.context_len + get_req_to_token_extra_context_len(configurator.server_args)
+    return -(-max_context // _CONTEXT_STEP) * _CONTEXT_STEP
+
+
+def _attention_bytes(geometry: Geometry, gpu_id: int) -> int:
+    from sglang_freekv.attention_flashinfer import float_workspace_bytes
+
+    num_sms = torch.cuda.get_device_properties(gpu_id).multi_processor_count
+    return float_workspace_bytes(geometry, num_sms) + _PLANS_BYTES
 
 
 def _agree(plan: MemoryPlan, tp_size: int) -> MemoryPlan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,9 +13,13 @@ from sglang_freekv.config import FreeKVConfig, UnsupportedConfiguration
 
 if TYPE_CHECKING:
     from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.model_executor.cuda_graph_config import CudaGraphConfig
     from sglang.srt.server_args import ServerArgs
 
 _PAGE_SIZE = FreeKVConfig.page_size
+_GPU_HEAD_DIMS = (64, 128, 256)  # FlashInfer swizzles rows of shared memory in units that 96 does not fill
+_GPU_GROUP_SIZE = 16  # query heads that a kernel multiplies at a time
+_GPU_CAPABILITY = (8, 0)
 
 
 class Rule(NamedTuple):
@@ -40,6 +45,9 @@ _TAKES_KV = "it stores the KV cache elsewhere, which FreeKV does itself"
 _SPLITS_KV = "FreeKV keeps the whole KV of a head on one rank"
 _OWN_STEPS = "it runs batches in an order that FreeKV's windows do not follow"
 _OWN_LAYOUT = "FreeKV has its own layout of the KV cache"
+_OWN_GRAPHS = "a decode step is captured as a whole, or runs without a graph"
+
+_KV_DTYPES = {"bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 # The first allowed value is SGLang's default.
 RULES = (
@@ -49,7 +57,7 @@ RULES = (
     Rule("decode_attention_backend", (None,), "FreeKV brings its own attention"),
     Rule(
         "kv_cache_dtype",
-        ("auto", "bf16", "bfloat16", "float16"),
+        ("auto", *_KV_DTYPES),
         "the KV cache is not quantized",
         "use --kv-cache-dtype auto",
     ),
@@ -67,6 +75,11 @@ RULES = (
     Rule("speculative_algorithm", (None,), "draft tokens would enter pages before they are accepted"),
     Rule("disaggregation_mode", ("null",), "prefill and decode share one host store"),
     Rule("enable_mixed_chunk", (False,), "a batch is either prefill or decode"),
+    Rule("enable_mis", (False,), "an item would attend to the items before it"),
+    Rule("enable_torch_compile", (False,), "attention plans its steps outside the compiled model"),
+    Rule("cuda_graph_backend_decode", (None, "full", "disabled"), _OWN_GRAPHS),
+    Rule("cuda_graph_backend_prefill", (None, "disabled"), "prefill reads prefixes of any length from the host store"),
+    Rule("debug_cuda_graph", (False,), _OWN_GRAPHS),
     Rule("enable_two_batch_overlap", (False,), _OWN_STEPS),
     Rule("enable_single_batch_overlap", (False,), _OWN_STEPS),
     Rule("enable_pdmux", (False,), _OWN_STEPS),
@@ -114,12 +127,57 @@ def check_resolved(server_args: ServerArgs, config: FreeKVConfig) -> None:
             f"--chunked-prefill-size is {server_args.chunked_prefill_size}; give a multiple of the page size "
             f"({_PAGE_SIZE} tokens)."
         )
-    if server_args.device != "cpu":
+    _check_graphs(server_args.cuda_graph_config)
+    if server_args.device not in ("cpu", "cuda"):
         raise UnsupportedConfiguration(
-            f"--kv-retrieval freekv has no GPU kernels yet and runs on cpu, not on {server_args.device}; remove it, or "
-            f"hide the GPUs from SGLang (CUDA_VISIBLE_DEVICES= in its environment)."
+            f"--kv-retrieval freekv runs on cpu and on cuda, not on {server_args.device}; remove it, or give --device."
         )
-    check_model(server_args.get_model_config(), config)
+    model = server_args.get_model_config()
+    check_model(model, config)
+    if server_args.device == "cuda":
+        check_gpu(server_args, model)
+
+
+def _check_graphs(config: CudaGraphConfig) -> None:
+    """Refuse in --cuda-graph-config what the flags of the two phases refuse."""
+    for phase in ("decode", "prefill"):
+        rule = next(rule for rule in RULES if rule.field == f"cuda_graph_backend_{phase}")
+        if config[phase].backend not in rule.allowed:
+            allowed = " or ".join(backend for backend in rule.allowed if backend is not None)
+            raise UnsupportedConfiguration(
+                f"--kv-retrieval freekv does not work with the {phase} backend {config[phase].backend} of "
+                f"--cuda-graph-config: {rule.why}; use {allowed}."
+            )
+
+
+def check_gpu(server_args: ServerArgs, model: ModelConfig) -> None:
+    """Raise UnsupportedConfiguration where the GPU, or the kernels, do not serve the model."""
+    if (obstacle := _gpu_obstacle(server_args, model)) is not None:
+        raise UnsupportedConfiguration(f"--kv-retrieval freekv on a GPU {obstacle}; or remove --kv-retrieval.")
+
+
+def _gpu_obstacle(server_args: ServerArgs, model: ModelConfig) -> str | None:
+    """Say what is needed and what was found; None where nothing is in the way."""
+    if torch.version.cuda is None:
+        return "needs one by NVIDIA, and this torch is built for another: use a CUDA build of torch"
+    if importlib.util.find_spec("flashinfer") is None:
+        return "needs FlashInfer, which is not installed: install flashinfer-python"
+    if (found := torch.cuda.get_device_capability()) < _GPU_CAPABILITY:
+        return f"needs compute capability {_in_words(_GPU_CAPABILITY)}, found {_in_words(found)}: use a newer GPU"
+    if model.dtype not in (torch.float16, torch.bfloat16):
+        return f"needs a 16-bit model, not {model.dtype}: give --dtype bfloat16"
+    if server_args.kv_cache_dtype != "auto" and _KV_DTYPES[server_args.kv_cache_dtype] != model.dtype:
+        return f"needs a KV cache of the model's {model.dtype}, not {server_args.kv_cache_dtype}: give --dtype the same"
+    if model.head_dim not in _GPU_HEAD_DIMS:
+        return f"serves head dimensions {_GPU_HEAD_DIMS}, not {model.head_dim}: use another model"
+    group_size = model.num_attention_heads // server_args.tp_size // model.get_num_kv_heads(server_args.tp_size)
+    if group_size > _GPU_GROUP_SIZE:
+        return f"serves up to {_GPU_GROUP_SIZE} query heads per KV head, not {group_size}: use another model"
+    return None
+
+
+def _in_words(capability: tuple[int, int]) -> str:
+    return ".".join(map(str, capability))
 
 
 def check_model(model: ModelConfig, config: FreeKVConfig) -> None:

@@ -11,14 +11,14 @@ class Windows:
     """The double buffer of page lists, indexed by `req_pool_idx`; row 0 is padding.
 
     Entries are *logical* pages (position // page_size): SGLang may give a running request other host pages when it
-    de-duplicates a prefix. The front is read by this step; the back is written by it, for the next.
+    de-duplicates a prefix. Step t reads the front, ``pages[t % 2]``, and writes the back, for the next.
 
     Attributes
     ----------
     pages : int32, ``[2, num_layers, max_requests + 1, num_kv_heads, max_budget_pages]``, device
-        Ascending, -1 padded.
+        Ascending, -1 padded. A request within its budget changes its window only when it opens a page, in both.
     last_q : model dtype, ``[num_layers, max_requests + 1, num_kv_heads, group_size, head_dim]``, device
-        Queries of the previous step.
+        Latest queries.
     budget_pages : int64, ``[max_requests + 1]``, device
     """
 
@@ -31,28 +31,17 @@ class Windows:
             (g.num_layers, rows, g.num_kv_heads, g.group_size, g.head_dim), dtype=g.dtype, device=device
         )
         self.budget_pages = torch.full((rows,), max_budget_pages, dtype=torch.int64, device=device)
-        self._front = 0
+        self._budget_pages = [max_budget_pages] * rows  # the host's copy
 
-    def swap(self) -> None:
-        """The back becomes the front."""
-        self._front ^= 1
+    def admit(self, row: int, budget_pages: int) -> None:
+        """A request takes a row of the request table."""
+        if self._budget_pages[row] != budget_pages:
+            self._budget_pages[row] = budget_pages
+            self.budget_pages[row] = budget_pages
 
-    def front(self, layer: int) -> torch.Tensor:
-        return self.pages[self._front, layer]
-
-    def back(self, layer: int) -> torch.Tensor:
-        return self.pages[self._front ^ 1, layer]
-
-    def start(self, layer: int, rows: torch.Tensor, window: torch.Tensor) -> None:
-        """Set the first window ``[batch_size, num_kv_heads, max_budget_pages]`` of rows whose prompt is complete.
-
-        Both buffers: a request within its budget changes its window only when it opens a page.
-        """
-        self.pages[:, layer, rows] = window
-
-    def open_page(self, rows: torch.Tensor, pages: torch.Tensor) -> None:
-        """Add the page that a request within its budget opens, in all layers."""
-        self.pages[:, :, rows, :, pages] = pages[:, None, None, None].int()
+    def budget_of(self, row: int) -> int:
+        """Budget in pages, without asking the device."""
+        return self._budget_pages[row]
 
     @property
     def nbytes(self) -> int:

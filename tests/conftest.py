@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+# Without a GPU, kernels run in Triton's interpreter, which is chosen when they are defined. Processes that tests start
+# must not inherit the choice.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+    import triton.experimental.gluon  # noqa: F401  imported later by the interpreter, it would miss the choice
+
+    import freekv_kernels
+
+    freekv_kernels.triton_ops()
+    del os.environ["TRITON_INTERPRET"]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 
 import torch
 
+from freekv_kernels import Count, KeyList, Ops
 from random_traces import Trace
 from reference_decoder import PAGE, Expected, ReferenceRequest, Rule, explain_difference
 from sglang_freekv.config import FreeKVConfig
+from sglang_freekv.engine import build_engine
 from sglang_freekv.geometry import Geometry
 from sglang_freekv.kv_memory import KVMemory
-from sglang_freekv.prefill import Prefill
-from sglang_freekv.retrieval import Retrieval
 
 OUTPUT_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # bf16: 8 bits of a result of magnitude <= 4
 SCORE_TOLERANCE = {torch.float32: 0.0, torch.bfloat16: 1e-3}  # scores are of magnitude 10 to 100
@@ -55,6 +55,10 @@ class SimulatedEngine:
     ----------
     num_blocks : int, optional
         Device blocks per layer; by default as few as can work.
+    ops : Ops, optional
+        By default those of the device.
+    device : str
+        Of the engine; the reference is on the CPU.
 
     Attributes
     ----------
@@ -70,16 +74,28 @@ class SimulatedEngine:
         max_requests: int = 4,
         num_pages: int = 120,
         num_blocks: int | None = None,
+        ops: Ops | None = None,
+        device: str = "cpu",
     ) -> None:
         g = geometry
         if num_blocks is None:
             num_blocks = 2 * config.max_budget_pages * g.num_kv_heads * max_requests
         self.geometry, self.config, self.scale = g, config, 1 / math.sqrt(g.head_dim)
-        self.memory = KVMemory(g, config, num_pages=num_pages, num_blocks=num_blocks, max_requests=max_requests)
+        self.device = device
+        self.memory = KVMemory(
+            g,
+            config,
+            num_pages=num_pages,
+            num_blocks=num_blocks,
+            max_requests=max_requests,
+            max_context=num_pages * PAGE,
+            device=device,
+            ops=ops,
+        )
         host, blocks = self.memory.host, self.memory.blocks
         for tensor in (host.kv, host.summary, self.memory.arena, *blocks.kv):
             tensor.fill_(math.nan)  # what is read before it is written shows
-        self.prefiller, self.retrieval = Prefill(self.memory), Retrieval(self.memory)
+        self.retrieval, self.prefiller = build_engine(self.memory)
         self.rule = Rule(
             num_layers=g.num_layers,
             num_qo_heads=g.num_qo_heads,
@@ -90,7 +106,7 @@ class SimulatedEngine:
             pooling=config.group_pooling,
             dense_layers=config.dense_layers,
         )
-        self.req_to_token = torch.zeros((max_requests + 1, num_pages * PAGE), dtype=torch.int32)
+        self.req_to_token = torch.zeros((max_requests + 1, num_pages * PAGE), dtype=torch.int32, device=device)
         self.free_rows = list(range(max_requests, 0, -1))
         self.free_pages = list(range(num_pages - 1, 0, -1))
         self.users = [0] * num_pages  # requests that hold each host page
@@ -153,7 +169,7 @@ class SimulatedEngine:
             self._write_slots(request.row, logical, page)
 
     def _write_slots(self, row: int, logical: int, page: int) -> None:
-        slots = torch.arange(page * PAGE, (page + 1) * PAGE, dtype=torch.int32)
+        slots = torch.arange(page * PAGE, (page + 1) * PAGE, dtype=torch.int32, device=self.device)
         self.req_to_token[row, logical * PAGE : (logical + 1) * PAGE] = slots
 
     def _grow(self, request: Request, num_tokens: int) -> None:
@@ -172,15 +188,16 @@ class SimulatedEngine:
         spans = [(request, request.length, request.length + num_tokens) for request, num_tokens in chunks]
         for request, num_tokens in chunks:
             self._grow(request, num_tokens)
-        rows = torch.tensor([request.row for request, _ in chunks])
+        rows = [request.row for request, _ in chunks]
+        slots = torch.cat([self.req_to_token[r.row, first:last] for r, first, last in spans]).long()
         starts, lens = [first for _, first, _ in spans], [num_tokens for _, num_tokens in chunks]
         is_final = [request.is_decoding for request, _ in chunks]
-        self.prefiller.plan(rows, self.req_to_token, starts, lens, is_final)
+        self.prefiller.plan(self._tensor(rows), slots, self.req_to_token, rows, starts, lens, is_final)
         outputs = []
         for layer in range(self.geometry.num_layers):
             parts = [request.trace.tokens(layer, first, last) for request, first, last in spans]
-            q, k, v = (torch.cat(x) for x in zip(*parts, strict=True))
-            outputs.append(self.prefiller.run(layer, q, k, v, self.scale))
+            q, k, v = (torch.cat(x).to(self.device) for x in zip(*parts, strict=True))
+            outputs.append(self.prefiller.run(layer, q, k, v, self.scale).cpu())
             expected = [
                 request.reference.prefill(layer, *part, self.scale)
                 for (request, _), part in zip(chunks, parts, strict=True)
@@ -198,14 +215,13 @@ class SimulatedEngine:
         requests = [request for request in self.requests if request.is_decoding]
         for request in requests:
             self._grow(request, 1)
-        rows = torch.tensor([request.row for request in requests])
         before = self.memory.counters.as_dict()
-        self.retrieval.plan(rows, self.req_to_token, [request.length for request in requests])
+        self.plan_decode(requests)
         tokens = [DecodedToken(request, [], []) for request in requests]
         for layer in range(self.geometry.num_layers):
             parts = [r.trace.tokens(layer, r.length - 1, r.length) for r in requests]
             q, k, v = (torch.cat(x) for x in zip(*parts, strict=True))
-            out = self.retrieval.run(layer, q, k, v, self.scale)
+            out = self.run_decode(layer, *(x.to(self.device) for x in (q, k, v))).cpu()
             for b, token in enumerate(tokens):
                 token.outputs.append(out[b])
                 token.expected.append(token.request.reference.decode(layer, q[b], k[b], v[b]))
@@ -215,14 +231,38 @@ class SimulatedEngine:
         self.check()
         return tokens
 
+    def plan_decode(self, requests: list[Request]) -> None:
+        rows, lens = [request.row for request in requests], [request.length for request in requests]
+        slots = self.req_to_token[self._tensor(rows), self._tensor(lens) - 1].long()
+        self.retrieval.plan(self._tensor(rows), self._tensor(lens), slots, self.req_to_token, rows, lens)
+
+    def run_decode(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return self.retrieval.run(layer, q, k, v, self.scale)
+
+    def forget_blocks(self, pages: list[int]) -> None:
+        """Evict every block of some pages."""
+        num_kv_heads = self.geometry.num_kv_heads
+        keys = [page * num_kv_heads + head for page in pages for head in range(num_kv_heads)]
+        self.memory.blocks.release(KeyList(self._tensor(keys), self._tensor([len(keys)]).int()))
+
+    def front(self, layer: int) -> torch.Tensor:
+        """The windows `[max_requests + 1, H, W]` that the last step read."""
+        return self.memory.windows.pages[int(self.memory.blocks.step) % 2, layer]
+
+    def back(self, layer: int) -> torch.Tensor:
+        """Those that the next step will read."""
+        return self.memory.windows.pages[(int(self.memory.blocks.step) + 1) % 2, layer]
+
+    def _tensor(self, values: list[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self.device)
+
     # Checks
 
     def check(self) -> None:
         """Invariants that hold after every step."""
         counters = self.memory.counters
-        assert counters.absent_pages == 0
-        num_recalls = counters.misses + counters.demand_misses
-        assert counters.recalled_bytes == self.geometry.block_bytes * num_recalls
+        assert counters[Count.ABSENT_PAGES] == 0
+        assert counters[Count.RECALLS] <= counters[Count.MISSES] + counters[Count.DEMAND_MISSES]
         self.memory.check_integrity()
         for request in self.requests:
             self._check_host_pages(request)
@@ -239,7 +279,7 @@ class SimulatedEngine:
             q = request.trace.q[layer, request.length - 1]
             windows = expected.windows
             if layer not in self.rule.dense_layers:
-                windows = self.window(self.memory.windows.front(layer), request)
+                windows = self.window(self.front(layer), request)
                 for head, choice in enumerate(zip(expected.windows, expected.scores, strict=True)):
                     assert not explain_difference(windows[head], *choice, tolerance)
                 self._check_back_windows(request, layer, q)
@@ -248,7 +288,7 @@ class SimulatedEngine:
 
     def _check_back_windows(self, request: Request, layer: int, q: torch.Tensor) -> None:
         """The back windows are this query's choice at the next length."""
-        for head, back in enumerate(self.window(self.memory.windows.back(layer), request)):
+        for head, back in enumerate(self.window(self.back(layer), request)):
             expected, scores = request.reference.window(layer, head, q.double(), request.length + 1)
             # The page that the next token opens may be listed now or when it is opened.
             back, expected = ([page for page in x if page < len(request.pages)] for x in (back, expected))
@@ -267,10 +307,10 @@ class SimulatedEngine:
         for head, window in enumerate(windows):
             for logical in window:
                 page = request.pages[logical]
-                block = int(blocks.table[layer, page, head])
+                block = int(blocks.tables.table[layer, page, head])
                 assert block >= 0, f"layer {layer}, head {head}: page {logical} of the window is not resident"
                 num_tokens = min(PAGE, request.length - logical * PAGE)
-                held = blocks.kv[layer][block][:, :num_tokens]
+                held = blocks.kv[layer][block][:, :num_tokens].cpu()
                 assert held.equal(host.kv[page, layer, head][:, :num_tokens])
                 assert held[0].double().equal(request.reference.page_keys(layer, head, logical))
                 assert held[1].double().equal(request.reference.page_values(layer, head, logical))
@@ -294,5 +334,6 @@ class SimulatedEngine:
             keys, values = (x[:, tokens].transpose(1, 2) for x in (trace.k, trace.v))  # [L, H, tokens, D]
             assert host.kv[page, :, :, 0, :num_tokens].equal(keys)
             assert host.kv[page, :, :, 1, :num_tokens].equal(values)
-            assert host.summary[:, page, :, 0].equal(keys.amin(dim=2))
-            assert host.summary[:, page, :, 1].equal(keys.amax(dim=2))
+            summary = host.summary[:, page].cpu()
+            assert summary[:, :, 0].equal(keys.amin(dim=2))
+            assert summary[:, :, 1].equal(keys.amax(dim=2))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from freekv_kernels import Count
 from random_traces import Trace, make_trace
 from sglang_freekv.config import FreeKVConfig
 from sglang_freekv.geometry import Geometry
@@ -96,11 +97,11 @@ def test_every_step_of_a_changing_batch_matches_the_reference(
 ) -> None:
     engine = SimulatedEngine(geometry, config, max_requests=3, num_blocks=1000 if plentiful else None)
     num_changes = run_changing_batch(engine)
-    assert engine.memory.counters.demand_misses == 0, "no page was replaced, so none may be lost"
+    assert engine.memory.counters[Count.DEMAND_MISSES] == 0, "no page was replaced, so none may be lost"
     assert num_changes > 25, "the selection has to move for this test to mean something"
     assert (engine.corrected > 0) == (config.tau > -1)
     assert (engine.kept > 0) == (config.tau < 1)
-    assert (engine.memory.counters.recalled_bytes > 0) != plentiful
+    assert (engine.memory.counters[Count.RECALLS] > 0) != plentiful
 
 
 def make_shared(engine: SimulatedEngine, prefix_pages: int, num_requests: int) -> list[Request]:
@@ -122,14 +123,15 @@ def recalls_on_shared_prefix(num_requests: int) -> int:
     """Number of recalls while requests decode over one prefix that no block holds at the start."""
     engine = SimulatedEngine(make_geometry(), make_config(), num_blocks=1000)
     requests = make_shared(engine, prefix_pages=12, num_requests=num_requests)
-    prefix = torch.tensor(requests[0].pages[:12])
-    assert all(request.pages[:12] == requests[0].pages[:12] for request in requests)
-    engine.memory.blocks.reset_pages(prefix)
-    before = engine.memory.counters.recalled_bytes
+    prefix = requests[0].pages[:12]
+    assert all(request.pages[:12] == prefix for request in requests)
+    engine.forget_blocks(prefix)
+    before = engine.memory.counters[Count.RECALLS]
     for _ in range(12):
         engine.decode()
-    num_recalls = (engine.memory.counters.recalled_bytes - before) // engine.geometry.block_bytes
-    assert num_recalls == int((engine.memory.blocks.table[:, prefix] >= 0).sum()), "one recall for each block"
+    num_recalls = engine.memory.counters[Count.RECALLS] - before
+    table = engine.memory.blocks.tables.table
+    assert num_recalls == int((table[:, prefix] >= 0).sum()), "one recall for each block"
     return num_recalls
 
 
@@ -150,19 +152,19 @@ def test_pages_that_are_replaced_between_steps_are_fetched_on_demand(budget_toke
     for _ in range(3):
         engine.decode()
 
-    counters, blocks = engine.memory.counters, engine.memory.blocks
+    counters = engine.memory.counters
     pages = in_tree.pages[:9]
     engine.hold(pages)
     engine.leave(in_tree)
-    blocks.reset_pages(torch.tensor(pages))
-    assert counters.demand_misses == 0
-    windows = [engine.window(engine.memory.windows.back(layer), request) for layer in range(NUM_LAYERS)]
+    engine.forget_blocks(pages)
+    assert counters[Count.DEMAND_MISSES] == 0
+    windows = [engine.window(engine.back(layer), request) for layer in range(NUM_LAYERS)]
     num_lost = sum(sum(page < 9 for page in window) for heads in windows for window in heads)
     assert num_lost > 0
 
     engine.replace_pages(request, pages)
     engine.decode()
-    assert counters.demand_misses == num_lost
+    assert counters[Count.DEMAND_MISSES] == num_lost
     for _ in range(3):
         engine.decode()
 
@@ -176,9 +178,9 @@ def test_prefill_takes_no_block_that_a_running_request_reads(prompt_pages: int, 
     engine.decode()
     counters, blocks = engine.memory.counters, engine.memory.blocks
     if is_lost:
-        blocks.reset_pages(torch.tensor(request.pages[:prompt_pages]))
+        engine.forget_blocks(request.pages[:prompt_pages])
     engine.decode()
-    num_lost = counters.demand_misses
+    num_lost = counters[Count.DEMAND_MISSES]
     assert (num_lost > 0) == is_lost
     # As many pages as there are blocks, so their prefill takes every block that may be taken; then the first
     # windows are fetched. The newcomers but the last are aborted at once.
@@ -189,7 +191,7 @@ def test_prefill_takes_no_block_that_a_running_request_reads(prompt_pages: int, 
             engine.leave(newcomer)
         engine.prefill_whole(engine.start(trace, num_tokens))
     engine.decode()
-    assert counters.demand_misses == num_lost
+    assert counters[Count.DEMAND_MISSES] == num_lost
 
 
 def perpendicular_to(x: torch.Tensor) -> torch.Tensor:

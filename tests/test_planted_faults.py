@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from freekv_kernels import Count
 from sglang_freekv.audit import AuditError, audit_blocks, audit_summaries, audit_windows
 from sglang_freekv.config import FreeKVConfig
 from sglang_freekv.geometry import Geometry
@@ -30,12 +31,12 @@ def audit(engine: SimulatedEngine) -> None:
 
 def front(engine: SimulatedEngine, request: int = 0) -> torch.Tensor:
     """The window that the last step read, of KV head 1 of a request."""
-    return engine.memory.windows.front(0)[engine.requests[request].row, 1]
+    return engine.front(0)[engine.requests[request].row, 1]
 
 
 def corrupt_block(engine: SimulatedEngine) -> None:
     page = engine.requests[0].pages[0]
-    engine.memory.blocks.kv[0][int(engine.memory.blocks.table[0, page, 1]), 1, 31, 15] += 1
+    engine.memory.blocks.kv[0][int(engine.memory.blocks.tables.table[0, page, 1]), 1, 31, 15] += 1
 
 
 def corrupt_host_page(engine: SimulatedEngine) -> None:
@@ -75,7 +76,7 @@ def lose_page_within_budget(engine: SimulatedEngine) -> None:
 
 def select_another_page(engine: SimulatedEngine) -> None:
     row, pages = engine.requests[0].row, range(1, 7)
-    back = engine.memory.windows.back(0)[row, 1]
+    back = engine.back(0)[row, 1]
     selected = set(back[1:3].tolist())
     back[1:3] = torch.tensor(sorted(page for page in pages if page not in selected)[:2])
 
@@ -85,7 +86,7 @@ def corrupt_summary(engine: SimulatedEngine) -> None:
 
 
 def run_with_absent_page(engine: SimulatedEngine) -> None:
-    engine.memory.counters.absent_pages += 1
+    engine.memory.counters.values[Count.ABSENT_PAGES] += 1
 
 
 AUDIT_FAULTS = (
@@ -116,49 +117,49 @@ def test_the_audit_is_silent_until_a_fault_is_planted(
 
 def test_the_audit_ignores_what_lies_behind_the_last_token(engine: SimulatedEngine) -> None:
     page = engine.requests[0].pages[-1]
-    block = int(engine.memory.blocks.table[0, page, 0])
+    block = int(engine.memory.blocks.tables.table[0, page, 0])
     engine.memory.blocks.kv[0][block, :, int(engine.memory.host.filled[page]) :] = 7
     audit(engine)
 
 
 def own_twice(engine: SimulatedEngine) -> None:
-    blocks = engine.memory.blocks
+    blocks = engine.memory.blocks.tables
     used, free = (blocks.owner[0] >= 0).nonzero()[0], (blocks.owner[0] < 0).nonzero()[0]
     blocks.owner[0][free] = blocks.owner[0][used]
 
 
 def lose_table_entry(engine: SimulatedEngine) -> None:
-    engine.memory.blocks.table[0, engine.requests[0].pages[0], 0] = -1
+    engine.memory.blocks.tables.table[0, engine.requests[0].pages[0], 0] = -1
 
 
 def swap_table_entries(engine: SimulatedEngine) -> None:
-    entries = engine.memory.blocks.table[0, engine.requests[0].pages[0]]
+    entries = engine.memory.blocks.tables.table[0, engine.requests[0].pages[0]]
     entries.copy_(entries.flip(0))
 
 
 def share_block_between_pages(engine: SimulatedEngine) -> None:
-    table, pages = engine.memory.blocks.table, engine.requests[0].pages
+    table, pages = engine.memory.blocks.tables.table, engine.requests[0].pages
     table[0, pages[1], 0] = table[0, pages[0], 0]
 
 
 def free_block_without_forgetting_it(engine: SimulatedEngine) -> None:
-    block = int(engine.memory.blocks.table[0, engine.requests[0].pages[0], 0])
-    engine.memory.blocks.owner[0][block] = -1
+    block = int(engine.memory.blocks.tables.table[0, engine.requests[0].pages[0], 0])
+    engine.memory.blocks.tables.owner[0][block] = -1
 
 
 def stamp_free_block(engine: SimulatedEngine) -> None:
-    blocks = engine.memory.blocks
+    blocks = engine.memory.blocks.tables
     blocks.last_used[0][(blocks.owner[0] < 0).nonzero()[0]] = 3
 
 
 def free_block_twice(engine: SimulatedEngine) -> None:
-    free, num_free = engine.memory.blocks.free_blocks[0], engine.memory.blocks.num_free[0]
+    free, num_free = engine.memory.blocks.tables.free_blocks[0], engine.memory.blocks.tables.num_free[0]
     free[num_free] = free[0].clone()
     num_free += 1
 
 
 def lose_free_block(engine: SimulatedEngine) -> None:
-    engine.memory.blocks.num_free[0] -= 1
+    engine.memory.blocks.tables.num_free[0] -= 1
 
 
 def overfill_page(engine: SimulatedEngine) -> None:

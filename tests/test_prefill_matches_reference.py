@@ -111,7 +111,7 @@ def test_a_prefix_hit_after_the_first_request_left_reads_the_host_store() -> Non
     in_tree = first.pages[:6]
     engine.hold(in_tree)
     engine.leave(first)
-    engine.memory.blocks.reset_pages(torch.tensor(in_tree))
+    engine.forget_blocks(in_tree)
     request = engine.start(first.trace, 200, prefix=first, prefix_tokens=6 * PAGE)
     engine.prefill_whole(request)
 

@@ -1,32 +1,95 @@
-"""The operations of KV retrieval, one file each, as torch references: the specification of every kernel.
+"""The operations of KV retrieval, one file each: a torch reference, which is the specification, and a Triton kernel
+beside it (`<op>_triton.py`).
 
-This package imports torch only, never SGLang. All ops work on one layer; a row is one (request, KV head).
-Pages are `[..., 2, page_size, head_dim]` records, K first, head-major (HND).
+This package imports torch and Triton only, never SGLang. Ops work on one layer unless they say otherwise; a row is one
+(request, KV head): request * num_kv_heads + head. Pages are `[..., 2, page_size, head_dim]` records, K first,
+head-major (HND).
 """
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 from freekv_kernels.append_tokens import append_tokens
 from freekv_kernels.attend_ragged import attend_ragged, merge_states
 from freekv_kernels.attend_window import attend_window
+from freekv_kernels.begin_step import begin_step
 from freekv_kernels.claim_blocks import claim_blocks
 from freekv_kernels.compare_queries import compare_queries
 from freekv_kernels.fill_arena import fill_arena
+from freekv_kernels.list_pages import list_pages
+from freekv_kernels.lookup_blocks import lookup_blocks
 from freekv_kernels.recall_blocks import recall_blocks
+from freekv_kernels.release_blocks import release_blocks
 from freekv_kernels.score_pages import score_pages
 from freekv_kernels.select_pages import select_pages
-from freekv_kernels.store_tokens import store_tokens
+from freekv_kernels.store_pages import store_pages
 from freekv_kernels.summarize_pages import summarize_pages
+from freekv_kernels.tables import Batch, BlockTables, Count, FlagList, KeyList, MissList, Read
+
+
+class Ops(NamedTuple):
+    """The ops that have a kernel. Both implementations have the signatures and the contracts of the references."""
+
+    begin_step: Callable[..., None]
+    release_blocks: Callable[..., None]
+    list_pages: Callable[..., None]
+    append_tokens: Callable[..., None]
+    score_pages: Callable
+    select_pages: Callable[..., None]
+    lookup_blocks: Callable[..., None]
+    claim_blocks: Callable[..., None]
+    recall_blocks: Callable[..., None]
+    store_pages: Callable[..., None]
+    fill_arena: Callable[..., None]
+
+
+REFERENCE = Ops(
+    begin_step,
+    release_blocks,
+    list_pages,
+    append_tokens,
+    score_pages,
+    select_pages,
+    lookup_blocks,
+    claim_blocks,
+    recall_blocks,
+    store_pages,
+    fill_arena,
+)
+
+
+def triton_ops() -> Ops:
+    """The Triton kernels; imported here, as a CPU has no use for them."""
+    from importlib import import_module
+
+    return Ops(*(getattr(import_module(f"freekv_kernels.{op}_triton"), op) for op in Ops._fields))
+
 
 __all__ = [
+    "REFERENCE",
+    "Batch",
+    "BlockTables",
+    "Count",
+    "FlagList",
+    "KeyList",
+    "MissList",
+    "Ops",
+    "Read",
     "append_tokens",
     "attend_ragged",
     "attend_window",
+    "begin_step",
     "claim_blocks",
     "compare_queries",
     "fill_arena",
+    "list_pages",
+    "lookup_blocks",
     "merge_states",
     "recall_blocks",
+    "release_blocks",
     "score_pages",
     "select_pages",
-    "store_tokens",
+    "store_pages",
     "summarize_pages",
+    "triton_ops",
 ]

@@ -1,44 +1,62 @@
-"""Append one decoded token per request: to the host store, to the page summary and to its device block."""
+"""Append one decoded token per request, and flag the KV heads whose query has moved."""
 
 from __future__ import annotations
 
 import torch
 
+from freekv_kernels.compare_queries import compare_queries
+from freekv_kernels.tables import Batch, Count, FlagList
+
 
 def append_tokens(
+    q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    slots: torch.Tensor,
+    batch: Batch,
+    tau: float,
     host_kv: torch.Tensor,
     summary: torch.Tensor,
     block_kv: torch.Tensor,
-    block_table: torch.Tensor,
+    table: torch.Tensor,
+    last_q: torch.Tensor,
+    flags: FlagList | None,
+    counters: torch.Tensor,
 ) -> None:
-    """Write-through append of one token per request.
+    """Write-through append of one token per request, and comparison of its query with the previous one.
 
     With page, offset = divmod(slot, page_size), for every KV head h:
       host_kv[page, h, :, offset] = k, v
       summary[page, h] = k, k where offset == 0, else min(., k), max(., k)
-      block_kv[block_table[page, h], :, offset] = k, v   where the page's head is resident
+      block_kv[table[page, h], :, offset] = k, v   where the page's head is resident
+      is_flagged = num_pages > budget_pages and mean over the group of cos(q, last_q[row]) < tau
+      last_q[row, h] = q
 
     Parameters
     ----------
+    q : model dtype, ``[batch_size, num_kv_heads, group_size, head_dim]``, device
     k, v : model dtype, ``[batch_size, num_kv_heads, head_dim]``, device
-        Post-RoPE keys, and values, of the new tokens.
-    slots : int64, ``[batch_size]``, device
-        Token slots, all in different pages.
-    host_kv : model dtype, ``[num_pages, num_kv_heads, 2, page_size, head_dim]``, CPU
+        Post-RoPE queries and keys, and values, of the new tokens.
+    batch : Batch
+    tau : float
+    host_kv : model dtype, ``[num_pages, num_kv_heads, 2, page_size, head_dim]``, CPU (pinned)
+        One layer of the host store, a strided view.
     summary : model dtype, ``[num_pages, num_kv_heads, 2, head_dim]``, device
     block_kv : model dtype, ``[num_blocks, 2, page_size, head_dim]``, device
-    block_table : int32, ``[num_pages, num_kv_heads]``, device
+    table : int32, ``[num_pages, num_kv_heads]``, device
         -1 where not resident: the host store then holds the only copy, which a demand miss fetches.
+    last_q : model dtype, ``[max_requests + 1, num_kv_heads, group_size, head_dim]``, device
+    flags : FlagList or None
+        Written; `count` must be 0 before. None in a dense layer, where nothing is selected, flagged or counted.
+    counters : int64, ``[len(Count)]``, device
+        ROWS and FLAGGED_ROWS are advanced.
 
     Notes
     -----
-    A page of the last token of a request belongs to it alone, so no two requests write to one page.
+    The page of a request's last token belongs to it alone, so no two requests write to one page. Padding writes to
+    the padding page and the padding row, which nobody reads.
     """
     page_size = host_kv.shape[3]
-    pages, offsets = slots // page_size, slots % page_size
+    pages, offsets = batch.slots // page_size, batch.slots % page_size
     kv = torch.stack((k, v), 2)  # [batch_size, num_kv_heads, 2, head_dim]
     host_kv[pages, :, :, offsets] = kv
 
@@ -47,9 +65,24 @@ def append_tokens(
     torch.maximum(bounds[:, :, 1], k, out=bounds[:, :, 1])
     summary[pages] = bounds
 
-    blocks = block_table[pages].flatten().long()  # [batch_size * num_kv_heads]
-    kv, offsets = kv.flatten(0, 1), offsets.repeat_interleave(block_table.shape[1])
+    num_kv_heads = table.shape[1]
+    blocks = table[pages].flatten().long()  # [batch_size * num_kv_heads]
+    kv, offsets = kv.flatten(0, 1), offsets.repeat_interleave(num_kv_heads)
     is_resident = blocks >= 0
     if not is_resident.all():
         blocks, kv, offsets = blocks[is_resident], kv[is_resident], offsets[is_resident]
     block_kv[blocks, :, offsets] = kv
+
+    if flags is None:
+        return
+    is_over = batch.num_pages > batch.budget_pages
+    flags.is_flagged.zero_()
+    if num_over := int(is_over.sum()):
+        is_flagged = is_over[:, None] & (compare_queries(q, last_q[batch.rows]) < tau)
+        flags.is_flagged.copy_(is_flagged.flatten())
+        rows = flags.is_flagged.nonzero().flatten()
+        flags.rows[: len(rows)] = rows.int()
+        flags.count.fill_(len(rows))
+        counters[Count.ROWS] += num_over * num_kv_heads
+        counters[Count.FLAGGED_ROWS] += len(rows)
+    last_q[batch.rows] = q

@@ -1,67 +1,80 @@
-"""Claim device blocks for missing (page, head) pairs, with a clock hand."""
+"""Claim device blocks for (page, head) pairs that have none, with a clock hand."""
 
 from __future__ import annotations
 
 import torch
+
+from freekv_kernels.tables import BlockTables, KeyList, MissList
 
 # Blocks looked at first beyond a few per victim: most of what the hand meets may be taken.
 _SEARCH_MARGIN = 64
 
 
 def claim_blocks(
-    keys: torch.Tensor,
-    block_table: torch.Tensor,
-    owner: torch.Tensor,
-    last_used: torch.Tensor,
-    free_blocks: torch.Tensor,
-    num_free: torch.Tensor,
-    hand: torch.Tensor,
-    protect_from: int,
-    stamp: int,
-) -> torch.Tensor:
-    """Give each key a block: free blocks first, then the next victims after the clock hand.
+    wanted: KeyList | MissList, blocks: BlockTables, step: torch.Tensor, protect_back: bool, stamp_back: bool
+) -> None:
+    """Give each key without a block a block: free blocks first, then the next victims after the clock hand.
 
-    A victim is a block with last_used < protect_from. Its owner loses its entry in the block table; nothing is copied,
-    as a block is never the only copy of a token.
+    A victim is a block with ``last_used < 2 * step + protect_back``. Its owner loses its entry in the block table;
+    nothing is copied, as a block is never the only copy of a token. A key that is listed twice gets one block; a key
+    that has a block keeps it; if victims run out, keys stay without one. No block is taken twice in a call. Which key
+    gets which of these blocks, or none, is left to the implementation; the reference serves the first keys first.
 
     Parameters
     ----------
-    keys : int64, ``[num_keys]``, device
-        page * num_kv_heads + head, no key twice, none resident.
-    block_table : int32, ``[num_pages * num_kv_heads]``, device
-        key -> block, -1 where not resident; updated in place.
-    owner : int32, ``[num_blocks]``, device
-        block -> key, -1 where free; updated in place.
-    last_used : int32, ``[num_blocks]``, device
-        Stamp of the last use, -1 where free; updated in place.
-    free_blocks : int32, ``[num_blocks]``, device
-        A stack: the first num_free entries are the free blocks; taken from the top.
-    num_free : int64, ``[1]``, device
-    hand : int64, ``[1]``, device
-        Where the search for victims starts; moved past the last one.
-    protect_from : int
-        Blocks with this stamp or a later one are read in this step or claimed for the next one.
-    stamp : int
-        Written to last_used of the claimed blocks.
-
-    Returns
-    -------
-    int64, ``[num_keys]``
-        The blocks, in the order of the keys; -1 for the last keys if the victims ran out.
+    wanted : KeyList or MissList
+        The same keys for all layers. Of a MissList, `blocks` is written for the keys of one layer: the claimed block at
+        one entry of each key, -1 at all others.
+    blocks : BlockTables, of some layers
+        Updated; claimed blocks are stamped ``2 * step + stamp_back``.
+    step : int64, ``[1]``, device
+    protect_back : bool
+        Between steps the blocks that the next step reads stay (True); within a step, those of this step too (False).
+    stamp_back : bool
+        Whether the next step reads the claimed blocks.
     """
-    num_keys, free = len(keys), int(num_free)
-    left = max(free - num_keys, 0)
-    claimed = free_blocks[left:free].flip(0).long()
-    num_free.fill_(left)
-    if len(claimed) < num_keys:
-        victims = _next_victims(num_keys - len(claimed), last_used, hand, protect_from)
-        block_table[owner[victims].long()] = -1
+    count = int(wanted.count)
+    if count == 0:
+        return
+    stamp = 2 * int(step)
+    keys = wanted.keys[:count]
+    for layer in range(len(blocks.owner)):
+        claimed = _claim(keys, BlockTables(*(x[layer] for x in blocks)), stamp + protect_back, stamp + stamp_back)
+        if isinstance(wanted, MissList):
+            wanted.blocks[:count] = claimed
+
+
+def _claim(keys: torch.Tensor, blocks: BlockTables, protect_from: int, stamp: int) -> torch.Tensor:
+    """Claim in one layer; int32 ``[num_keys]``, the blocks to fill."""
+    table, owner, last_used = blocks.table.view(-1), blocks.owner, blocks.last_used
+    new, first_entry = _first_entries(keys)
+    is_new = table[new] < 0
+    new, first_entry = new[is_new], first_entry[is_new]
+
+    free = int(blocks.num_free)
+    left = max(free - len(new), 0)
+    claimed = blocks.free_blocks[left:free].flip(0).long()
+    blocks.num_free.fill_(left)
+    if len(claimed) < len(new):
+        victims = _next_victims(len(new) - len(claimed), last_used, blocks.hand, protect_from)
+        table[owner[victims].long()] = -1
         claimed = torch.cat((claimed, victims))
 
-    block_table[keys[: len(claimed)]] = claimed.int()
-    owner[claimed] = keys[: len(claimed)].int()
+    new, first_entry = new[: len(claimed)], first_entry[: len(claimed)]
+    table[new] = claimed.int()
+    owner[claimed] = new.int()
     last_used[claimed] = stamp
-    return torch.nn.functional.pad(claimed, (0, num_keys - len(claimed)), value=-1)
+    filled = keys.new_full((len(keys),), -1, dtype=torch.int32)
+    filled[first_entry] = claimed.int()
+    return filled
+
+
+def _first_entries(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The different keys in the order in which they are listed, and where each is listed first."""
+    different, which = keys.unique(return_inverse=True)
+    entries = torch.arange(len(keys), device=keys.device)
+    first = entries.new_full((len(different),), len(keys)).scatter_reduce_(0, which, entries, "amin").sort().values
+    return keys[first], first
 
 
 def _next_victims(count: int, last_used: torch.Tensor, hand: torch.Tensor, protect_from: int) -> torch.Tensor:
@@ -76,5 +89,5 @@ def _next_victims(count: int, last_used: torch.Tensor, hand: torch.Tensor, prote
             break
         span = min(2 * span, num_blocks)
     if len(victims):
-        hand.copy_((victims[-1:] + 1) % num_blocks)
+        hand.fill_((int(victims[-1]) + 1) % num_blocks)
     return victims

@@ -4,25 +4,41 @@ from __future__ import annotations
 
 import torch
 
+from freekv_kernels.tables import Batch, FlagList, Read
 
-def score_pages(q: torch.Tensor, summary: torch.Tensor, page_table: torch.Tensor) -> torch.Tensor:
-    """Bound the logits of each page for each query head.
 
-    score[b, h, g, p] = sum_d max(q[b, h, g, d] * lo, q[b, h, g, d] * hi),  lo, hi = summary[page_table[b, p], h]
+def score_pages(
+    queries: torch.Tensor,
+    summary: torch.Tensor,
+    batch: Batch,
+    read: Read,
+    flags: FlagList | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Bound the logits of each page for each query head, in the rows of requests over their budget.
+
+    score[b, h, g, p] = sum_d max(q[d] * lo[d], q[d] * hi[d])
+    with q = queries[rows[b], h, g] and lo, hi = summary[page_table[b, p], h], for p < num_pages[b].
 
     As lo <= hi, the larger product takes hi where q > 0 and lo elsewhere: one matrix product.
 
     Parameters
     ----------
-    q : model dtype, ``[batch_size, num_kv_heads, group_size, head_dim]``, device
-        Post-RoPE queries.
+    queries : model dtype, ``[max_requests + 1, num_kv_heads, group_size, head_dim]``, device
+        Post-RoPE queries by row of the request table.
     summary : model dtype, ``[num_pages, num_kv_heads, 2, head_dim]``, device
-    page_table : int64, ``[batch_size, max_pages]``, device
-        Logical page -> host page; entries past a request's pages may be any page, their scores mean nothing.
+    batch : Batch
+    read : Read
+        A request is over its budget if its pages at that step are.
+    flags : FlagList, optional
+        Only these rows; by default every row.
+    out : float32, ``[batch_size * num_kv_heads, group_size, max_pages]``, device, optional
+        Where to write; entries of other rows, and past a request's pages, keep their values. `select_pages` may use the
+        scored rows as its workspace.
 
     Returns
     -------
-    float32, ``[batch_size, num_kv_heads, group_size, max_pages]``
+    out, or a new tensor with undefined values in those entries
         Unscaled (no 1 / sqrt(head_dim)), as in the paper.
 
     Notes
@@ -30,9 +46,30 @@ def score_pages(q: torch.Tensor, summary: torch.Tensor, page_table: torch.Tensor
     Source: Quest's bound, FreeKV (arXiv 2505.13109); kept in fp32, where the authors' engine rounds scores to bf16.
     """
     num_pages, num_kv_heads, _, head_dim = summary.shape
-    heads = torch.arange(num_kv_heads, device=q.device)[:, None]
-    records = page_table[:, None] * num_kv_heads + heads  # [batch_size, num_kv_heads, max_pages]
+    max_pages = batch.page_table.shape[1]
+    group_size = queries.shape[2]
+    shape = (len(batch.rows) * num_kv_heads, group_size, max_pages)
+    rows = listed_rows(batch, read, num_kv_heads, flags)
+    if len(rows) == 0:
+        return queries.new_empty(shape, dtype=torch.float32) if out is None else out
+    request, head = rows // num_kv_heads, rows % num_kv_heads
+    records = batch.page_table[request] * num_kv_heads + head[:, None]  # [n, max_pages]
     bounds = summary.view(num_pages * num_kv_heads, 2 * head_dim).index_select(0, records.flatten()).float()
-    q = q.float()
+    q = queries[batch.rows[request], head].float()
     q = torch.cat((q.clamp(max=0), q.clamp(min=0)), -1)  # the halves meet lo and hi
-    return q @ bounds.view(*records.shape, 2 * head_dim).transpose(-1, -2)
+    scores = q @ bounds.view(*records.shape, 2 * head_dim).transpose(-1, -2)
+    if out is not None:
+        is_page = torch.arange(max_pages, device=out.device) < batch.num_pages[request, None]
+        out[rows, :, :max_pages] = scores.where(is_page[:, None], out[rows, :, :max_pages])
+        return out
+    if flags is None and len(rows) == shape[0]:
+        return scores
+    return scores.new_empty(shape).index_copy_(0, rows, scores)
+
+
+def listed_rows(batch: Batch, read: Read, num_kv_heads: int, flags: FlagList | None) -> torch.Tensor:
+    """Rows (int64) of requests over their budget when `read` is read; of `flags`, which are such rows, if given."""
+    if flags is not None:
+        return flags.rows[: int(flags.count)].long()
+    is_over = (batch.num_pages_at(read) > batch.budget_pages)[:, None].expand(-1, num_kv_heads)
+    return is_over.flatten().nonzero().flatten()

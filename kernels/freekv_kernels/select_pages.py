@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from freekv_kernels.score_pages import listed_rows
+from freekv_kernels.tables import Batch, FlagList, Read
+
 
 def pool_group(scores: torch.Tensor, is_candidate: torch.Tensor, pooling: str) -> torch.Tensor:
     """Pool the scores of a query group, so that all heads of a KV head want the same pages.
@@ -13,78 +16,89 @@ def pool_group(scores: torch.Tensor, is_candidate: torch.Tensor, pooling: str) -
 
     Parameters
     ----------
-    scores : float32, ``[batch_size, num_kv_heads, group_size, max_pages]``
-    is_candidate : bool, ``[batch_size, max_pages]``
+    scores : float32, ``[num_rows, group_size, max_pages]``
+    is_candidate : bool, ``[num_rows, max_pages]``
     pooling : "softmax" | "mean"
 
     Returns
     -------
-    float32, ``[batch_size, num_kv_heads, max_pages]``, -inf where a page is no candidate
+    float32, ``[num_rows, max_pages]``, -inf where a page is no candidate
     """
-    scores = scores.masked_fill(~is_candidate[:, None, None], float("-inf"))
+    scores = scores.masked_fill(~is_candidate[:, None], float("-inf"))
     if pooling == "softmax":
-        return torch.log_softmax(scores, -1).logsumexp(2)
+        return torch.log_softmax(scores, -1).logsumexp(1)
     if pooling == "mean":
-        return scores.mean(2)
+        return scores.mean(1)
     raise ValueError(f"Invalid pooling: expected 'softmax' or 'mean', got {pooling!r}")
 
 
 def select_pages(
     scores: torch.Tensor,
-    num_pages: torch.Tensor,
-    budget_pages: torch.Tensor,
+    batch: Batch,
+    read: Read,
     sink_pages: int,
     recent_pages: int,
-    max_budget_pages: int,
     pooling: str,
-) -> torch.Tensor:
+    windows: torch.Tensor,
+    flags: FlagList | None = None,
+) -> None:
     """Choose what each (request, KV head) attends to.
 
-    num_pages <= budget: every page. Otherwise the first `sink_pages`, the last `recent_pages`, and between them the
-    ``budget - sink - recent`` pages with the highest pooled score.
+    Over the budget: the first `sink_pages`, the last `recent_pages`, and between them the ``budget - sink - recent``
+    pages with the highest pooled score. Within it: every page; only a first window needs that to be written.
 
     Parameters
     ----------
-    scores : float32, ``[batch_size, num_kv_heads, group_size, max_pages]``
-        Of `score_pages`.
-    num_pages : int64, ``[batch_size]``
-        Pages of the request at the step that will read the window; may exceed max_pages by the page yet to be opened.
-    budget_pages : int64, ``[batch_size]``
-        Pages a request may attend to, sink and recent included.
-    sink_pages, recent_pages, max_budget_pages : int
+    scores : float32, ``[batch_size * num_kv_heads, group_size, max_pages]``, device
+        Of `score_pages`. The scores of selected rows may be overwritten: they are the workspace.
+    batch : Batch
+        ``num_pages_at(read)`` may exceed the pages that exist by the one yet to be opened, which is recent.
+    read : Read
+        FRONT and BACK write the windows of requests over their budget; FIRST both windows of every request.
+    sink_pages, recent_pages : int
+        recent_pages is at least 1, and their sum less than any budget.
     pooling : "softmax" | "mean"
-
-    Returns
-    -------
-    int32, ``[batch_size, num_kv_heads, max_budget_pages]``
-        Logical pages, ascending, -1 padded; the last, partial page is the last valid entry.
+    windows : int32, ``[2, max_requests + 1, num_kv_heads, max_budget_pages]``, device
+        Written, by row of the request table: logical pages, ascending, -1 padded; the last, partial page is the last
+        valid entry. The front is ``windows[step % 2]``.
+    flags : FlagList, optional
+        Only these rows; by default every row.
 
     Notes
     -----
     Equal scores at the threshold may be taken in any order. Source: FreeKV (arXiv 2505.13109), group-consistent
     selection; the budget includes sink and recent pages, unlike in the authors' accuracy code.
     """
-    batch_size, num_kv_heads, _, max_pages = scores.shape
-    column = torch.arange(max_budget_pages, device=scores.device)
-    num_pages, budget_pages = num_pages[:, None], budget_pages[:, None]
-    # Within the budget: all pages.  [batch_size, max_budget_pages]
-    everything = torch.where(column < num_pages, column, -1)[:, None].expand(-1, num_kv_heads, -1)
-    is_over = num_pages > budget_pages
-    width = min(max_budget_pages - sink_pages - recent_pages, max_pages)
-    if width <= 0 or not is_over.any():
-        return everything.int()
+    num_kv_heads, width = windows.shape[2:]
+    rows = listed_rows(batch, read, num_kv_heads, flags)
+    if len(rows) == 0 and read != Read.FIRST:
+        return
+    column = torch.arange(width, device=windows.device)
+    sides = [0, 1] if read == Read.FIRST else [(int(batch.step) + read) % 2]
+    if read == Read.FIRST:
+        every_page = torch.where(column < batch.num_pages_next[:, None], column, -1).int()
+        windows[:, batch.rows] = every_page[:, None].expand(-1, num_kv_heads, -1)
+        if len(rows) == 0:
+            return
+    request, head = rows // num_kv_heads, rows % num_kv_heads
+    num_pages, budget = batch.num_pages_at(read)[request, None], batch.budget_pages[request, None]
 
+    if flags is not None or len(rows) < len(scores):
+        scores = scores[rows]
+    max_pages = scores.shape[-1]
     page = torch.arange(max_pages, device=scores.device)
-    is_candidate = (page >= sink_pages) & (page < num_pages - recent_pages) | ~is_over
-    best = pool_group(scores, is_candidate, pooling).topk(width, -1).indices  # best first
-    num_selected = budget_pages - sink_pages - recent_pages  # [batch_size, 1]
-    past_the_end = max_pages + max_budget_pages
-    best = best.masked_fill((column[:width] >= num_selected)[:, None], past_the_end).sort(-1).values
+    is_candidate = (page >= sink_pages) & (page < num_pages - recent_pages)
+    num_best = min(width - sink_pages - recent_pages, max_pages)
+    best = pool_group(scores, is_candidate, pooling).topk(num_best, -1).indices  # best first
+    past_the_end = max_pages + width
+    is_taken = column[:num_best] < budget - sink_pages - recent_pages
+    best = best.masked_fill(~is_taken, past_the_end).sort(-1).values
 
-    window = torch.full((batch_size, num_kv_heads, max_budget_pages), -1, device=scores.device)
-    window[..., :sink_pages] = column[:sink_pages]
-    window[..., sink_pages : sink_pages + width] = best
-    rank = column - (budget_pages - recent_pages)  # of a recent page; negative before them
+    window = torch.full((len(rows), width), -1, device=scores.device)
+    window[:, :sink_pages] = column[:sink_pages]
+    window[:, sink_pages : sink_pages + num_best] = best
+    rank = column - (budget - recent_pages)  # of a recent page; negative before them
     recent = torch.where(rank < recent_pages, num_pages - recent_pages + rank, -1)
-    window = torch.where((rank >= 0)[:, None], recent[:, None], window)
-    return torch.where(is_over[:, None], window, everything).int()
+    window = torch.where(rank >= 0, recent, window).int()
+    for side in sides:
+        windows[side, batch.rows[request], head] = window

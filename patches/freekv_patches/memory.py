@@ -36,10 +36,12 @@ def build_kv_pool(original, self, **kwargs):
     if freekv_config(self.server_args) is None:
         return original(self, **kwargs)
     from sglang_freekv.kv_pool import FreeKVPool
+    from sglang_freekv.sizing import max_context_of
 
     # Handed over once: /server_info dumps whatever the arguments carry.
     plan = vars(self.server_args).pop("_freekv_plan")
-    return FreeKVPool(plan, self.device, self.layer_info.start_layer, self.layer_info.end_layer)
+    layers = self.layer_info
+    return FreeKVPool(plan, max_context_of(self), self.device, layers.start_layer, layers.end_layer)
 
 
 PATCHES = (

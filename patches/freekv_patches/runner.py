@@ -1,7 +1,7 @@
 """Batches on their way to the model.
 
-A ForwardBatch does not say which request has more prompt to come, and the eager runner sizes its input buffers by
-`max_total_num_tokens`, which here counts host tokens.
+A ForwardBatch does not say which request has more prompt to come, the eager runner sizes its input buffers by
+`max_total_num_tokens`, which here counts host tokens, and on a GPU some models write K and V to the pool themselves.
 """
 
 from __future__ import annotations
@@ -31,6 +31,14 @@ def init_eager_runner(original, self, model_runner):
         model_runner.max_total_num_tokens = host_tokens
 
 
+def enable_fused_set_kv_buffer(original, forward_batch):
+    from sglang.srt.model_executor.forward_context import get_token_to_kv_pool
+
+    from sglang_freekv.kv_pool import FreeKVPool
+
+    return not isinstance(get_token_to_kv_pool(), FreeKVPool) and original(forward_batch)
+
+
 PATCHES = (
     Patch(
         target="sglang.srt.managers.tp_worker.TpModelWorker.forward_batch_generation",
@@ -52,5 +60,13 @@ PATCHES = (
         signature="(self, model_runner: 'ModelRunner') -> 'None'",
         reason="its static buffers take 48 bytes per host token otherwise",
         remove_when="the eager runner sizes its buffers by the largest batch",
+    ),
+    Patch(
+        target="sglang.srt.models.utils.enable_fused_set_kv_buffer",
+        kind=HookType.AROUND,
+        hook=enable_fused_set_kv_buffer,
+        signature="(forward_batch: 'ForwardBatch')",
+        reason="models fuse rotary embedding with a write to a token-major pool, which does not exist here",
+        remove_when="SGLang asks the pool whether it takes such writes",
     ),
 )

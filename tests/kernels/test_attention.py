@@ -20,18 +20,21 @@ def dense(q, k, v, mask=None):
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("group_size", [1, 3, 8])
-def test_a_window_is_attended_in_its_own_order_up_to_its_length(group_size, dtype, tolerance):
+def test_a_row_attends_to_its_own_blocks_in_order_up_to_its_last_token(group_size, dtype, tolerance):
     heads, page, dim = 2, 8, 16
     blocks = torch.randn(20, 2, page, dim).to(dtype)
-    q = torch.randn(3, heads, group_size, dim).to(dtype)
-    indices = torch.stack([torch.randperm(20)[:8] for _ in range(3 * heads)]).view(3, heads, 4 * 2)
-    lengths = [1, 17, 64]
-    out = attend_window(q, blocks, indices, lengths, SCALE)
-    for b, length in enumerate(lengths):
-        for h in range(heads):
-            k, v = (blocks[indices[b, h], i].reshape(-1, 1, dim)[:length] for i in (0, 1))
-            expected, _ = dense(q[b, h][None], k, v)
-            torch.testing.assert_close(out[b, h][None].double(), expected, rtol=0, atol=tolerance)
+    num_pages = torch.tensor([1, 1, 3, 3, 8, 8])
+    indptr = torch.cat([torch.zeros(1), num_pages.cumsum(0)]).int()
+    indices = torch.cat([torch.randperm(20)[:n] for n in num_pages]).int()
+    last_page_len = torch.tensor([1, 1, 5, 5, 8, 8], dtype=torch.int32)
+    q = torch.randn(6, group_size, dim).to(dtype)
+    out = attend_window(q, blocks, indptr, indices, last_page_len, heads, SCALE)
+    for row in range(6):
+        own = blocks[indices[indptr[row] : indptr[row + 1]].long()]
+        kv_len = (num_pages[row] - 1) * page + last_page_len[row]
+        k, v = (own[:, i].reshape(-1, 1, dim)[:kv_len] for i in (0, 1))
+        expected, _ = dense(q[row][None], k, v)
+        torch.testing.assert_close(out[row][None].double(), expected, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("prefix, chunk", [(0, 7), (5, 1), (40, 33)])

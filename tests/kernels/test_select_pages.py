@@ -1,11 +1,15 @@
 """A window is sink, best pages, recent: compared with a selection written as a loop."""
 
+from __future__ import annotations
+
 import math
 
 import pytest
 import torch
 
-from freekv_kernels import select_pages
+from freekv_kernels import Batch, FlagList, Read
+
+FREE = -7  # what nobody may overwrite
 
 
 def expected_window(scores, n, budget, sink, recent, width, pooling):
@@ -14,12 +18,12 @@ def expected_window(scores, n, budget, sink, recent, width, pooling):
         pages = list(range(n))
     else:
         candidates = range(sink, n - recent)
+        peaks = [max(s[c] for c in candidates) for s in scores]
+        totals = [sum(math.exp(s[c] - m) for c in candidates) for s, m in zip(scores, peaks, strict=True)]
 
         def pooled(page):
             if pooling == "mean":
                 return sum(s[page] for s in scores) / len(scores)
-            peaks = [max(s[c] for c in candidates) for s in scores]
-            totals = [sum(math.exp(s[c] - m) for c in candidates) for s, m in zip(scores, peaks, strict=True)]
             return sum(math.exp(s[page] - m) / t for s, m, t in zip(scores, peaks, totals, strict=True))
 
         best = sorted(candidates, key=pooled, reverse=True)[: budget - sink - recent]
@@ -27,47 +31,176 @@ def expected_window(scores, n, budget, sink, recent, width, pooling):
     return pages + [-1] * (width - len(pages))
 
 
-CASES = [  # pages of each request, budgets, sink, recent, width
-    pytest.param([9, 20, 31], [8, 8, 8], 2, 3, 8, id="all-over"),
-    pytest.param([1, 8, 9], [8, 8, 8], 1, 1, 8, id="one-page-at-and-over-the-budget"),
-    pytest.param([30, 30, 5], [6, 10, 10], 2, 2, 12, id="own-budgets"),
-    pytest.param([30, 12], [9, 9], 0, 1, 9, id="no-sink"),
-    pytest.param([33], [8], 1, 2, 8, id="page-not-opened-yet"),
-    pytest.param([10], [9], 1, 1, 40, id="wide-window"),
+def batch_of(num_pages, budgets, device, rows=None, step=0, num_pages_next=None):
+    rows = range(1, len(num_pages) + 1) if rows is None else rows
+    following = num_pages if num_pages_next is None else num_pages_next
+    rows, num_pages, following, budgets, step = (
+        torch.tensor(list(x), device=device) for x in (rows, num_pages, following, budgets, [step])
+    )
+    no_table = torch.zeros(len(rows), 1, dtype=torch.int64, device=device)
+    return Batch(rows, torch.zeros_like(rows), no_table, num_pages, following, budgets, step)
+
+
+def flags_of(rows, num_rows, device):
+    listed = torch.full((num_rows,), 10**6, dtype=torch.int32)  # past the count lies anything
+    listed[: len(rows)] = torch.tensor(rows, dtype=torch.int32)
+    count = torch.tensor([len(rows)], dtype=torch.int32)
+    return FlagList(listed.to(device), count.to(device), torch.zeros(num_rows, dtype=torch.bool, device=device))
+
+
+def free_windows(requests, heads, width, device):
+    """One layer of three; rows of the request table: padding, and one more than there are requests."""
+    return torch.full((2, 3, requests + 2, heads, width), FREE, dtype=torch.int32, device=device)
+
+
+def selected(impl, scores, n, budget, sink, recent, pooling):
+    """The window of one (request, KV head); scores [group_size, max_pages]."""
+    windows = free_windows(1, 1, budget, impl.device)[:, 1]
+    batch = batch_of([n], [budget], impl.device)
+    workspace = scores[None].to(impl.device, copy=True)
+    impl.ops.select_pages(workspace, batch, Read.FRONT, sink, recent, pooling, windows)
+    return windows[0, 1, 0].tolist()
+
+
+CASES = [  # pages of each request, budgets, sink, recent, width, reader
+    pytest.param([9, 20, 31], [8, 8, 8], 2, 3, 8, Read.FRONT, id="all-over"),
+    pytest.param([1, 8, 9], [8, 8, 8], 1, 1, 8, Read.BACK, id="one-page-at-and-over-the-budget"),
+    pytest.param([1, 8, 9], [8, 8, 8], 1, 1, 8, Read.FIRST, id="first-windows"),
+    pytest.param([30, 30, 5], [6, 10, 10], 2, 2, 12, Read.FIRST, id="own-budgets"),
+    pytest.param([30, 12], [9, 9], 0, 1, 9, Read.BACK, id="no-sink"),
+    pytest.param([33], [8], 1, 2, 8, Read.BACK, id="page-not-opened-yet"),
+    pytest.param([10], [9], 1, 1, 40, Read.FIRST, id="wide-window"),
+    pytest.param([700], [64], 1, 2, 64, Read.FRONT, id="many-pages"),
 ]
 
 
 @pytest.mark.parametrize("pooling", ["softmax", "mean"])
-@pytest.mark.parametrize("num_pages, budgets, sink, recent, width", CASES)
-def test_the_window_equals_the_loop(num_pages, budgets, sink, recent, width, pooling):
-    max_pages = min(32, max(num_pages))
-    scores = torch.randn(len(num_pages), 2, 3, max_pages, dtype=torch.float32)
-    window = select_pages(scores, torch.tensor(num_pages), torch.tensor(budgets), sink, recent, width, pooling)
-    assert window.dtype == torch.int32 and window.shape == (len(num_pages), 2, width)
-    for b, (n, budget) in enumerate(zip(num_pages, budgets, strict=True)):
-        for h in range(2):
-            rows = scores[b, h].double().tolist()
-            assert window[b, h].tolist() == expected_window(rows, n, budget, sink, recent, width, pooling)
+@pytest.mark.parametrize("num_pages, budgets, sink, recent, width, read", CASES)
+def test_the_window_equals_the_loop_and_nothing_else_is_written(
+    impl, num_pages, budgets, sink, recent, width, read, pooling
+):
+    heads, requests = 2, len(num_pages)
+    max_pages = max(num_pages) - (read != Read.FRONT)  # the next step's last page may be yet to be opened
+    scores = torch.randn(requests * heads, 3, max_pages)
+    windows = free_windows(requests, heads, width, impl.device)
+    rows = list(range(requests, 0, -1))
+    batch = batch_of(num_pages, budgets, impl.device, rows, step=5)
+    impl.ops.select_pages(scores.to(impl.device, copy=True), batch, read, sink, recent, pooling, windows[:, 1])
+
+    expected = torch.full_like(windows, FREE, device="cpu")
+    sides = {Read.FRONT: [1], Read.BACK: [0], Read.FIRST: [0, 1]}[read]  # of step 5
+    for b, (row, n, budget) in enumerate(zip(rows, num_pages, budgets, strict=True)):
+        for h in range(heads):
+            args = (scores[b * heads + h].double().tolist(), n, budget, sink, recent, width, pooling)
+            for side in sides if n > budget or read == Read.FIRST else []:
+                expected[side, 1, row, h] = torch.tensor(expected_window(*args))
+    assert torch.equal(windows.cpu(), expected)
 
 
-def test_equal_scores_still_give_distinct_pages():
-    window = select_pages(torch.zeros(1, 1, 4, 64), torch.tensor([64]), torch.tensor([8]), 1, 1, 8, "softmax")
-    assert window.unique().numel() == 8
+@pytest.mark.parametrize("pooling", ["softmax", "mean"])
+@pytest.mark.parametrize("group, max_pages", [(1, 40), (4, 4640), (8, 40), (16, 2503)], ids=str)
+def test_groups_of_any_size_and_contexts_of_any_length(impl, group, max_pages, pooling):
+    scores = 5 * torch.randn(group, max_pages)
+    n, budget, sink, recent = max_pages - 1, 30, 1, 2
+    expected = expected_window(scores.double().tolist(), n, budget, sink, recent, budget, pooling)
+    assert selected(impl, scores, n, budget, sink, recent, pooling) == expected
 
 
-def test_far_pages_keep_their_order_where_a_softmax_would_underflow():
-    scores = torch.arange(0.0, 6400.0, 100.0)[None, None, None]
-    window = select_pages(scores, torch.tensor([64]), torch.tensor([8]), 1, 1, 8, "softmax")
-    assert window[0, 0].tolist() == [0, *range(57, 63), 63]
+@pytest.mark.parametrize("step, side", [(4, 0), (7, 1)])
+def test_the_step_tells_front_from_back(impl, step, side):
+    for read, written in ((Read.FRONT, side), (Read.BACK, 1 - side)):
+        windows = free_windows(1, 1, 8, impl.device)[:, 1]
+        scores = torch.randn(1, 2, 20, device=impl.device)
+        impl.ops.select_pages(scores, batch_of([20], [8], impl.device, step=step), read, 1, 1, "softmax", windows)
+        assert (windows[written, 1] >= 0).all() and (windows[1 - written] == FREE).all()
 
 
-def test_what_lies_past_a_requests_pages_is_never_selected():
-    scores = torch.randn(1, 1, 1, 40)
-    scores[..., 20:] = float("nan")
-    window = select_pages(scores, torch.tensor([20]), torch.tensor([8]), 1, 1, 8, "mean")
-    assert window.max() == 19
+def test_the_step_that_reads_decides_how_many_pages_there_are(impl):
+    batch = batch_of([8], [8], impl.device, num_pages_next=[9])
+    for read, last in ((Read.FRONT, FREE), (Read.BACK, 8), (Read.FIRST, 8)):
+        windows = free_windows(1, 1, 8, impl.device)[:, 1]
+        scores = torch.randn(1, 2, 8, device=impl.device)
+        impl.ops.select_pages(scores, batch, read, 1, 2, "softmax", windows)
+        assert windows[read % 2, 1, 0, -1] == last
+        assert windows[read % 2, 1, 0, -2] == (FREE if read == Read.FRONT else 7)
 
 
-def test_an_unknown_pooling_is_refused():
+@pytest.mark.parametrize("listed", [[], [3], [1, 0, 4, 2, 5, 3]], ids=str)
+def test_of_a_list_only_its_rows_are_written_whatever_their_order(impl, listed):
+    heads, scores = 2, torch.randn(6, 3, 40)
+    num_pages, budgets = [40, 22, 31], [8, 7, 6]
+    windows = free_windows(3, heads, 8, impl.device)
+    flags = flags_of(listed, 6, impl.device)
+    batch = batch_of(num_pages, budgets, impl.device)
+    impl.ops.select_pages(scores.to(impl.device, copy=True), batch, Read.FRONT, 1, 2, "softmax", windows[:, 1], flags)
+    expected = torch.full_like(windows, FREE, device="cpu")
+    for row in listed:
+        b, h = divmod(row, heads)
+        window = expected_window(scores[row].double().tolist(), num_pages[b], budgets[b], 1, 2, 8, "softmax")
+        expected[0, 1, b + 1, h] = torch.tensor(window)
+    assert torch.equal(windows.cpu(), expected)
+
+
+@pytest.mark.parametrize("read", [Read.FRONT, Read.BACK])
+def test_padding_writes_nothing(impl, read):
+    windows = free_windows(2, 2, 8, impl.device)
+    batch = batch_of([20, 0, 0], [8, 0, 8], impl.device, rows=[1, 0, 0])
+    scores = torch.randn(6, 3, 20, device=impl.device)
+    impl.ops.select_pages(scores, batch, read, 1, 1, "softmax", windows[:, 1])
+    assert (windows[:, 1, 0] == FREE).all() and (windows[read % 2, 1, 1] != FREE).all()
+
+
+@pytest.mark.parametrize("pooling", ["softmax", "mean"])
+@pytest.mark.parametrize("max_pages", [64, 2500])
+def test_equal_scores_still_give_distinct_pages(impl, pooling, max_pages):
+    window = selected(impl, torch.zeros(16, max_pages), max_pages, 8, 1, 1, pooling)
+    assert len(set(window)) == 8 and window == sorted(window)
+    assert window[0] == 0 and window[-1] == max_pages - 1
+
+
+@pytest.mark.parametrize("pooling", ["softmax", "mean"])
+def test_a_tie_at_the_threshold_takes_no_place_of_a_better_page(impl, pooling):
+    scores = torch.zeros(16, 2500)
+    better = [3, 1400, 2490]
+    scores[:, better] = 1.0
+    scores[:, 2000:2100] = -1.0
+    window = selected(impl, scores, 2500, 8, 1, 1, pooling)
+    assert set(better) < set(window) and len(set(window)) == 8 and window == sorted(window)
+    assert not set(window) & set(range(2000, 2100))
+
+
+def test_far_pages_keep_their_order_where_a_softmax_would_underflow(impl):
+    scores = torch.arange(0.0, 6400.0, 100.0)[None]
+    assert selected(impl, scores, 64, 8, 1, 1, "softmax") == [0, *range(57, 63), 63]
+
+
+@pytest.mark.parametrize("pooling", ["softmax", "mean"])
+def test_scores_that_differ_in_their_last_bits_keep_their_order(impl, pooling):
+    scores = torch.full((1, 64), 1.0).view(torch.int32) + torch.arange(64, dtype=torch.int32)
+    scores = scores.view(torch.float32) * (64.0 if pooling == "softmax" else -1.0)
+    window = selected(impl, scores, 64, 8, 1, 1, pooling)
+    if pooling == "mean":
+        assert window == [0, *range(1, 7), 63]
+    else:
+        assert len(set(window)) == 8  # what is subtracted may make neighbours equal
+
+
+@pytest.mark.parametrize("pooling", ["softmax", "mean"])
+def test_what_is_no_candidate_is_never_selected(impl, pooling):
+    scores = torch.randn(3, 48)
+    clean = selected(impl, scores, 21, 8, 1, 1, pooling)
+    scores[:, 0], scores[:, 20:30], scores[:, 30:] = float("inf"), float("nan"), float("-inf")
+    assert selected(impl, scores, 21, 8, 1, 1, pooling) == clean
+
+
+@pytest.mark.parametrize("pooling", ["softmax", "mean"])
+def test_scores_that_are_not_numbers_still_give_distinct_pages(impl, pooling):
+    scores = torch.randn(3, 48)
+    scores[1, 7:30] = float("nan")
+    window = selected(impl, scores, 48, 8, 1, 1, pooling)
+    assert len(set(window)) == 8 and window == sorted(window) and window[0] == 0 and window[-1] == 47
+
+
+def test_an_unknown_pooling_is_refused(impl):
     with pytest.raises(ValueError, match="expected 'softmax' or 'mean', got 'max'"):
-        select_pages(torch.zeros(1, 1, 1, 9), torch.tensor([9]), torch.tensor([4]), 1, 1, 4, "max")
+        selected(impl, torch.zeros(1, 9), 9, 4, 1, 1, "max")

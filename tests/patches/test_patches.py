@@ -15,7 +15,7 @@ import pytest
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 import freekv_patches
-from freekv_patches import ALL_PATCHES, IncompatibleSGLang, launch, patch, requests
+from freekv_patches import ALL_PATCHES, IncompatibleSGLang, launch, memory, patch, requests, runner
 from freekv_patches.patch import Patch, check_applied, check_version, install
 from sglang_freekv import plugin
 from sglang_freekv.config import FreeKVConfig
@@ -264,3 +264,72 @@ def test_a_plain_server_in_a_patched_process_gets_the_attention_of_sglang():
     factory = plugin._attention_factory(lambda runner: ("original", runner))
     runner = types.SimpleNamespace(server_args=PLAIN)
     assert factory(runner) == ("original", runner)
+
+
+@pytest.mark.parametrize("is_freekv", [True, False])
+def test_models_do_not_write_to_a_pool_that_has_no_token_major_buffer(is_freekv, monkeypatch):
+    from sglang.srt.model_executor import forward_context
+
+    from sglang_freekv.kv_pool import FreeKVPool
+
+    pool = object.__new__(FreeKVPool) if is_freekv else object()
+    monkeypatch.setattr(forward_context, "get_token_to_kv_pool", lambda: pool)
+    assert runner.enable_fused_set_kv_buffer(lambda forward_batch: True, "batch") is not is_freekv
+
+
+def test_models_that_are_loaded_before_and_after_see_the_patched_function():
+    program = """
+from sglang.srt.models import gpt_oss
+from sglang_freekv import plugin
+plugin.activate()
+from sglang.srt.models import qwen3_moe, utils
+assert utils.enable_fused_set_kv_buffer is gpt_oss.enable_fused_set_kv_buffer is qwen3_moe.enable_fused_set_kv_buffer
+assert hasattr(utils.enable_fused_set_kv_buffer, "__wrapped__")
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("disable_radix_cache", [True, False])
+@pytest.mark.parametrize("chunk_size", [None, 2048])
+def test_the_cache_of_either_sort_releases_the_host_store_when_the_scheduler_ends(disable_radix_cache, chunk_size):
+    from sglang.srt.managers.scheduler import Scheduler
+    from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+
+    from sglang_freekv.radix_cache import create_radix_cache
+
+    released = []
+    memory = types.SimpleNamespace(release=lambda: released.append(True))
+    pool = types.SimpleNamespace(memory=memory)
+    allocator = types.SimpleNamespace(get_kvcache=lambda: pool, device="cpu")
+    params = CacheInitParams(
+        disable=disable_radix_cache, req_to_token_pool=None, token_to_kv_pool_allocator=allocator, page_size=32
+    )
+    cache = create_radix_cache(
+        types.SimpleNamespace(
+            disable_radix_cache=disable_radix_cache, effective_chunked_prefill_size=chunk_size, params=params
+        )
+    )
+    scheduler = types.SimpleNamespace(hisparse_coordinator=None, decode_offload_manager=None, tree_cache=cache)
+    Scheduler.release_host_resources(scheduler)
+    assert released == [True]
+    assert cache.disable is disable_radix_cache
+
+
+def test_the_pool_is_as_wide_as_the_request_table_and_takes_the_plan_along(monkeypatch):
+    from sglang_freekv import kv_pool
+
+    monkeypatch.setattr(kv_pool, "FreeKVPool", lambda *arguments: arguments)
+    server_args = types.SimpleNamespace(
+        _freekv=FreeKVConfig(), _freekv_plan="plan", speculative_algorithm=None, max_speculative_num_draft_tokens=None
+    )
+    configurator = types.SimpleNamespace(
+        server_args=server_args,
+        device="cuda",
+        model_config=types.SimpleNamespace(context_len=8192),
+        layer_info=types.SimpleNamespace(start_layer=0, end_layer=32),
+    )
+    plan, max_context, *rest = memory.build_kv_pool(None, configurator, max_total_num_tokens=1)
+    assert (plan, rest) == ("plan", ["cuda", 0, 32])
+    assert max_context > 8192
+    assert not hasattr(server_args, "_freekv_plan")

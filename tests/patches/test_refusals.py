@@ -9,10 +9,13 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.model_executor.cuda_graph_config import CudaGraphConfig, PhaseConfig
 from sglang.srt.plugins import load_plugins
 from sglang.srt.server_args import ServerArgs
 
+from sglang_freekv import support
 from sglang_freekv.config import FreeKVConfig, UnsupportedConfiguration
 from sglang_freekv.support import RULES, check_model, check_resolved, preset
 
@@ -82,6 +85,11 @@ HYBRID = {
     "state space": {"architectures": ["FalconH1ForCausalLM"], "model_type": "falcon_h1"},
     "linear attention": {"architectures": ["Qwen3NextForCausalLM"], "model_type": "qwen3_next"},
 }
+GRAPHS = CudaGraphConfig(prefill=PhaseConfig("disabled"))
+ON_GPU = argparse.Namespace(
+    device="cuda", chunked_prefill_size=2048, cuda_graph_config=GRAPHS, tp_size=1, kv_cache_dtype="auto"
+)
+WIDE = {"hidden_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 2}
 # One case per rule, and one per setting that several values of are refused.
 SETTINGS = [
     "--page-size 64",
@@ -107,6 +115,13 @@ SETTINGS = [
     "--disaggregation-mode prefill",
     "--disaggregation-mode decode",
     "--enable-mixed-chunk",
+    "--enable-mis",
+    "--enable-torch-compile",
+    "--cuda-graph-backend-decode breakable",
+    "--cuda-graph-backend-decode tc_piecewise",
+    "--cuda-graph-backend-prefill breakable",
+    "--cuda-graph-backend-prefill full",
+    "--debug-cuda-graph",
     "--enable-two-batch-overlap",
     "--enable-single-batch-overlap",
     "--enable-pdmux",
@@ -212,10 +227,107 @@ def test_a_flag_of_ours_that_does_not_fit_ends_start_up_with_a_sentence(flags, s
         start(parser, model(LLAMA), flags)
 
 
-def test_a_gpu_is_refused_until_there_are_kernels_for_it():
-    resolved = argparse.Namespace(device="cuda", chunked_prefill_size=2048)
-    with pytest.raises(UnsupportedConfiguration, match="no GPU kernels yet and runs on cpu, not on cuda"):
+def test_graphs_of_decode_may_be_sized_and_switched_off(parser, model):
+    sized = start(parser, model(LLAMA), "--cuda-graph-max-bs-decode 16 --cuda-graph-backend-decode full")
+    assert sized.cuda_graph_config.prefill.backend == "disabled"
+    off = start(parser, model(LLAMA), "--disable-decode-cuda-graph")
+    assert off.cuda_graph_config.decode.backend == "disabled"
+
+
+def test_a_device_without_kernels_is_refused():
+    resolved = argparse.Namespace(device="xpu", chunked_prefill_size=2048, cuda_graph_config=GRAPHS)
+    with pytest.raises(UnsupportedConfiguration, match="runs on cpu and on cuda, not on xpu"):
         check_resolved(resolved, FreeKVConfig())
+
+
+def on_gpu(model_path: str, dtype: str = "auto", **settings) -> argparse.Namespace:
+    server_args = argparse.Namespace(**{**vars(ON_GPU), **settings})
+    server_args.get_model_config = lambda: ModelConfig(model_path, dtype=dtype)
+    return server_args
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize(
+    "config",
+    [
+        WIDE,
+        {**WIDE, "torch_dtype": "float16"},
+        {**WIDE, "head_dim": 64},
+        {**WIDE, "head_dim": 256},
+        {**WIDE, "num_attention_heads": 32, "head_dim": 128},
+    ],
+)
+def test_a_16_bit_model_with_usual_heads_is_served_on_a_gpu(config, model):
+    check_resolved(on_gpu(model({**LLAMA, **config})), FreeKVConfig())
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize(
+    ("config", "settings", "sentence"),
+    [
+        (WIDE, {"dtype": "float32"}, "needs a 16-bit model, not torch.float32: give --dtype bfloat16"),
+        ({**WIDE, "head_dim": 96}, {}, r"serves head dimensions \(64, 128, 256\), not 96"),
+        ({**WIDE, "head_dim": 80}, {}, "not 80"),
+        ({**WIDE, "head_dim": 128, "num_attention_heads": 64}, {}, "up to 16 query heads per KV head, not 32"),
+        (WIDE, {"kv_cache_dtype": "float16"}, "KV cache of the model's torch.bfloat16, not float16"),
+    ],
+)
+def test_a_model_that_the_kernels_do_not_serve_is_refused_on_a_gpu(config, settings, sentence, model):
+    with pytest.raises(UnsupportedConfiguration, match=f"freekv on a GPU .*{sentence}.*; or remove --kv-retrieval"):
+        check_resolved(on_gpu(model({**LLAMA, **config}), **settings), FreeKVConfig())
+
+
+@pytest.mark.usefixtures("hopper")
+def test_ranks_share_the_query_heads_so_the_group_is_the_same_and_replicated_kv_heads_make_it_smaller(model):
+    path = model({**LLAMA, **WIDE, "head_dim": 128, "num_attention_heads": 64})
+    check_resolved(on_gpu(path, tp_size=4), FreeKVConfig())  # 16 query heads and one of two KV heads on each rank
+
+
+def test_an_old_gpu_is_refused(model, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    with pytest.raises(UnsupportedConfiguration, match=r"needs compute capability 8\.0, found 7\.5"):
+        check_resolved(on_gpu(model({**LLAMA, **WIDE})), FreeKVConfig())
+
+
+@pytest.mark.usefixtures("hopper")
+def test_a_gpu_without_flashinfer_or_by_another_maker_is_refused(model, monkeypatch):
+    resolved = on_gpu(model({**LLAMA, **WIDE}))
+    with monkeypatch.context() as missing:
+        missing.setattr(support.importlib.util, "find_spec", lambda name: None)
+        with pytest.raises(UnsupportedConfiguration, match="needs FlashInfer, which is not installed"):
+            check_resolved(resolved, FreeKVConfig())
+    monkeypatch.setattr(torch.version, "cuda", None)
+    with pytest.raises(UnsupportedConfiguration, match="needs one by NVIDIA"):
+        check_resolved(resolved, FreeKVConfig())
+
+
+def test_on_a_gpu_flashinfer_is_preset_and_prefill_runs_without_a_graph(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    found = preset({"model_path": "m"})
+    assert (found["attention_backend"], found["disable_prefill_cuda_graph"]) == ("flashinfer", True)
+    assert preset({"model_path": "m", "device": "cpu"})["attention_backend"] == "torch_native"
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize(
+    ("phases", "sentence"),
+    [
+        (
+            {"decode": PhaseConfig("breakable")},
+            "decode backend breakable of --cuda-graph-config: .*; use full or disabled",
+        ),
+        ({"prefill": PhaseConfig("full")}, "prefill backend full of --cuda-graph-config: .*; use disabled"),
+    ],
+)
+def test_the_json_of_the_graphs_is_held_to_the_same_rules_as_the_flags(phases, sentence, model):
+    graphs = CudaGraphConfig(**{"prefill": PhaseConfig("disabled"), **phases})
+    with pytest.raises(UnsupportedConfiguration, match=sentence):
+        check_resolved(on_gpu(model({**LLAMA, **WIDE}), cuda_graph_config=graphs), FreeKVConfig())
 
 
 def test_what_the_user_left_open_is_preset(parser, model):

@@ -6,9 +6,10 @@ The file named by the environment variable FREEKV_TEST_FAULT says which fault to
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
-import freekv_kernels as ops
+import freekv_kernels
 
 FAULT_FILE = "FREEKV_TEST_FAULT"
 STORE = "store"  # host pages hold the values of other tokens, and so do the blocks recalled from them
@@ -17,18 +18,20 @@ RECALL = "recall"  # device blocks differ from their host pages
 
 def register() -> None:
     """SGLang calls this in each of its processes."""
-    fault = Path(os.environ[FAULT_FILE])
-    store_tokens, recall_blocks = ops.store_tokens, ops.recall_blocks
+    assert "sglang_freekv.kv_memory" not in sys.modules, "the engine has its ops already"
+    fault, ops = Path(os.environ[FAULT_FILE]), freekv_kernels.REFERENCE
 
-    def store(host_kv, k, v, slots):
-        store_tokens(host_kv, k, v.roll(1, 0) if fault.read_text() == STORE else v, slots)
+    def store_pages(k, v, *args):
+        ops.store_pages(k, v.roll(1, 0) if fault.read_text() == STORE else v, *args)
 
-    def recall(host_kv, layer, keys, blocks, block_kv):
-        recall_blocks(host_kv, layer, keys, blocks, block_kv)
+    def recall_blocks(host_kv, layer, misses, block_kv, *args):
+        ops.recall_blocks(host_kv, layer, misses, block_kv, *args)
         if fault.read_text() == RECALL:
+            blocks = misses.blocks[: int(misses.count)].long()
+            blocks = blocks[blocks >= 0]
             block_kv[blocks, 1] = block_kv[blocks, 1].roll(1, 1)
 
-    ops.store_tokens, ops.recall_blocks = store, recall
+    freekv_kernels.REFERENCE = ops._replace(store_pages=store_pages, recall_blocks=recall_blocks)
 
 
 def write_plugin(folder: Path) -> None:

@@ -15,6 +15,8 @@ from sglang.srt.server_args import ServerArgs
 from sglang.test.scripted_runtime.context import ScriptedContext
 from sglang.test.scripted_runtime.req_handle import ScriptedReqHandle
 
+from freekv_kernels import Count
+
 Script = Generator[None, None, None]
 
 CHUNK_TOKENS = 128
@@ -161,4 +163,4 @@ def _assert_whole(ctx: ScriptedContext) -> Script:
     assert stats["kv_pool_free"] + tree_tokens == scheduler.max_total_num_tokens, (stats, tree_tokens)
     memory = scheduler.token_to_kv_pool_allocator.get_kvcache().memory
     memory.check_integrity()
-    assert memory.counters.absent_pages == 0
+    assert memory.counters[Count.ABSENT_PAGES] == 0

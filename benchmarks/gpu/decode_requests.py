@@ -1,0 +1,140 @@
+"""Requests in the middle of decoding, without the prefill that would have brought them there.
+
+Rows, slots and lengths are given out as SGLang's scheduler would; keys and values are random. Where requests need more
+tokens than the pool has, they share its pages, each in an order of its own (`is_aliased`): the traffic of a step is the
+same, but what one request made resident another one may find.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from types import SimpleNamespace
+
+import torch
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+from benchmarks.gpu.decode_model import WALK_TOKENS, decode_batch
+from freekv_kernels import Batch, Read
+from sglang_freekv.device_blocks import DeviceBlocks
+from sglang_freekv.kv_memory import KVMemory
+from sglang_freekv.kv_pool import FreeKVPool
+from sglang_freekv.page_table import num_pages_of
+from sglang_freekv.retrieval import make_resident, select_windows
+
+_PAGE = 32
+_PIECE_BYTES = 1 << 30  # `PinnedMemory`: the driver's copies stay within a piece
+_PAGE_STD = 1.0  # of a page's mean key, relative to its tokens: what makes a page worth selecting
+
+
+@dataclass
+class Requests:
+    """A batch that decodes one token per step; row 0 of the request table is SGLang's padding."""
+
+    runner: object
+    rows: torch.Tensor  # int64 [batch_size]
+    lengths: torch.Tensor  # int64 [batch_size], CPU: before the next step
+    seq_lens: torch.Tensor  # the same on the device
+    tokens: torch.Tensor  # int64 [batch_size], of the next step
+    is_aliased: bool
+
+    def step(self) -> None:
+        """Decode one token of every request; the host does not wait for it."""
+        runner = self.runner
+        slots = runner.req_to_token_pool.req_to_token[self.rows, self.seq_lens].long()
+        self.lengths, self.seq_lens = self.lengths + 1, self.seq_lens + 1
+        tokens, self.tokens = self.tokens, (self.tokens + 1) % WALK_TOKENS
+        is_freekv = isinstance(runner.token_to_kv_pool, FreeKVPool)
+        if is_freekv:  # as the patch of SGLang's worker does around each batch
+            reqs = [SimpleNamespace(req_pool_idx=row) for row in range(1, len(self.rows) + 1)]
+            runner.attn_backend.begin_batch(SimpleNamespace(reqs=reqs, chunked_req=None))
+        runner.forward(decode_batch(runner, tokens, self.rows, self.seq_lens, self.lengths, slots))
+        if is_freekv:
+            runner.attn_backend.end_batch(ForwardMode.DECODE)
+
+
+def make_requests(runner, batch_size: int, context: int, max_steps: int, num_pages: int) -> Requests:
+    """Give out rows and pages 1 to `num_pages`: in any order, each once if there are enough.
+
+    Lengths differ by less than a page, so that in every step some request opens one, as in a server. The pages that
+    the steps write belong to one request in any case.
+    """
+    device = runner.device
+    lengths = context - _PAGE + torch.arange(batch_size) % _PAGE
+    own = num_pages_of(_PAGE + max_steps, _PAGE) + 1
+    shared = num_pages_of(context + max_steps, _PAGE) - own
+    order = 1 + torch.randperm(num_pages, device=device)
+    tails, pool = order[: batch_size * own].view(batch_size, own), order[batch_size * own :]
+    if is_aliased := batch_size * shared > len(pool):
+        if shared > len(pool):
+            raise ValueError(f"a request of {context} tokens does not fit a pool of {num_pages} pages")
+        heads = torch.stack([pool[torch.randperm(len(pool), device=device)[:shared]] for _ in range(batch_size)])
+    else:
+        heads = pool[: batch_size * shared].view(batch_size, shared)
+    slots = torch.cat((heads, tails), 1)[:, :, None] * _PAGE + torch.arange(_PAGE, device=device)
+    table = runner.req_to_token_pool.req_to_token
+    table[1 : batch_size + 1, : slots[0].numel()] = slots.flatten(1).to(table.dtype)
+    rows = torch.arange(1, batch_size + 1, device=device)
+    tokens = torch.randint(WALK_TOKENS, (batch_size,), device=device)
+    return Requests(runner, rows, lengths, lengths.to(device), tokens, is_aliased)
+
+
+def fill_host_store(memory: KVMemory) -> None:
+    """Random keys and values in every page, and their summaries. Keys of a page have a mean in common."""
+    g, device = memory.geometry, memory.device
+    flat, per_piece = memory.host.kv.flatten(), _PIECE_BYTES // g.dtype.itemsize
+    page_elements = g.page_bytes // g.dtype.itemsize
+    chunk = max(1, _PIECE_BYTES // g.page_bytes)
+    shape = (g.num_layers, g.num_kv_heads, 2, g.page_size, g.head_dim)
+    for first in range(0, memory.host.num_pages, chunk):
+        count = min(chunk, memory.host.num_pages - first)
+        kv = torch.randn((count, *shape), dtype=g.dtype, device=device)
+        kv[:, :, :, 0] += _PAGE_STD * torch.randn((count, *shape[:2], 1, g.head_dim), dtype=g.dtype, device=device)
+        low, high = kv[:, :, :, 0].amin(3), kv[:, :, :, 0].amax(3)
+        memory.host.summary[:, first : first + count] = torch.stack((low, high), 3).transpose(0, 1)
+        begin, kv = first * page_elements, kv.flatten()
+        end = begin + len(kv)
+        bounds = [begin, *range((begin // per_piece + 1) * per_piece, end, per_piece), end]
+        for start, stop in pairwise(bounds):
+            flat[start:stop].copy_(kv[start - begin : stop - begin], non_blocking=True)
+    memory.host.filled.fill_(g.page_size)
+
+
+def resize_blocks(memory: KVMemory, num_blocks: int) -> None:
+    """Give the engine another number of device blocks, all free; graphs that were captured before are void."""
+    memory.blocks = DeviceBlocks(
+        memory.geometry,
+        memory.ops,
+        num_pages=memory.host.num_pages,
+        num_blocks=num_blocks,
+        dense_layers=memory.config.dense_layers,
+        device=memory.device,
+    )
+    memory._allocate_step()
+    memory.layers = [memory._layer(number) for number in range(memory.geometry.num_layers)]
+    for kv in memory.blocks.kv:
+        kv.zero_()  # a page that is opened reads what is there until it is written: no NaN
+
+
+def start_windows(memory: KVMemory, requests: Requests) -> None:
+    """What the end of prefill does: first windows, by a random query, and their blocks."""
+    g, rows = memory.geometry, requests.rows
+    for row in range(1, len(rows) + 1):
+        memory.admit(row)
+    lengths = requests.seq_lens
+    num_pages = (lengths + g.page_size - 1) // g.page_size
+    longest = int(num_pages.max()) * g.page_size
+    batch = Batch(
+        rows=rows,
+        slots=torch.zeros_like(rows),
+        page_table=requests.runner.req_to_token_pool.req_to_token[rows, : longest : g.page_size].long() // g.page_size,
+        num_pages=num_pages,
+        num_pages_next=lengths // g.page_size + 1,
+        budget_pages=torch.full_like(rows, memory.config.budget_pages),
+        step=memory.blocks.step,
+    )
+    memory.clear_lists()
+    for layer in memory.layers:
+        layer.last_q[rows] = torch.randn_like(layer.last_q[rows])
+        select_windows(memory, layer, batch, Read.FIRST)
+        make_resident(memory, layer, batch, Read.FIRST)

@@ -1,0 +1,252 @@
+"""Phase kernels: every op at real sizes, in a CUDA graph with a cold L2: time, bytes and share of the peak.
+
+Bytes are what the op cannot do without: each input and output once. An op on the host store is held against the link,
+any other against the memory of the GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from benchmarks.gpu.session import Session
+from benchmarks.gpu.timing import Stopwatch
+from benchmarks.kernel_inputs import Call, KernelInputs
+from freekv_kernels import REFERENCE, Ops, triton_ops
+from sglang_freekv.config import FreeKVConfig
+from sglang_freekv.geometry import Geometry
+
+# Those that a decode step of a usual server has come first.
+_SIZES = [(8, 32768), (1, 32768), (32, 32768), (8, 131072), (1, 131072), (32, 131072), (8, 8192), (1, 8192), (32, 8192)]
+# Their lists are in any order and their choices free: what they do is checked by tests/kernels.
+_FREE = {"lookup_blocks", "claim_blocks", "release_blocks"}
+_LAYERS = 2  # KernelInputs asks for two; more would only take memory
+
+
+def run(session: Session) -> None:
+    check_ops(session)
+    stopwatch, ops = Stopwatch(session.device), triton_ops()
+    peak = _measure_peak(session, stopwatch)
+    session.record("graph_floor", stopwatch.floor().median * 1e6, "us")
+    for batch_size, context in [(2, 512)] if session.is_rehearsal else _SIZES:
+        if not session.has_time(6, f"batch {batch_size}, context {context}"):
+            break
+        inputs = build_inputs(session, batch_size, context)
+        for op in Ops._fields:
+            for kind, call in getattr(inputs, op)().items():
+                measure(session, stopwatch, getattr(ops, op), op, kind, call, inputs, peak)
+        measure_attention(session, stopwatch, inputs, peak)
+        inputs.memory.release()
+        del inputs, call  # before the next, which are as large
+
+
+def build_inputs(session: Session, batch_size: int, context: int) -> KernelInputs:
+    if session.is_rehearsal:
+        config = FreeKVConfig(budget_tokens=256, sink_tokens=32, recent_tokens=32, arena_tokens=256)
+    else:
+        config = FreeKVConfig()
+    return KernelInputs(
+        session.shape.geometry(_LAYERS),
+        batch_size=batch_size,
+        context_tokens=context,
+        config=config,
+        max_context=min(session.shape.max_position, max(context, 512) * 2),
+        device=session.device,
+    )
+
+
+def check_ops(session: Session) -> None:
+    """Each op whose result is determined gives what its reference gives on the CPU, at a small size."""
+    ops = triton_ops()
+    inputs = build_inputs(session, 2, 512 if session.is_rehearsal else 8192)
+    for op in [op for op in Ops._fields if op not in _FREE]:
+        for kind, call in getattr(inputs, op)().items():
+            args, kwargs = call.args, dict(call.kwargs)
+            if op == "score_pages":  # a tensor of its own would hold anything beyond the pages of a request
+                kwargs["out"] = torch.zeros(
+                    (inputs.num_rows, inputs.geometry.group_size, inputs.memory.max_pages), device=session.device
+                )
+            on_cpu = _to_cpu((args, kwargs))
+            getattr(ops, op)(*args, **kwargs)
+            getattr(REFERENCE, op)(*on_cpu[0], **on_cpu[1])
+            first = int(op == "select_pages")  # the scores are its workspace
+            difference = _difference((args[first:], kwargs), (on_cpu[0][first:], on_cpu[1]))
+            session.check(f"{op}, {kind}, is its reference", not difference, difference)
+    inputs.memory.release()
+
+
+def _to_cpu(value: Any) -> Any:
+    """A copy in CPU memory of all tensors of nested tuples and dictionaries."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().cpu().clone()
+    if isinstance(value, dict):
+        return {name: _to_cpu(item) for name, item in value.items()}
+    if isinstance(value, tuple):
+        items = [_to_cpu(item) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    return value
+
+
+def _difference(found: Any, expected: Any, path: str = "") -> str:
+    """Where two nests of tensors differ; empty where they do not. A list in any order is one."""
+    if isinstance(expected, torch.Tensor):
+        a, b = found.detach().cpu(), expected
+        if a.is_floating_point():
+            is_same = torch.allclose(a.float(), b.float(), rtol=2e-3, atol=2e-3, equal_nan=True)
+        else:
+            is_same = torch.equal(a, b) or torch.equal(a.flatten().sort().values, b.flatten().sort().values)
+        return "" if is_same else f"argument{path} differs"
+    if isinstance(expected, dict):
+        return next(filter(None, (_difference(found[k], v, f"{path}.{k}") for k, v in expected.items())), "")
+    if isinstance(expected, tuple):
+        pairs = enumerate(zip(found, expected, strict=True))
+        return next(filter(None, (_difference(a, b, f"{path}.{i}") for i, (a, b) in pairs)), "")
+    return ""
+
+
+def measure(
+    session: Session,
+    stopwatch: Stopwatch,
+    op: Callable[..., object],
+    name: str,
+    kind: str,
+    call: Call,
+    inputs: KernelInputs,
+    peak: float,
+) -> None:
+    saved = [tensor.clone() for tensor in call.changed]
+
+    def restore() -> None:
+        for tensor, before in zip(call.changed, saved, strict=True):
+            tensor.copy_(before)
+
+    timing = stopwatch.time(lambda: op(*call.args, **call.kwargs), restore)
+    restore()
+    num_bytes, is_link = bytes_of(name, kind, call, inputs)
+    rate = num_bytes / timing.median / 1e9
+    session.record(
+        "kernel_time",
+        round(timing.median * 1e6, 2),
+        "us",
+        op=name,
+        kind=kind,
+        batch=inputs.batch_size,
+        context=inputs.context_tokens,
+        p20=round(timing.p20 * 1e6, 2),
+        p80=round(timing.p80 * 1e6, 2),
+        mbytes=round(num_bytes / 1e6, 3),
+        gbytes_per_s=round(rate, 1),
+        bound="link" if is_link else "GPU memory",
+        share_of_peak=-1 if is_link else round(rate / peak, 3),
+    )
+
+
+def bytes_of(op: str, kind: str, call: Call, inputs: KernelInputs) -> tuple[int, bool]:
+    """Bytes that one call moves at least, and whether they cross the link."""
+    g, rows, width = inputs.geometry, inputs.num_rows, inputs.width
+    pages = rows * inputs.num_pages
+    share = inputs.is_flagged.float().mean().item() if "flagged" in kind else 1.0
+    token = 2 * g.num_kv_heads * g.head_dim * g.dtype.itemsize  # K and V of one token in a layer
+    query = rows * g.group_size * g.head_dim * g.dtype.itemsize
+    listed = next((int(x.count) for x in call.args if hasattr(x, "count") and hasattr(x, "keys")), 0)
+    if op == "recall_blocks":
+        return listed * g.block_bytes, True
+    if op == "append_tokens":
+        return inputs.batch_size * 4 * token + 3 * query, False
+    if op == "store_pages":
+        return len(call.args[2]) * token, True
+    if op == "fill_arena":
+        return len(call.args[2]) * g.page_size * 2 * token, False
+    moved = {
+        "begin_step": inputs.batch_size * inputs.memory.max_pages * (4 + 8),
+        "list_pages": pages * (8 + 4),
+        "score_pages": share * pages * (2 * g.head_dim * g.dtype.itemsize + 4 * g.group_size),
+        "select_pages": share * (pages * 4 * g.group_size + rows * width * 4),
+        "lookup_blocks": rows * width * (4 + 8 + 4 + 4),
+        "claim_blocks": listed * (8 + 4 + 4 + 4 + 4),
+        "release_blocks": listed * (8 + 4 + 4 + 4 + 4),
+    }
+    return int(moved[op]), False
+
+
+def _measure_peak(session: Session, stopwatch: Stopwatch) -> float:
+    """GB/s of a large copy on the device, bytes read plus bytes written."""
+    size = (1 << 20) if session.is_rehearsal else (4 << 30)
+    source = torch.empty(size, dtype=torch.uint8, device=session.device).random_()
+    target = torch.empty_like(source)
+    rate = 2 * size / stopwatch.time(lambda: target.copy_(source), repeats=7).median / 1e9
+    session.record("device_copy", rate, "GB/s", bytes=size)
+    return rate
+
+
+def measure_attention(session: Session, stopwatch: Stopwatch, inputs: KernelInputs, peak: float) -> None:
+    """Attention over the windows, and what it stands beside: FlashInfer over the whole context, and its top-k."""
+    g, batch, width, device = inputs.geometry, inputs.batch_size, inputs.width, session.device
+    if session.is_rehearsal:
+        from sglang_freekv.attention_torch import TorchWindowAttention
+
+        attention = TorchWindowAttention(g, batch, width)
+    else:
+        from sglang_freekv.attention_flashinfer import FlashInferWindowAttention, allocate_float_workspace
+
+        attention = FlashInferWindowAttention(g, batch, width, device, allocate_float_workspace(g, device))
+    block_kv = inputs.layer.block_kv.normal_()
+    attention.plan([width] * batch)
+    attention.last_page_len.fill_(g.page_size)
+    num_entries = inputs.num_rows * width
+    attention.kv_indices[:num_entries] = torch.randperm(len(block_kv), device=device)[:num_entries].int()
+    q = torch.randn((batch, g.num_kv_heads, g.group_size, g.head_dim), device=device).to(g.dtype)
+    scale = g.head_dim**-0.5
+    timing = stopwatch.time(lambda: attention.run(q, block_kv, scale))
+    _record_attention(session, "window", timing, num_entries * g.block_bytes, inputs, peak)
+    if not session.is_rehearsal:
+        call, num_bytes = _full_attention(inputs, q.view(batch, -1, g.head_dim))
+        _record_attention(session, "full, FlashInfer", stopwatch.time(call), num_bytes, inputs, peak)
+        import flashinfer
+
+        scores = torch.randn((inputs.num_rows, inputs.num_pages), device=device)
+        timing = stopwatch.time(lambda: flashinfer.top_k(scores, width), in_graph=False)
+        _record_attention(session, "FlashInfer top_k of pooled scores", timing, scores.nbytes, inputs, peak)
+
+
+def _full_attention(inputs: KernelInputs, q: torch.Tensor) -> tuple[Callable[[], object], int]:
+    """FlashInfer's decode over every token, in pages of one token, as plain SGLang calls it."""
+    from flashinfer import BatchDecodeWithPagedKVCacheWrapper
+
+    g: Geometry = inputs.geometry
+    batch, context, device = inputs.batch_size, inputs.context_tokens, q.device
+    kv = torch.empty((2, batch * context, 1, g.num_kv_heads, g.head_dim), dtype=g.dtype, device=device).normal_()
+    indptr = torch.arange(batch + 1, dtype=torch.int32, device=device) * context
+    indices = torch.arange(batch * context, dtype=torch.int32, device=device)
+    ones = torch.ones(batch, dtype=torch.int32, device=device)
+    wrapper = BatchDecodeWithPagedKVCacheWrapper(
+        torch.zeros(512 << 20, dtype=torch.uint8, device=device),
+        "NHD",
+        use_cuda_graph=True,
+        use_tensor_cores=True,
+        paged_kv_indptr_buffer=indptr.clone(),
+        paged_kv_indices_buffer=indices.clone(),
+        paged_kv_last_page_len_buffer=ones.clone(),
+    )
+    wrapper.plan(indptr, indices, ones, g.num_qo_heads, g.num_kv_heads, g.head_dim, 1, q_data_type=g.dtype)
+    return lambda: wrapper.run(q, (kv[0], kv[1])), kv.nbytes
+
+
+def _record_attention(
+    session: Session, kind: str, timing: Any, num_bytes: int, inputs: KernelInputs, peak: float
+) -> None:
+    rate = num_bytes / timing.median / 1e9
+    session.record(
+        "attention_time",
+        round(timing.median * 1e6, 2),
+        "us",
+        kind=kind,
+        batch=inputs.batch_size,
+        context=inputs.context_tokens,
+        p20=round(timing.p20 * 1e6, 2),
+        p80=round(timing.p80 * 1e6, 2),
+        gbytes_per_s=round(rate, 1),
+        share_of_peak=round(rate / peak, 3),
+    )

@@ -1,0 +1,176 @@
+"""Phase link: what CPU memory costs, what the link gives a large copy, and what recall gets out of it."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import torch
+
+from benchmarks.gpu.session import Session
+from benchmarks.gpu.timing import Stopwatch
+from freekv_kernels import Count, MissList, recall_blocks_triton
+from sglang_freekv.geometry import Geometry
+from sglang_freekv.host_memory import GIB, CudaDriver, PinnedMemory
+
+_MISSES = (64, 256, 1024, 4096, 16384)
+_PROGRAMS = (16, 32, 64, 128, 256)
+_PROGRAMS_AT = (1024, 16384)  # misses at which the number of programs is varied
+_COPY_BYTES = GIB
+
+
+class NoDriver(CudaDriver):
+    """For a rehearsal: nothing is pinned."""
+
+    def register(self, address: int, num_bytes: int) -> None:
+        return None
+
+    def unregister(self, address: int) -> None:
+        return None
+
+    def device_pointer(self, address: int) -> int:
+        return address
+
+    def near_cpus(self) -> set[int]:
+        return os.sched_getaffinity(0)
+
+
+class TimedMemory(PinnedMemory):
+    """Pinned memory that knows how long its parts took."""
+
+    def _populate(self, pieces: list[tuple[int, int]]) -> None:
+        start = time.perf_counter()
+        super()._populate(pieces)
+        self.populate_seconds = time.perf_counter() - start
+
+    def _register(self, pieces: list[tuple[int, int]]) -> None:
+        start = time.perf_counter()
+        super()._register(pieces)
+        self.register_seconds = time.perf_counter() - start
+
+
+class HostPages:
+    """A host store of one shape in pinned memory, and recalls from it to device blocks."""
+
+    def __init__(self, geometry: Geometry, memory: PinnedMemory, num_blocks: int, device: str) -> None:
+        g = self.geometry = geometry
+        num_pages = memory.tensor.nbytes // g.page_bytes
+        shape = (num_pages, g.num_layers, g.num_kv_heads, 2, g.page_size, g.head_dim)
+        self.kv = memory.tensor[: num_pages * g.page_bytes].view(g.dtype).view(shape)
+        self.num_keys = num_pages * g.num_kv_heads
+        self.block_kv = torch.empty((num_blocks, 2, g.page_size, g.head_dim), dtype=g.dtype, device=device)
+        # Every key has a block, though nobody looks: entries are completed for front windows only.
+        self.table = torch.zeros((num_pages, g.num_kv_heads), dtype=torch.int32, device=device)
+        self.counters = torch.zeros(len(Count), dtype=torch.int64, device=device)
+        self.misses = MissList(
+            keys=torch.zeros(num_blocks, dtype=torch.int64, device=device),
+            count=torch.zeros(1, dtype=torch.int32, device=device),
+            entries=torch.zeros(num_blocks, dtype=torch.int32, device=device),
+            blocks=torch.arange(num_blocks, dtype=torch.int32, device=device),
+        )
+
+    def miss(self, count: int) -> None:
+        """List `count` other keys, so that no cache on the way holds them."""
+        self.misses.keys[:count] = torch.randperm(self.num_keys, device=self.table.device)[:count]
+        self.misses.count.fill_(count)
+
+    def recall(self) -> None:
+        layer = self.geometry.num_layers // 2
+        recall_blocks_triton.recall_blocks(self.kv, layer, self.misses, self.block_kv, self.table, self.counters)
+
+
+def run(session: Session) -> None:
+    g = session.shape.geometry()
+    num_bytes = _MISSES[-1] // g.num_kv_heads * g.page_bytes  # the longest list recalls one layer of all of it
+    memory = TimedMemory(8 << 20, NoDriver()) if session.is_rehearsal else TimedMemory(num_bytes)
+    gib = memory.tensor.nbytes / GIB
+    session.record("populate_rate", gib / memory.populate_seconds, "GiB/s", gib=round(gib, 3))
+    session.record("register_rate", gib / memory.register_seconds, "GiB/s", gib=round(gib, 3))
+    stopwatch = Stopwatch(session.device)
+    _measure_recall(session, stopwatch, memory, _measure_copies(session, stopwatch, memory))
+    start = time.perf_counter()
+    memory.release()
+    session.record("unregister_rate", gib / (time.perf_counter() - start), "GiB/s", gib=round(gib, 3))
+
+
+def _measure_copies(session: Session, stopwatch: Stopwatch, memory: PinnedMemory) -> float:
+    """Rate of a plain copy in both directions, GB/s; the link's measured peak is that to the GPU."""
+    size = min(_COPY_BYTES, memory.tensor.nbytes)
+    host, device = memory.tensor[:size], torch.empty(size, dtype=torch.uint8, device=session.device)
+    rates = {}
+    for direction, (target, source) in {"to the GPU": (device, host), "from the GPU": (host, device)}.items():
+
+        def copy(target: torch.Tensor = target, source: torch.Tensor = source) -> None:
+            target.copy_(source, non_blocking=True)  # within one piece of `PinnedMemory`
+
+        timing = stopwatch.time(copy, repeats=7, in_graph=False)
+        rates[direction] = size / timing.median / 1e9
+        session.record("link_copy", rates[direction], "GB/s", direction=direction, bytes=size)
+    return rates["to the GPU"]
+
+
+def _measure_recall(session: Session, stopwatch: Stopwatch, memory: PinnedMemory, peak: float) -> None:
+    g = session.shape.geometry()
+    host = HostPages(g, memory, _MISSES[-1], session.device)
+    _check_recall(session, host)
+    default = recall_blocks_triton._NUM_PROGRAMS
+    runs = [(count, default) for count in _MISSES]
+    runs += [(count, n) for count in _PROGRAMS_AT for n in _PROGRAMS if n != default]
+    for count, num_programs in runs[:1] if session.is_rehearsal else runs:
+        if not session.has_time(2, f"recall of {count} with {num_programs} programs"):
+            break
+        recall_blocks_triton._NUM_PROGRAMS = num_programs  # of the launch; the kernel does not know
+        timing = stopwatch.time(host.recall, lambda count=count: host.miss(count))
+        rate = count * g.block_bytes / timing.median / 1e9
+        sizes = {"misses": count, "programs": num_programs, "block_bytes": g.block_bytes}
+        session.record("recall_rate", rate, "GB/s", **sizes, share_of_link=round(rate / peak, 3))
+        session.record("recall_time", timing.median * 1e6, "us", **sizes, p20=timing.p20 * 1e6, p80=timing.p80 * 1e6)
+    recall_blocks_triton._NUM_PROGRAMS = default
+    _measure_token_major(session, stopwatch, memory, peak)
+
+
+def _check_recall(session: Session, host: HostPages) -> None:
+    """What is recalled is what the host has, bit for bit."""
+    g, count = host.geometry, 64
+    host.kv.view(torch.int16)[:] = torch.randint(-(2**15), 2**15, host.kv.shape[-2:], dtype=torch.int16)
+    host.kv.view(torch.int16)[..., 0, 0] = torch.arange(host.kv[..., 0, 0].numel()).view(host.kv[..., 0, 0].shape)
+    host.miss(count)
+    host.recall()
+    keys = host.misses.keys[:count].cpu()
+    expected = host.kv[keys // g.num_kv_heads, g.num_layers // 2, keys % g.num_kv_heads]
+    is_same = torch.equal(host.block_kv[:count].cpu().view(torch.int16), expected.view(torch.int16))
+    session.check("recall_blocks copies what the host has", is_same)
+
+
+def _measure_token_major(session: Session, stopwatch: Stopwatch, memory: PinnedMemory, peak: float) -> None:
+    """The same recalls from a token-major store, whose runs are `head_dim` elements."""
+    from benchmarks.gpu.token_major import recall_token_major
+
+    g = session.shape.geometry()
+    layer_page = (2, g.page_size, g.num_kv_heads, g.head_dim)
+    elements = 2 * g.page_size * g.num_kv_heads * g.head_dim
+    num_pages = memory.tensor.nbytes // (elements * g.dtype.itemsize)
+    kv = memory.tensor[: num_pages * elements * g.dtype.itemsize].view(g.dtype).view(num_pages, *layer_page)
+    for count in (32,) if session.is_rehearsal else (1024, 16384):
+        block_kv = torch.empty((count, 2, g.page_size, g.head_dim), dtype=g.dtype, device=session.device)
+        keys = torch.zeros(count, dtype=torch.int64, device=session.device)
+        length = torch.full((1,), count, dtype=torch.int32, device=session.device)
+        num_keys = num_pages * g.num_kv_heads
+
+        def miss(keys: torch.Tensor = keys, count: int = count, num_keys: int = num_keys) -> None:
+            keys.copy_(torch.randperm(num_keys, device=keys.device)[:count])
+
+        def recall(keys: torch.Tensor = keys, length: torch.Tensor = length, out: torch.Tensor = block_kv) -> None:
+            recall_token_major(kv, keys, length, out)
+
+        timing = stopwatch.time(recall, miss)
+        rate = count * g.block_bytes / timing.median / 1e9
+        run_bytes = g.head_dim * g.dtype.itemsize
+        session.record(
+            "recall_rate_token_major",
+            rate,
+            "GB/s",
+            misses=count,
+            run_bytes=run_bytes,
+            share_of_link=round(rate / peak, 3),
+        )

@@ -1,0 +1,152 @@
+"""Kernel of append_tokens: one program per (request, KV head)."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from freekv_kernels.tables import Batch, Count, FlagList
+
+_ROWS = tl.constexpr(int(Count.ROWS))
+_FLAGGED_ROWS = tl.constexpr(int(Count.FLAGGED_ROWS))
+_EPS = tl.constexpr(1e-8)  # torch.cosine_similarity's least norm
+
+
+@triton.jit(do_not_specialize_on_alignment=["table_ptr", "flag_count_ptr"])
+def _append_tokens_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    rows_ptr,
+    slots_ptr,
+    num_pages_ptr,
+    budget_pages_ptr,
+    tau,
+    table_ptr,
+    host_kv_ptr,
+    summary_ptr,
+    block_kv_ptr,
+    last_q_ptr,
+    flag_rows_ptr,
+    flag_count_ptr,
+    is_flagged_ptr,
+    counters_ptr,
+    q_stride,
+    q_head_stride,
+    q_query_stride,
+    k_stride,
+    k_head_stride,
+    v_stride,
+    v_head_stride,
+    host_page_stride,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    row = tl.program_id(0)
+    request, head = row // NUM_KV_HEADS, row % NUM_KV_HEADS
+    slot = tl.load(slots_ptr + request)
+    page, offset = slot // PAGE_SIZE, slot % PAGE_SIZE  # int64, as are all offsets below that start from them
+    page_head = page * NUM_KV_HEADS + head
+    d = tl.arange(0, BLOCK_D)
+    in_dim = d < HEAD_DIM
+
+    # All loads come before the first store, which would wait for its value: the latencies overlap.
+    k = tl.load(k_ptr + request * k_stride + head * k_head_stride + d, in_dim, other=0.0)
+    v = tl.load(v_ptr + request * v_stride + head * v_head_stride + d, in_dim, other=0.0)
+    low_ptrs = summary_ptr + page_head * (2 * HEAD_DIM) + d
+    is_known = in_dim & (offset > 0)  # the token at offset 0 opens the page
+    low = tl.load(low_ptrs, is_known, other=float("inf"))
+    high = tl.load(low_ptrs + HEAD_DIM, is_known, other=float("-inf"))
+    block = tl.load(table_ptr + page_head).to(tl.int64)
+    if flag_count_ptr is not None:
+        g = tl.arange(0, BLOCK_G)[:, None]
+        in_group = (g < GROUP_SIZE) & in_dim[None, :]
+        request_head = tl.load(rows_ptr + request) * NUM_KV_HEADS + head
+        last_q_ptrs = last_q_ptr + (request_head * GROUP_SIZE + g) * HEAD_DIM + d[None, :]
+        q_ptrs = q_ptr + request * q_stride + head * q_head_stride + g * q_query_stride + d[None, :]
+        q = tl.load(q_ptrs, in_group, other=0.0)
+        last_q = tl.load(last_q_ptrs, in_group, other=0.0)
+        is_over = tl.load(num_pages_ptr + request) > tl.load(budget_pages_ptr + request)
+
+    # No other program is at these cells; a thread that reads a bound after another wrote it folds to the same.
+    host_ptrs = host_kv_ptr + page * host_page_stride + (head * 2 * PAGE_SIZE + offset) * HEAD_DIM + d
+    tl.store(host_ptrs, k, in_dim)
+    tl.store(host_ptrs + PAGE_SIZE * HEAD_DIM, v, in_dim)
+    block_ptrs = block_kv_ptr + (block * 2 * PAGE_SIZE + offset) * HEAD_DIM + d
+    is_resident = in_dim & (block >= 0)
+    tl.store(block_ptrs, k, is_resident)
+    tl.store(block_ptrs + PAGE_SIZE * HEAD_DIM, v, is_resident)
+    tl.store(low_ptrs, tl.minimum(low, k), in_dim)
+    tl.store(low_ptrs + HEAD_DIM, tl.maximum(high, k), in_dim)
+
+    if flag_count_ptr is not None:
+        tl.debug_barrier()  # a thread may overwrite a query that another one reads
+        tl.store(last_q_ptrs, q, in_group)
+        q, last_q = q.to(tl.float32), last_q.to(tl.float32)
+        norm = tl.maximum(tl.sqrt(tl.sum(q * q, 1)), _EPS)
+        last_norm = tl.maximum(tl.sqrt(tl.sum(last_q * last_q, 1)), _EPS)
+        cosine = tl.sum(q * last_q, 1) / (norm * last_norm)  # 0 past the group
+        is_flagged = is_over & (tl.sum(cosine, 0) / GROUP_SIZE < tau)
+        tl.store(is_flagged_ptr + row, is_flagged)
+        # Relaxed: the next kernel reads them, and to order them after the stores is to wait for the host's memory.
+        if is_flagged:
+            tl.store(flag_rows_ptr + tl.atomic_add(flag_count_ptr, 1, sem="relaxed"), row)
+            tl.atomic_add(counters_ptr + _FLAGGED_ROWS, 1, sem="relaxed")
+        if is_over and head == 0:
+            tl.atomic_add(counters_ptr + _ROWS, NUM_KV_HEADS, sem="relaxed")
+
+
+def append_tokens(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    batch: Batch,
+    tau: float,
+    host_kv: torch.Tensor,
+    summary: torch.Tensor,
+    block_kv: torch.Tensor,
+    table: torch.Tensor,
+    last_q: torch.Tensor,
+    flags: FlagList | None,
+    counters: torch.Tensor,
+) -> None:
+    """See `freekv_kernels.append_tokens`. The grid depends on the batch size only: a CUDA graph can hold it.
+
+    q, k and v may be slices of a fused projection; their head_dim is contiguous. The host store is written over the
+    link, in place.
+    """
+    batch_size, num_kv_heads, group_size, head_dim = q.shape
+    block_g, block_d = triton.next_power_of_2(group_size), triton.next_power_of_2(head_dim)
+    _append_tokens_kernel[(batch_size * num_kv_heads,)](
+        q,
+        k,
+        v,
+        batch.rows,
+        batch.slots,
+        batch.num_pages,
+        batch.budget_pages,
+        tau,
+        table,
+        host_kv,
+        summary,
+        block_kv,
+        last_q,
+        *((flags.rows, flags.count, flags.is_flagged) if flags is not None else (None, None, None)),
+        counters,
+        *q.stride()[:3],
+        *k.stride()[:2],
+        *v.stride()[:2],
+        host_kv.stride(0),
+        NUM_KV_HEADS=num_kv_heads,
+        GROUP_SIZE=group_size,
+        HEAD_DIM=head_dim,
+        PAGE_SIZE=host_kv.shape[3],
+        BLOCK_G=block_g,
+        BLOCK_D=block_d,
+        num_warps=max(1, block_g * block_d // 512),  # 16 queries' elements a thread; mostly one warp
+    )

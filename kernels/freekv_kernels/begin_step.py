@@ -1,0 +1,79 @@
+"""Begin a decode step: snapshot what it works on, and open the pages that its tokens start."""
+
+from __future__ import annotations
+
+import torch
+
+from freekv_kernels.tables import Batch, KeyList
+
+
+def begin_step(
+    rows: torch.Tensor,
+    seq_lens: torch.Tensor,
+    slots: torch.Tensor,
+    req_to_token: torch.Tensor,
+    budget_pages: torch.Tensor,
+    page_size: int,
+    batch: Batch,
+    last_page_len: torch.Tensor,
+    windows: torch.Tensor,
+    filled: torch.Tensor,
+    opened: KeyList,
+) -> None:
+    """Fill the tables of a batch, and prepare the pages whose first token this step writes.
+
+    batch.page_table[b, p] = req_to_token[rows[b], p * page_size] // page_size  for p < num_pages[b]
+    batch.num_pages = ceil(seq_lens / page_size), num_pages_next = ceil((seq_lens + 1) / page_size), 0 for padding
+    last_page_len[b * num_kv_heads + h] = (seq_lens[b] - 1) % page_size + 1
+    filled[slot // page_size] = slot % page_size + 1
+    Where the new token starts a page: its keys are listed in `opened`, and if the request is then within its budget,
+    the page is added to all its windows: windows[:, :, row, :, num_pages - 1] = num_pages - 1.
+
+    Parameters
+    ----------
+    rows : int64, ``[batch_size]``, device
+        `req_pool_idx` of every running request; 0 for padding.
+    seq_lens : int64, ``[batch_size]``, device
+        With the new token; 1 for padding.
+    slots : int64, ``[<= batch_size]``, device
+        Of the new tokens; padding has none, and gets slot 0.
+    req_to_token : int32, ``[max_requests + 1, max_context]``, device
+    budget_pages : int64, ``[max_requests + 1]``, device
+    page_size : int, tokens
+    batch : Batch
+        Written, but for `step`. Entries of the page table past a request's pages keep their values: existing pages.
+    last_page_len : int32, ``[>= batch_size * num_kv_heads]``, device
+        Written.
+    windows : int32, ``[2, num_layers, max_requests + 1, num_kv_heads, max_budget_pages]``, device, contiguous
+    filled : int32, ``[num_pages]``, device
+        Tokens written to each host page.
+    opened : KeyList
+        Written: the (page, head) keys of the opened pages, page * num_kv_heads + head, and their count.
+
+    Notes
+    -----
+    A copy, because the scheduler may rewrite `req_to_token` while the step runs.
+    """
+    num_kv_heads = windows.shape[3]
+    is_real = rows > 0
+    batch.rows.copy_(rows)
+    batch.slots.zero_()
+    batch.slots[: len(slots)] = slots
+    batch.num_pages.copy_(((seq_lens - 1) // page_size + 1) * is_real)
+    batch.num_pages_next.copy_((seq_lens // page_size + 1) * is_real)
+    batch.budget_pages.copy_(budget_pages[rows])
+    width = int(batch.num_pages.max())
+    known = batch.page_table[:, :width]
+    is_page = torch.arange(width, device=rows.device) < batch.num_pages[:, None]
+    known.copy_((req_to_token[rows, : width * page_size : page_size] // page_size).where(is_page, known))
+    last_page_len[: len(rows) * num_kv_heads] = ((seq_lens - 1) % page_size + 1).repeat_interleave(num_kv_heads)
+
+    pages, offsets = batch.slots // page_size, batch.slots % page_size
+    filled[pages] = (offsets + 1).int()
+    is_opened = is_real & (offsets == 0)
+    keys = (pages[is_opened, None] * num_kv_heads + torch.arange(num_kv_heads, device=rows.device)).flatten()
+    opened.keys[: len(keys)] = keys
+    opened.count.fill_(len(keys))
+    is_within = is_opened & (batch.num_pages <= batch.budget_pages)
+    last_page = batch.num_pages[is_within] - 1
+    windows[:, :, rows[is_within], :, last_page] = last_page.int()[:, None, None, None]

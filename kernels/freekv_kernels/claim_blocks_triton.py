@@ -1,0 +1,203 @@
+"""Kernel of claim_blocks: a fixed number of programs per layer walk the list."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from freekv_kernels.tables import BlockTables, KeyList, MissList
+
+_NUM_PROGRAMS = 64  # per layer, of 2 warps: 16K keys are 4 rounds of some 10 us each, on a fraction of the GPU
+_KEYS, _CANDIDATES = 64, 64  # per round, one per thread: one look at the clock serves a small claim
+
+# Values that the tables hold only during a claim.
+_CLAIMING = tl.constexpr(-2)  # in the block table: a program is finding a block for the key
+_CLAIMED = tl.constexpr(2**31 - 1)  # as a stamp: claimed by this call
+_NEVER = tl.constexpr(-3)  # held by no table: lanes that have nothing to swap compare with it
+
+
+@triton.jit(
+    do_not_specialize=["num_blocks"],
+    do_not_specialize_on_alignment=[
+        "count_ptr",
+        "table_ptr",
+        "owner_ptr",
+        "last_used_ptr",
+        "free_blocks_ptr",
+        "num_free_ptr",
+        "hand_ptr",
+    ],
+)
+def _claim_blocks_kernel(
+    keys_ptr,
+    count_ptr,
+    step_ptr,
+    table_ptr,
+    owner_ptr,
+    last_used_ptr,
+    free_blocks_ptr,
+    num_free_ptr,
+    hand_ptr,
+    claimed_ptr,
+    table_stride,
+    owner_stride,
+    last_used_stride,
+    free_blocks_stride,
+    num_blocks,
+    PROTECT_BACK: tl.constexpr,
+    STAMP_BACK: tl.constexpr,
+    KEYS: tl.constexpr,
+    CANDIDATES: tl.constexpr,
+):
+    # A claimed block's stamp is no victim's, and during a claim stamps only rise: a block is claimed once in a launch,
+    # so `owner` is as the launch found it where the swap of the stamp succeeds. Programs tell each other nothing but
+    # the values of single cells: all atomics are relaxed. No program ever waits for another.
+    layer = tl.program_id(1).to(tl.int64)
+    table_ptr += layer * table_stride
+    owner_ptr += layer * owner_stride
+    last_used_ptr += layer * last_used_stride
+    free_blocks_ptr += layer * free_blocks_stride
+    num_free_ptr += layer
+    hand_ptr += layer
+
+    count, step = tl.load(count_ptr), tl.load(step_ptr).to(tl.int32)
+    protect_from, stamp = 2 * step + PROTECT_BACK, 2 * step + STAMP_BACK
+    if PROTECT_BACK and not STAMP_BACK:
+        stamp = _CLAIMED  # with 2 * step it would be a victim again
+    lane, stamps = tl.arange(0, CANDIDATES), tl.full((CANDIDATES,), stamp, tl.int32)
+    num_looks = tl.cdiv(num_blocks, CANDIDATES)  # once round the clock
+    max_looks = 2 * num_looks
+
+    for first in range(tl.program_id(0) * KEYS, count, tl.num_programs(0) * KEYS):
+        entry = first + tl.arange(0, KEYS)
+        is_entry = entry < count
+        key = tl.load(keys_ptr + entry, mask=is_entry, other=0)
+        # Of all lanes of all programs that list a key, one finds -1. It alone writes the entry from then on, even if -1
+        # comes from a program that evicted the key in this launch: that store has been seen, and is not repeated.
+        expected_block = tl.where(is_entry, -1, _NEVER)
+        old_block = tl.atomic_cas(table_ptr + key, expected_block, tl.full((KEYS,), _CLAIMING, tl.int32), sem="relaxed")
+        is_ours = is_entry & (old_block == -1)
+        rank = tl.where(is_ours, tl.cumsum(is_ours.to(tl.int32)), -1)  # from 1
+        num_wanted = tl.sum(is_ours.to(tl.int32))
+        block = tl.full((KEYS,), -1, tl.int32)
+        if num_wanted > 0:
+            # What was taken below zero is given back. Until then others see too few, and never miss a free block by
+            # it: below zero means that somebody has emptied the stack, which nobody fills during a claim.
+            num_free = tl.atomic_add(num_free_ptr, -num_wanted, sem="relaxed")
+            num_served = tl.minimum(tl.maximum(num_free, 0), num_wanted)
+            if num_served < num_wanted:
+                tl.atomic_add(num_free_ptr, num_wanted - num_served, sem="relaxed")
+            block = tl.load(free_blocks_ptr + num_free - rank, mask=is_ours & (rank <= num_served), other=-1)
+            tl.store(last_used_ptr + block, stamp, mask=block >= 0)
+
+            look = 0
+            while (num_served < num_wanted) & (look < max_looks):
+                # The first time round, programs take turns at one clock, and a victim that one has seen and not needed
+                # may escape the others. The second time, a program looks at every block itself: no victim escapes it.
+                # Turns wrap at 2**32, which does no more than move the hand.
+                turn = tl.full((), 0, tl.uint32)
+                start = (look - num_looks) * CANDIDATES
+                if look < num_looks:
+                    turn = tl.atomic_add(hand_ptr, CANDIDATES, sem="relaxed").to(tl.uint32)
+                    start = (turn % num_blocks.to(tl.uint32)).to(tl.int32)
+                candidate = (start + lane) % num_blocks
+                is_candidate = lane < num_blocks
+                # Not from L1: a stale stamp would be looked at, and fail to be swapped, for ever.
+                last_used = tl.load(last_used_ptr + candidate, mask=is_candidate, other=-1, cache_modifier=".cg")
+                old_key = tl.load(owner_ptr + candidate, mask=is_candidate, other=-1)
+                is_victim = (last_used >= 0) & (last_used < protect_from)
+                is_victim &= num_served + tl.cumsum(is_victim.to(tl.int32)) <= num_wanted
+                expected = tl.where(is_victim, last_used, _NEVER)
+                seen = tl.atomic_cas(last_used_ptr + candidate, expected, stamps, sem="relaxed")
+                is_won = is_victim & (seen == last_used)
+                tl.store(table_ptr + old_key, -1, mask=is_won)
+
+                # The keys that still wait have the next ranks; their blocks are -1.
+                won_rank = tl.where(is_won, num_served + tl.cumsum(is_won.to(tl.int32)), 0)
+                is_match = rank[None, :] == won_rank[:, None]
+                block += tl.sum(tl.where(is_match, candidate[:, None] + 1, 0), 0)
+                num_won = tl.sum(is_won.to(tl.int32))
+                num_served += num_won
+                if (num_served == num_wanted) & (look < num_looks):
+                    # The hand stops behind the last victim, unless somebody has had a turn since.
+                    after = (start + tl.max(tl.where(is_won, lane, -1)) + 1) % num_blocks
+                    tl.atomic_cas(hand_ptr, (turn + CANDIDATES).to(tl.int32), after, sem="relaxed")
+                # Where a victim was lost, others may have been left: look again. Losses end, as each is another's gain.
+                look += (num_won == tl.sum(is_victim.to(tl.int32))).to(tl.int32)
+            if num_served < num_wanted:
+                max_looks = 0  # no victim is left for the rest of the launch
+
+            tl.store(owner_ptr + block, key.to(tl.int32), mask=block >= 0)
+            tl.store(table_ptr + key, block, mask=is_ours)
+        if claimed_ptr is not None:
+            tl.store(claimed_ptr + entry, block, mask=is_entry)
+
+
+@triton.jit(do_not_specialize_on_alignment=["count_ptr", "table_ptr", "last_used_ptr"])
+def _stamp_blocks_kernel(
+    keys_ptr,
+    count_ptr,
+    step_ptr,
+    table_ptr,
+    last_used_ptr,
+    table_stride,
+    last_used_stride,
+    KEYS: tl.constexpr,
+):
+    layer = tl.program_id(1).to(tl.int64)
+    table_ptr += layer * table_stride
+    last_used_ptr += layer * last_used_stride
+    count, stamp = tl.load(count_ptr), 2 * tl.load(step_ptr).to(tl.int32)
+    for first in range(tl.program_id(0) * KEYS, count, tl.num_programs(0) * KEYS):
+        entry = first + tl.arange(0, KEYS)
+        key = tl.load(keys_ptr + entry, mask=entry < count, other=0)
+        block = tl.load(table_ptr + key, mask=entry < count, other=-1)
+        last_used = tl.load(last_used_ptr + block, mask=block >= 0, other=-1)
+        tl.store(last_used_ptr + block, stamp, mask=last_used == _CLAIMED)
+
+
+def claim_blocks(
+    wanted: KeyList | MissList, blocks: BlockTables, step: torch.Tensor, protect_back: bool, stamp_back: bool
+) -> None:
+    """See `freekv_kernels.claim_blocks`. The grid depends on shapes only: a CUDA graph can hold it.
+
+    Which blocks are taken, for which keys, and which keys go without if victims run out, is left to chance.
+    No other kernel may work on the same layers' tables at the same time.
+    """
+    num_layers, num_blocks = blocks.owner.shape
+    grid = (min(_NUM_PROGRAMS, triton.cdiv(len(wanted.keys), _KEYS)), num_layers)
+    _claim_blocks_kernel[grid](
+        wanted.keys,
+        wanted.count,
+        step,
+        blocks.table,
+        blocks.owner,
+        blocks.last_used,
+        blocks.free_blocks,
+        blocks.num_free,
+        blocks.hand,
+        wanted.blocks if isinstance(wanted, MissList) else None,
+        blocks.table.stride(0),
+        blocks.owner.stride(0),
+        blocks.last_used.stride(0),
+        blocks.free_blocks.stride(0),
+        num_blocks,
+        PROTECT_BACK=protect_back,
+        STAMP_BACK=stamp_back,
+        KEYS=_KEYS,
+        CANDIDATES=_CANDIDATES,
+        num_warps=2,
+    )
+    if protect_back and not stamp_back:
+        _stamp_blocks_kernel[grid](
+            wanted.keys,
+            wanted.count,
+            step,
+            blocks.table,
+            blocks.last_used,
+            blocks.table.stride(0),
+            blocks.last_used.stride(0),
+            KEYS=_KEYS,
+            num_warps=2,
+        )

@@ -1,0 +1,91 @@
+"""Look the pages of windows up in the block table: what attention reads, and what is missing."""
+
+from __future__ import annotations
+
+import torch
+
+from freekv_kernels.tables import Batch, BlockTables, Count, FlagList, MissList, Read
+
+
+def lookup_blocks(
+    windows: torch.Tensor,
+    batch: Batch,
+    read: Read,
+    blocks: BlockTables,
+    misses: MissList,
+    counters: torch.Tensor,
+    flags: FlagList | None = None,
+    kv_indptr: torch.Tensor | None = None,
+    kv_indices: torch.Tensor | None = None,
+) -> None:
+    """Find the block of every window entry, mark it as used, and list the entries that have none.
+
+    A row has as many entries as kv_indptr says (FRONT), or as its request's budget. An entry is valid if its page
+    exists: 0 <= page < num_pages. Its key is host page * num_kv_heads + head.
+
+    FRONT: the windows of this step, of all requests. kv_indices receives the blocks of the entries that a row attends
+    to, 0 where there is none. Blocks are stamped 2 * step, and 2 * step + 1 for requests within their budget at the
+    next step, which read them again.
+    BACK: the windows of the next step, of requests over their budget then; stamped 2 * step + 1.
+    FIRST: the first windows of all requests; stamped 2 * step + 1.
+
+    Parameters
+    ----------
+    windows : int32, ``[2, max_requests + 1, num_kv_heads, max_budget_pages]``, device
+    batch : Batch
+    read : Read
+    blocks : BlockTables, of one layer
+        `last_used` is raised to the stamp, never lowered.
+    misses : MissList
+        keys, entries and count are written; `count` must be 0 before.
+    counters : int64, ``[len(Count)]``, device
+        BACK, FIRST, and the flagged rows of FRONT advance HITS and MISSES by their valid entries; the other rows of
+        FRONT advance DEMAND_MISSES by those without a block.
+    flags : FlagList
+        For FRONT.
+    kv_indptr : int32, ``[batch_size * num_kv_heads + 1]``, device
+        For FRONT: where each row's entries start; a row attends to the first entries of its window, and padding to
+        one that it does not have.
+    kv_indices : int32, ``[>= kv_indptr[-1]]``, device
+        For FRONT: written.
+    """
+    num_kv_heads, device = windows.shape[2], windows.device
+    rows, num_pages, page_table = batch.rows, batch.num_pages, batch.page_table
+    is_within = batch.num_pages_next <= batch.budget_pages
+    num_entries = batch.budget_pages
+    if read == Read.FRONT:
+        num_entries = kv_indptr[1::num_kv_heads] - kv_indptr[:-1:num_kv_heads]
+    if read == Read.BACK:
+        if is_within.all():
+            return
+        rows, num_pages, page_table, num_entries = (x[~is_within] for x in (rows, num_pages, page_table, num_entries))
+    width, side = int(num_entries.max()), (int(batch.step) + (read != Read.FRONT)) % 2
+    window = windows[side].index_select(0, rows)[..., :width].long()  # [n, num_kv_heads, width]
+    is_entry = torch.arange(width, device=device) < num_entries[:, None, None]
+    is_valid = (window >= 0) & (window < num_pages[:, None, None]) & is_entry
+    keys = page_table.gather(1, window.clamp_(0, page_table.shape[1] - 1).flatten(1)).view_as(window)
+    keys.mul_(num_kv_heads).add_(torch.arange(num_kv_heads, device=device)[:, None])
+    found = blocks.table.view(-1).take(keys).where(is_valid, -1)
+    is_found, held = found >= 0, found.clamp(min=0)
+
+    stamp = 2 * int(batch.step) + (is_within[:, None, None].int() if read == Read.FRONT else 1)
+    stamps = torch.where(is_found, stamp, -1).int()  # raises no stamp where there is no block
+    blocks.last_used.scatter_reduce_(0, held.flatten().long(), stamps.flatten(), "amax")
+    if read == Read.FRONT:
+        entries = held.flatten() if is_entry.all() else held[is_entry.expand_as(held)]
+        kv_indices[: len(entries)] = entries
+    is_flagged = flags.is_flagged.view(-1, num_kv_heads, 1) if read == Read.FRONT else is_valid
+    if is_flagged.any():
+        counters[Count.HITS] += (is_found & is_flagged).sum()
+    if is_found.equal(is_valid):
+        return
+
+    is_missing = is_valid & ~is_found
+    missing, flagged = int(is_missing.sum()), int((is_missing & is_flagged).sum())
+    counters[Count.MISSES] += flagged
+    counters[Count.DEMAND_MISSES] += missing - flagged
+    misses.keys[:missing] = keys[is_missing]
+    misses.count.fill_(missing)
+    if read == Read.FRONT:
+        entries = kv_indptr[:-1].view(-1, num_kv_heads, 1) + torch.arange(width, device=device)
+        misses.entries[:missing] = entries[is_missing].int()

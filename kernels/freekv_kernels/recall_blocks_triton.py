@@ -1,0 +1,100 @@
+"""Kernel of recall_blocks: a fixed number of programs walk the list and read the host store over the link."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from freekv_kernels.tables import Count, MissList
+
+_RECALLS, _ABSENT_PAGES = tl.constexpr(int(Count.RECALLS)), tl.constexpr(int(Count.ABSENT_PAGES))
+# PCIe 5 x16 moves some 55 GB/s with a latency of about 2 us: 110 KB on their way fill it. A program has one tile on its
+# way for half of its time, so 64 programs are four times what it takes, and leave most of the GPU to other kernels.
+_NUM_PROGRAMS = 64
+_TILE_BYTES = 16384
+
+
+@triton.jit(do_not_specialize=["layer"], do_not_specialize_on_alignment=["count_ptr", "table_ptr"])
+def _recall_blocks_kernel(
+    host_kv_ptr,
+    keys_ptr,
+    entries_ptr,
+    blocks_ptr,
+    count_ptr,
+    table_ptr,
+    block_kv_ptr,
+    kv_indices_ptr,
+    counters_ptr,
+    layer,
+    NUM_LAYERS: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    RUN: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    program, num_programs = tl.program_id(0), tl.num_programs(0)
+    count = tl.load(count_ptr)
+
+    if kv_indices_ptr is not None:
+        num_absent = 0
+        for start in range(program * BLOCK, count, num_programs * BLOCK):
+            miss = start + tl.arange(0, BLOCK)
+            is_miss = miss < count
+            key = tl.load(keys_ptr + miss, mask=is_miss, other=0)
+            entry = tl.load(entries_ptr + miss, mask=is_miss, other=0)
+            block = tl.load(table_ptr + key, mask=is_miss, other=0)
+            tl.store(kv_indices_ptr + entry, tl.maximum(block, 0), mask=is_miss)
+            num_absent += tl.sum((block < 0).to(tl.int32))
+        if num_absent > 0:
+            tl.atomic_add(counters_ptr + _ABSENT_PAGES, num_absent, sem="relaxed")
+
+    num_recalls = 0
+    for miss in range(program, count, num_programs):
+        block = tl.load(blocks_ptr + miss).to(tl.int64)
+        key = tl.load(keys_ptr + miss)
+        if block >= 0:
+            record = (key // NUM_KV_HEADS * NUM_LAYERS + layer) * NUM_KV_HEADS + key % NUM_KV_HEADS
+            for first in tl.static_range(0, RUN, TILE):
+                element = first + tl.arange(0, TILE)
+                in_run = element < RUN
+                tile = tl.load(host_kv_ptr + record * RUN + element, mask=in_run, other=0)
+                tl.store(block_kv_ptr + block * RUN + element, tile, mask=in_run)
+            num_recalls += 1
+    if num_recalls > 0:
+        tl.atomic_add(counters_ptr + _RECALLS, num_recalls, sem="relaxed")
+
+
+def recall_blocks(
+    host_kv: torch.Tensor,
+    layer: int,
+    misses: MissList,
+    block_kv: torch.Tensor,
+    table: torch.Tensor,
+    counters: torch.Tensor,
+    kv_indices: torch.Tensor | None = None,
+) -> None:
+    """See `freekv_kernels.recall_blocks`. The grid is fixed: a CUDA graph can hold it.
+
+    The GPU reads the pinned host store in place, 16 bytes per thread and load.
+    """
+    _, num_layers, num_kv_heads, *run = host_kv.shape
+    num_elements = run[0] * run[1] * run[2]
+    _recall_blocks_kernel[(_NUM_PROGRAMS,)](
+        host_kv,
+        misses.keys,
+        misses.entries,
+        misses.blocks,
+        misses.count,
+        table,
+        block_kv,
+        kv_indices,
+        counters,
+        layer,
+        NUM_LAYERS=num_layers,
+        NUM_KV_HEADS=num_kv_heads,
+        RUN=num_elements,
+        TILE=min(triton.next_power_of_2(num_elements), _TILE_BYTES // host_kv.element_size()),
+        BLOCK=128,
+        num_warps=4,
+    )

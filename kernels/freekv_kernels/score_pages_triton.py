@@ -1,0 +1,137 @@
+"""Score pages: Triton kernel of `score_pages`."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from freekv_kernels.tables import Batch, FlagList, Read
+
+NUM_PROGRAMS = 1024  # two waves of four per SM on a chip of 132 to 148, so that uneven requests even out
+
+
+@triton.jit(do_not_specialize=["page_table_stride", "out_row_stride", "out_group_stride", "num_rows"])
+def _score_pages_kernel(
+    queries_ptr,
+    summary_ptr,
+    rows_ptr,
+    page_table_ptr,
+    num_pages_ptr,
+    read_pages_ptr,
+    budget_pages_ptr,
+    flag_rows_ptr,
+    flag_count_ptr,
+    out_ptr,
+    query_row_stride,
+    query_head_stride,
+    query_group_stride,
+    summary_page_stride,
+    summary_head_stride,
+    summary_bound_stride,
+    page_table_stride,
+    out_row_stride,
+    out_group_stride,
+    num_rows,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    # A short list gets more programs per row.
+    num_entries = num_rows if flag_count_ptr is None else tl.load(flag_count_ptr)
+    if num_entries == 0:
+        return
+    num_splits = tl.num_programs(0) // num_entries
+    split = tl.program_id(0) // num_entries
+    if split >= num_splits:
+        return
+    row = tl.program_id(0) % num_entries
+    if flag_rows_ptr is not None:
+        row = tl.load(flag_rows_ptr + row)
+    request, head = row // NUM_KV_HEADS, row % NUM_KV_HEADS
+    if tl.load(read_pages_ptr + request) <= tl.load(budget_pages_ptr + request):
+        return
+    num_pages = tl.load(num_pages_ptr + request).to(tl.int32)
+
+    group = tl.arange(0, BLOCK_G)
+    dim = tl.arange(0, BLOCK_D)
+    is_dim = dim < HEAD_DIM
+    query_ptr = queries_ptr + tl.load(rows_ptr + request) * query_row_stride + head * query_head_stride
+    is_head = group < GROUP_SIZE
+    q = tl.load(
+        query_ptr + group[:, None] * query_group_stride + dim[None, :],
+        mask=is_head[:, None] & is_dim[None, :],
+        other=0.0,
+    ).to(tl.float32)
+    q_for_lo, q_for_hi = tl.minimum(q, 0.0), tl.maximum(q, 0.0)
+
+    page_table_ptr += request.to(tl.int64) * page_table_stride
+    summary_ptr += head.to(tl.int64) * summary_head_stride
+    out_ptr += row.to(tl.int64) * out_row_stride
+    for first in range(split * BLOCK_P, num_pages, num_splits * BLOCK_P):
+        logical = first + tl.arange(0, BLOCK_P)
+        is_page = logical < num_pages
+        page = tl.load(page_table_ptr + logical, mask=is_page, other=0)
+        bounds_ptr = summary_ptr + page[:, None] * summary_page_stride + dim[None, :]
+        is_bound = is_page[:, None] & is_dim[None, :]
+        lo = tl.load(bounds_ptr, mask=is_bound, other=0.0).to(tl.float32)
+        hi = tl.load(bounds_ptr + summary_bound_stride, mask=is_bound, other=0.0).to(tl.float32)
+        scores = tl.dot(q_for_lo, lo.T, input_precision=PRECISION)
+        scores = tl.dot(q_for_hi, hi.T, scores, input_precision=PRECISION)
+        tl.store(
+            out_ptr + group[:, None] * out_group_stride + logical[None, :],
+            scores,
+            mask=is_head[:, None] & is_page[None, :],
+        )
+
+
+def score_pages(
+    queries: torch.Tensor,
+    summary: torch.Tensor,
+    batch: Batch,
+    read: Read,
+    flags: FlagList | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """See `freekv_kernels.score_pages`.
+
+    The grid depends on shapes only; its programs share the rows that there are. With `out` nothing is allocated.
+    """
+    num_kv_heads, head_dim = summary.shape[1], summary.shape[3]
+    group_size = queries.shape[2]
+    num_rows, max_pages = len(batch.rows) * num_kv_heads, batch.page_table.shape[1]
+    if out is None:
+        out = queries.new_empty((num_rows, group_size, max_pages), dtype=torch.float32)
+    block_d = triton.next_power_of_2(head_dim)
+    block_p = 8192 // block_d  # 16 KiB of minima, and of maxima, at 2 bytes
+    num_programs = min(num_rows * triton.cdiv(max_pages, block_p), max(num_rows, NUM_PROGRAMS))
+    _score_pages_kernel[(num_programs,)](
+        queries,
+        summary,
+        batch.rows,
+        batch.page_table,
+        batch.num_pages,
+        batch.num_pages_at(read),
+        batch.budget_pages,
+        None if flags is None else flags.rows,
+        None if flags is None else flags.count,
+        out,
+        *queries.stride()[:3],
+        *summary.stride()[:3],
+        batch.page_table.stride(0),
+        *out.stride()[:2],
+        num_rows,
+        NUM_KV_HEADS=num_kv_heads,
+        GROUP_SIZE=group_size,
+        HEAD_DIM=head_dim,
+        BLOCK_G=16,
+        BLOCK_P=block_p,
+        BLOCK_D=block_d,
+        # The products of 16-bit numbers are exact in tf32, and summed in fp32.
+        PRECISION="ieee" if queries.dtype == torch.float32 else "tf32",
+    )
+    return out

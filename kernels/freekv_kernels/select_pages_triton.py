@@ -1,0 +1,222 @@
+"""Select the pages of a window: Triton kernel of `select_pages`."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from freekv_kernels.tables import Batch, FlagList, Read
+
+FIRST = tl.constexpr(int(Read.FIRST))
+BIN_BITS = tl.constexpr(5)  # a warp holds the bins of a pass, one in each lane
+MAX_INT = tl.constexpr(2**31 - 1)
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _load_scores(
+    scores_ptr, group_stride, page, begin, end, readable_end, GROUP_SIZE: tl.constexpr, BLOCK_G: tl.constexpr
+):
+    """Load the scores of a block of pages, -inf but for the candidates begin to end - 1."""
+    group = tl.arange(0, BLOCK_G)[:, None]
+    is_readable = (group < GROUP_SIZE) & (page < readable_end)[None, :]
+    scores = tl.load(scores_ptr + group * group_stride + page[None, :], mask=is_readable, other=float("-inf"))
+    return tl.where(((page >= begin) & (page < end))[None, :], scores, float("-inf"))
+
+
+@triton.jit
+def _key(pooled):
+    """Map fp32 to uint32 in the same order."""
+    bits = pooled.to(tl.uint32, bitcast=True)
+    return bits ^ tl.where(bits >= 0x80000000, 0xFFFFFFFF, 0x80000000)
+
+
+@triton.jit
+def _kth_largest(pooled_ptr, lowest, highest, k, begin, end, readable_end, BLOCK: tl.constexpr):
+    """Find the key of rank k, and how many pages with that key belong to the k largest.
+
+    A pass counts the keys of an interval in 2**BIN_BITS bins; the bin of rank k is the next interval, until all of its
+    keys belong. About 3 passes suffice where scores differ, whatever their number; 7 always do.
+    """
+    NUM_BINS: tl.constexpr = 2**BIN_BITS
+    last = highest - lowest  # of the interval, as the offset from its lowest key
+    shift = 0
+    while (last >> shift) >= NUM_BINS:
+        shift += 1
+    num_above = 0
+    is_found = False
+    while not is_found:
+        counts = tl.zeros((NUM_BINS,), tl.int32)
+        for first in range(begin // BLOCK * BLOCK, end, BLOCK):
+            page = first + tl.arange(0, BLOCK)
+            key = _key(tl.load(pooled_ptr + page, mask=page < readable_end, other=0.0))
+            is_inside = (page >= begin) & (page < end) & (key >= lowest) & (key - lowest <= last)
+            counts += tl.histogram(((key - lowest) >> shift).to(tl.int32), NUM_BINS, mask=is_inside)
+        num_reached = num_above + tl.cumsum(counts, reverse=True)  # by taking a bin and all above it
+        is_enough = num_reached >= k
+        found = tl.sum(is_enough.to(tl.int32)) - 1
+        num_above = tl.max(tl.where(is_enough, num_above, num_reached))
+        is_found = (shift == 0) | (tl.min(tl.where(is_enough, num_reached, MAX_INT)) == k)
+        lowest += found.to(tl.uint32) << shift
+        last = (tl.full((), 1, tl.uint32) << shift) - 1
+        shift = tl.maximum(shift - BIN_BITS, 0)
+    return lowest, k - num_above
+
+
+@triton.jit(do_not_specialize=["scores_row_stride", "scores_group_stride"])
+def _select_pages_kernel(
+    scores_ptr,
+    rows_ptr,
+    read_pages_ptr,
+    budget_pages_ptr,
+    step_ptr,
+    flag_rows_ptr,
+    flag_count_ptr,
+    windows_ptr,
+    scores_row_stride,
+    scores_group_stride,
+    windows_side_stride,
+    windows_row_stride,
+    windows_head_stride,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SINK: tl.constexpr,
+    RECENT: tl.constexpr,
+    READ: tl.constexpr,
+    IS_SOFTMAX: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    row = tl.program_id(0)
+    if flag_rows_ptr is not None:
+        if row >= tl.load(flag_count_ptr):
+            return
+        row = tl.load(flag_rows_ptr + row)
+    request, head = row // NUM_KV_HEADS, row % NUM_KV_HEADS
+    num_pages = tl.load(read_pages_ptr + request).to(tl.int32)
+    budget = tl.load(budget_pages_ptr + request).to(tl.int32)
+    is_over = num_pages > budget
+    if READ != FIRST and not is_over:
+        return
+    NUM_SIDES: tl.constexpr = 2 if READ == FIRST else 1
+    side = (tl.load(step_ptr) + READ) % 2
+    windows_ptr += tl.load(rows_ptr + request) * windows_row_stride + head.to(tl.int64) * windows_head_stride
+
+    # Everything but the best pages; within the budget, that is every page.
+    column = tl.arange(0, BLOCK_W)
+    num_selected = tl.minimum(num_pages, budget)
+    window = tl.where(column < SINK, column, column + num_pages - num_selected)
+    window = tl.where(column < num_selected, window, -1)
+    is_chosen = is_over & (column >= SINK) & (column < budget - RECENT)
+    for i in tl.static_range(NUM_SIDES):
+        window_ptr = windows_ptr + (side + i) % 2 * windows_side_stride
+        tl.store(window_ptr + column, window, mask=(column < WIDTH) & ~is_chosen)
+    if not is_over:
+        return
+
+    scores_row_stride = scores_row_stride // ALIGN * ALIGN  # the same number, and the compiler sees what divides it
+    scores_group_stride = scores_group_stride // ALIGN * ALIGN
+    scores_ptr += row.to(tl.int64) * scores_row_stride
+    begin, end, k = SINK, num_pages - RECENT, budget - SINK - RECENT
+    readable_end = tl.cdiv(end, ALIGN) * ALIGN
+    BEGIN_BLOCK: tl.constexpr = SINK // BLOCK * BLOCK  # so that the first block has a candidate
+    is_head = tl.arange(0, BLOCK_G) < GROUP_SIZE
+
+    if IS_SOFTMAX:  # of base 2 logarithms, which are cheaper and in the same order
+        peak = tl.full((BLOCK_G,), float("-inf"), tl.float32)
+        total = tl.zeros((BLOCK_G,), tl.float32)
+        for first in range(BEGIN_BLOCK, end, BLOCK):
+            page = first + tl.arange(0, BLOCK)
+            x = _load_scores(scores_ptr, scores_group_stride, page, begin, end, readable_end, GROUP_SIZE, BLOCK_G)
+            x *= LOG2_E
+            peak_before, peak = peak, tl.maximum(peak, tl.max(x, 1))
+            total = total * tl.exp2(peak_before - peak) + tl.sum(tl.exp2(x - peak[:, None]), 1)
+        log_total = tl.where(is_head, peak + tl.log2(total), float("inf"))
+
+    lowest, highest = tl.full((), 0xFFFFFFFF, tl.uint32), tl.full((), 0, tl.uint32)
+    for first in range(BEGIN_BLOCK, end, BLOCK):
+        page = first + tl.arange(0, BLOCK)
+        x = _load_scores(scores_ptr, scores_group_stride, page, begin, end, readable_end, GROUP_SIZE, BLOCK_G)
+        if IS_SOFTMAX:
+            x = x * LOG2_E - log_total[:, None]
+            largest = tl.max(x, 0)
+            pooled = largest + tl.log2(tl.sum(tl.exp2(x - largest[None, :]), 0))
+        else:
+            pooled = tl.sum(tl.where(is_head[:, None], x, 0.0), 0) / GROUP_SIZE
+        is_candidate = (page >= begin) & (page < end)
+        lowest = tl.minimum(lowest, tl.min(tl.where(is_candidate, _key(pooled), 0xFFFFFFFF)))
+        highest = tl.maximum(highest, tl.max(tl.where(is_candidate, _key(pooled), 0)))
+        tl.debug_barrier()  # other threads may still read what is overwritten
+        tl.store(scores_ptr + page, pooled, mask=page < readable_end)
+    tl.debug_barrier()  # threads read what others have written
+
+    threshold, num_ties = _kth_largest(scores_ptr, lowest, highest, k, begin, end, readable_end, BLOCK)
+
+    # One prefix sum counts both: pages above the threshold in the upper half, pages that equal it in the lower.
+    counted = tl.full((), 0, tl.int64)
+    for first in range(BEGIN_BLOCK, end, BLOCK):
+        page = first + tl.arange(0, BLOCK)
+        key = _key(tl.load(scores_ptr + page, mask=page < readable_end, other=0.0))
+        is_candidate = (page >= begin) & (page < end)
+        is_above, is_tie = is_candidate & (key > threshold), is_candidate & (key == threshold)
+        ones = (is_above.to(tl.int64) << 32) + is_tie.to(tl.int64)
+        before = counted + tl.cumsum(ones) - ones
+        above_before, ties_before = (before >> 32).to(tl.int32), before.to(tl.int32)
+        rank = above_before + tl.minimum(ties_before, num_ties)
+        is_best = is_above | (is_tie & (ties_before < num_ties))
+        for i in tl.static_range(NUM_SIDES):
+            window_ptr = windows_ptr + (side + i) % 2 * windows_side_stride
+            tl.store(window_ptr + SINK + rank, page, mask=is_best)
+        if first + BLOCK < end:
+            counted += tl.sum(ones)
+
+
+def select_pages(
+    scores: torch.Tensor,
+    batch: Batch,
+    read: Read,
+    sink_pages: int,
+    recent_pages: int,
+    pooling: str,
+    windows: torch.Tensor,
+    flags: FlagList | None = None,
+) -> None:
+    """See `freekv_kernels.select_pages`.
+
+    One program per row; nothing is allocated. Blocks of pages are walked, and their pooled scores kept in place of
+    the scores of the group's first head. Equal scores at the threshold are taken in page order.
+    """
+    if pooling not in ("softmax", "mean"):
+        raise ValueError(f"Invalid pooling: expected 'softmax' or 'mean', got {pooling!r}")
+    num_rows, group_size, _ = scores.shape
+    block_g = triton.next_power_of_2(group_size)
+    # A decode step reads past a request's pages, so that accesses can be of 16 bytes. Prompts differ in length.
+    is_aligned = read != Read.FIRST and all(n % 4 == 0 for n in (*scores.stride()[:2], scores.shape[2]))
+    _select_pages_kernel[(num_rows,)](
+        scores,
+        batch.rows,
+        batch.num_pages_at(read),
+        batch.budget_pages,
+        batch.step,
+        None if flags is None else flags.rows,
+        None if flags is None else flags.count,
+        windows,
+        *scores.stride()[:2],
+        *windows.stride()[:3],
+        NUM_KV_HEADS=windows.shape[2],
+        GROUP_SIZE=group_size,
+        WIDTH=windows.shape[3],
+        SINK=sink_pages,
+        RECENT=recent_pages,
+        READ=int(read),
+        IS_SOFTMAX=pooling == "softmax",
+        BLOCK=min(4096, 16384 // block_g),  # the scores of a block take 32 registers of each thread
+        BLOCK_G=block_g,
+        BLOCK_W=triton.next_power_of_2(windows.shape[3]),
+        ALIGN=4 if is_aligned else 1,
+        num_warps=16,
+    )

@@ -1,0 +1,43 @@
+"""The side stream: what a layer leaves to run beside the layers that follow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+class SideStream:
+    """A second CUDA stream. On a CPU, its work is done at once, in order.
+
+    Fork and join are events, so a CUDA graph that captures them runs both streams side by side.
+    """
+
+    def __init__(self, device: str) -> None:
+        self._stream = None if device == "cpu" else torch.cuda.Stream(device)
+
+    @contextmanager
+    def fork(self) -> Iterator[None]:
+        """What is launched inside waits for all that the current stream was given so far."""
+        if self._stream is None:
+            yield
+            return
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def mark(self) -> torch.cuda.Event | None:
+        """An event after all that the side stream was given so far."""
+        return None if self._stream is None else self._stream.record_event()
+
+    def keep(self, *tensors: torch.Tensor) -> None:
+        """Do not reuse the memory of tensors of the current stream before the side stream has read them."""
+        if self._stream is not None:
+            for tensor in tensors:
+                tensor.record_stream(self._stream)
+
+    def join(self) -> None:
+        """The current stream waits for all that the side stream was given so far."""
+        if self._stream is not None:
+            torch.cuda.current_stream().wait_stream(self._stream)

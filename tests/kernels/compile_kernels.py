@@ -1,0 +1,105 @@
+"""Compile every kernel for GPUs that are not here; prints one JSON line per kernel.
+
+The ops are called with the engine's tensors in CPU memory, and Triton does what it does for a launch, except to launch:
+it binds and specialises the arguments, and compiles.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from contextlib import redirect_stdout
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from benchmarks.kernel_inputs import KernelInputs
+from freekv_kernels import Ops, triton_ops
+from sglang_freekv.config import FreeKVConfig
+from sglang_freekv.geometry import Geometry
+
+LLAMA_8B = Geometry(num_layers=32, num_qo_heads=32, num_kv_heads=8, head_dim=128, dtype=torch.bfloat16)
+ODD = Geometry(num_layers=2, num_qo_heads=9, num_kv_heads=3, head_dim=96, dtype=torch.float16)
+TARGETS = [
+    ("llama-3.1-8b", LLAMA_8B, 80),
+    ("llama-3.1-8b", LLAMA_8B, 90),
+    ("llama-3.1-8b", LLAMA_8B, 100),
+    ("odd", ODD, 90),
+]
+# The first compiles all, and the others nothing: batch sizes and lengths change in service. 1 and multiples of 16 are
+# what Triton would specialise.
+SIZES = [
+    {"batch_size": 4, "context_tokens": 4096},
+    {"batch_size": 1, "context_tokens": 2112},
+    {"batch_size": 16, "context_tokens": 2560},
+]
+
+
+class AbsentGPU:
+    """As much of a Triton driver as compiling asks for. Kernels are kept by device number, so each has its own."""
+
+    def __init__(self, number: int, capability: int) -> None:
+        self._number, self._capability = number, capability
+
+    def get_current_device(self) -> int:
+        return self._number
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self._capability, 32)
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def compile_without_launch() -> None:
+    """From now on, to launch a kernel is to compile it."""
+    launch = triton.JITFunction.run
+    triton.JITFunction.run = lambda self, *args, warmup, **kwargs: launch(self, *args, warmup=True, **kwargs)
+
+
+def compile_op(op: str, inputs: KernelInputs) -> list[dict[str, object]]:
+    """Call an op in all ways in which the engine calls it; what was compiled, one record per kernel."""
+    compiled, log = [], io.StringIO()
+
+    def record(*, src, metadata, metadata_group, **_) -> None:
+        cubin = Path(metadata_group[f"{src.name}.cubin"]).stat().st_size
+        compiled.append({"kernel": src.name, "shared_bytes": metadata["shared"], "cubin_bytes": cubin})
+
+    triton.knobs.compilation.listener = record
+    with redirect_stdout(log):
+        for call in getattr(inputs, op)().values():
+            getattr(triton_ops(), op)(*call.args, **call.kwargs)
+    # Registers are in no metadata until a device has loaded the kernel: they are read from what ptxas says.
+    usage = re.findall(
+        r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers", log.getvalue(), re.S
+    )
+    if len(usage) != len(compiled):
+        raise RuntimeError(f"{len(compiled)} kernels and {len(usage)} reports of ptxas in its log:\n{log.getvalue()}")
+    for kernel, (stores, loads, registers) in zip(compiled, usage, strict=True):
+        kernel |= {"spill_bytes": int(stores) + int(loads), "registers": int(registers)}
+    return compiled
+
+
+def main() -> None:
+    triton.knobs.nvidia.dump_ptxas_log = True
+    triton.knobs.compilation.always_compile = True  # ptxas does not speak when a kernel comes from the cache
+    compile_without_launch()
+    for number, (shape, geometry, capability) in enumerate(TARGETS):
+        first, *others = (
+            KernelInputs(geometry, **sizes, config=FreeKVConfig(), max_context=131072, device="cpu") for sizes in SIZES
+        )
+        triton.runtime.driver.set_active(AbsentGPU(number, capability))
+        for op in Ops._fields:
+            about = {"op": op, "shape": shape, "capability": capability}
+            for kernel in compile_op(op, first):
+                print(json.dumps(about | kernel | {"in_service": False}))
+            for kernel in (kernel for inputs in others for kernel in compile_op(op, inputs)):
+                print(json.dumps(about | kernel | {"in_service": True}))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()

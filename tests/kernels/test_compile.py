@@ -1,0 +1,51 @@
+"""Every kernel compiles for the GPUs that are supported, as the engine calls it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import freekv_kernels
+
+TARGETS = [("llama-3.1-8b", 80), ("llama-3.1-8b", 90), ("llama-3.1-8b", 100), ("odd", 90)]
+MAX_SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # of one program
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What was compiled, by a process of its own, where kernels are not defined for the interpreter."""
+    paths = {"PYTHONPATH": os.pathsep.join(sys.path), "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
+    script = [sys.executable, str(Path(__file__).with_name("compile_kernels.py"))]
+    done = subprocess.run(script, env=os.environ | paths, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-8000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("op", freekv_kernels.Ops._fields)
+@pytest.mark.parametrize("shape, capability", TARGETS)
+def test_an_op_compiles_without_spilling_registers(kernels, op, shape, capability):
+    wanted = {"op": op, "shape": shape, "capability": capability}
+    compiled = [kernel for kernel in kernels if wanted.items() <= kernel.items()]
+    assert compiled
+    for kernel in compiled:
+        assert kernel["cubin_bytes"] > 0
+        assert kernel["spill_bytes"] == 0, kernel
+        assert kernel["shared_bytes"] <= MAX_SHARED_BYTES[capability], kernel
+
+
+def test_nothing_is_compiled_again_when_batch_sizes_and_lengths_change(kernels):
+    assert not [kernel for kernel in kernels if kernel["in_service"]]
+
+
+def test_no_kernel_of_the_package_is_left_out(kernels):
+    sources = Path(freekv_kernels.__file__).parent.glob("*_triton.py")
+    defined = {name for source in sources for name in re.findall(r"^def (_\w+_kernel)\(", source.read_text(), re.M)}
+    assert defined
+    assert defined == {kernel["kernel"] for kernel in kernels}
