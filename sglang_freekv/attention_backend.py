@@ -119,14 +119,12 @@ class FreeKVAttentionBackend(AttentionBackend):
         extras: dict,
     ) -> torch.Tensor:
         _check_plain_attention(layer, k, save_kv_cache, extras)
-        out = side.run(
-            layer.layer_id - self._first_layer,
-            q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim),
-            k.reshape(-1, layer.tp_k_head_num, layer.qk_head_dim),
-            v.reshape(-1, layer.tp_v_head_num, layer.v_head_dim),
-            layer.scaling,
-        )
-        return out.flatten(1)
+        head_dim = layer.qk_head_dim
+        heads = [x.reshape(len(x), -1, head_dim) for x in (q, k, v)]
+        if padding := self.memory.geometry.head_dim - head_dim:
+            heads = [torch.nn.functional.pad(x, (0, padding)) for x in heads]
+        out = side.run(layer.layer_id - self._first_layer, *heads, layer.scaling)
+        return out[..., :head_dim].flatten(1)
 
     def support_triton(self) -> bool:
         return self.memory.device != "cpu"

@@ -13,12 +13,8 @@ from flashinfer import BatchDecodeWithPagedKVCacheWrapper, BatchPrefillWithRagge
 from flashinfer.decode import fast_decode_plan
 
 from sglang_freekv.attention_torch import DecodeAttention, indptr_of
-from sglang_freekv.geometry import Geometry
+from sglang_freekv.geometry import GPU_GROUP_SIZE, GPU_HEAD_DIMS, Geometry
 from sglang_freekv.prefix_pieces import PrefixPiece
-
-# FlashInfer loads a row of K in steps of 64 elements: others, such as 96, are cut off without an error.
-HEAD_DIMS = (64, 128, 256)
-MAX_GROUP_SIZE = 16  # one tile of the decode kernel
 
 
 def float_workspace_bytes(geometry: Geometry, num_sms: int) -> int:
@@ -255,8 +251,8 @@ def adjacent_pieces(group: list[PrefixPiece]) -> list[list[PrefixPiece]]:
 def check_supported(geometry: Geometry) -> None:
     """Raise ValueError where FlashInfer has no kernel."""
     g = geometry
-    if g.head_dim not in HEAD_DIMS or g.group_size > MAX_GROUP_SIZE or g.dtype.itemsize != 2:
+    if g.head_dim not in GPU_HEAD_DIMS or g.group_size > GPU_GROUP_SIZE or g.dtype.itemsize != 2:
         raise ValueError(
             f"FreeKV: no attention on a GPU for head_dim {g.head_dim}, {g.group_size} query heads per KV head and "
-            f"{g.dtype}; supported are head_dim {HEAD_DIMS}, up to {MAX_GROUP_SIZE}, float16 and bfloat16"
+            f"{g.dtype}; supported are head_dim {GPU_HEAD_DIMS}, up to {GPU_GROUP_SIZE}, float16 and bfloat16"
         )

@@ -6,6 +6,16 @@ from dataclasses import dataclass
 
 import torch
 
+# What FlashInfer's kernels multiply: head widths, and query heads per KV head. It has no kernel for 96, and says so
+# nowhere: it would leave the last 32 elements of a row out.
+GPU_HEAD_DIMS = (64, 128, 256)
+GPU_GROUP_SIZE = 16
+
+
+def stored_head_dim(head_dim: int, device: str) -> int:
+    """Width of a head in memory: on a GPU the next one that has a kernel. Zeros change no product."""
+    return head_dim if device == "cpu" else min(width for width in GPU_HEAD_DIMS if width >= head_dim)
+
 
 @dataclass(frozen=True)
 class Geometry:
@@ -14,7 +24,7 @@ class Geometry:
     num_layers: int
     num_qo_heads: int  # of the rank
     num_kv_heads: int  # of the rank
-    head_dim: int
+    head_dim: int  # as stored
     dtype: torch.dtype
     page_size: int = 32  # tokens per page
 

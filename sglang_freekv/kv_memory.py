@@ -106,11 +106,7 @@ class KVMemory:
         # Correction runs beside the speculation of an earlier layer, so each has its own. A CPU runs one after the
         # other, and takes memory for the scores that it needs.
         shape = (num_rows, g.group_size, self.max_pages)
-        self.scores = (
-            (None, None)
-            if device == "cpu"
-            else (zeros(*shape, dtype=torch.float32), zeros(*shape, dtype=torch.float32))
-        )
+        self.scores = [None if device == "cpu" else zeros(*shape, dtype=torch.float32) for _ in ("front", "back")]
 
     def _layer(self, number: int) -> Layer:
         flag_rows, is_flagged = self._flags

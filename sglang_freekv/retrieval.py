@@ -160,18 +160,8 @@ class Retrieval:
         """Fetch what correction selected, and what has lost its block since it was selected."""
         memory, attention, ops = self.memory, self._window_attention, self.memory.ops
         batch, counters = self._plan.batch, memory.counters.values
-        kv_indptr = attention.kv_indptr[: len(flags.rows) + 1]
-        ops.lookup_blocks(
-            layer.windows,
-            batch,
-            Read.FRONT,
-            layer.blocks,
-            layer.front,
-            counters,
-            flags,
-            kv_indptr,
-            attention.kv_indices,
-        )
+        lists = (attention.kv_indptr[: len(flags.rows) + 1], attention.kv_indices)
+        ops.lookup_blocks(layer.windows, batch, Read.FRONT, layer.blocks, layer.front, counters, flags, *lists)
         # Stamped for the next step too: a request within its budget reads them again.
         ops.claim_blocks(layer.front, layer.blocks_of_one, batch.step, protect_back=False, stamp_back=True)
         recalled = (layer.block_kv, layer.blocks.table, counters)

@@ -10,7 +10,7 @@ from sglang.srt.mem_cache.allocation_sizing import get_req_to_token_extra_contex
 from sglang.srt.runtime_context import get_parallel, get_schedule
 
 from sglang_freekv.config import FreeKVConfig
-from sglang_freekv.geometry import Geometry
+from sglang_freekv.geometry import Geometry, stored_head_dim
 from sglang_freekv.host_memory import free_container_bytes, free_host_bytes
 from sglang_freekv.memory_plan import MemoryPlan, plan_memory
 
@@ -73,7 +73,7 @@ def geometry_of(configurator: KVCacheConfigurator) -> Geometry:
         num_layers=configurator.layer_info.num_effective_layers,
         num_qo_heads=model.num_attention_heads // tp_size,
         num_kv_heads=model.get_num_kv_heads(tp_size),
-        head_dim=model.head_dim,
+        head_dim=stored_head_dim(model.head_dim, configurator.device),
         dtype=configurator.kv_cache_dtype,
         page_size=configurator.pool_page_size,
     )

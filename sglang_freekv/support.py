@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from sglang_freekv.config import FreeKVConfig, UnsupportedConfiguration
+from sglang_freekv.geometry import GPU_GROUP_SIZE, GPU_HEAD_DIMS
 
 if TYPE_CHECKING:
     from sglang.srt.configs.model_config import ModelConfig
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
 
 _PAGE_SIZE = FreeKVConfig.page_size
-_GPU_HEAD_DIMS = (64, 128, 256)  # FlashInfer swizzles rows of shared memory in units that 96 does not fill
-_GPU_GROUP_SIZE = 16  # query heads that a kernel multiplies at a time
 _GPU_CAPABILITY = (8, 0)
 
 
@@ -168,11 +167,11 @@ def _gpu_obstacle(server_args: ServerArgs, model: ModelConfig) -> str | None:
         return f"needs a 16-bit model, not {model.dtype}: give --dtype bfloat16"
     if server_args.kv_cache_dtype != "auto" and _KV_DTYPES[server_args.kv_cache_dtype] != model.dtype:
         return f"needs a KV cache of the model's {model.dtype}, not {server_args.kv_cache_dtype}: give --dtype the same"
-    if model.head_dim not in _GPU_HEAD_DIMS:
-        return f"serves head dimensions {_GPU_HEAD_DIMS}, not {model.head_dim}: use another model"
+    if model.head_dim > max(GPU_HEAD_DIMS):
+        return f"serves head dimensions up to {max(GPU_HEAD_DIMS)}, not {model.head_dim}: use another model"
     group_size = model.num_attention_heads // server_args.tp_size // model.get_num_kv_heads(server_args.tp_size)
-    if group_size > _GPU_GROUP_SIZE:
-        return f"serves up to {_GPU_GROUP_SIZE} query heads per KV head, not {group_size}: use another model"
+    if group_size > GPU_GROUP_SIZE:
+        return f"serves up to {GPU_GROUP_SIZE} query heads per KV head, not {group_size}: use another model"
     return None
 
 

@@ -25,7 +25,7 @@ class RecordingEngine(SimulatedEngine):
     def record(self) -> None:
         g, size = self.geometry, self.memory.max_requests
         shape = (size * g.num_kv_heads, g.group_size, self.memory.max_pages)
-        self.memory.scores = (torch.zeros(shape), torch.zeros(shape))  # at fixed addresses, as on a GPU
+        self.memory.scores = [torch.zeros(shape), torch.zeros(shape)]  # at fixed addresses, as on a GPU
         heads = (g.num_qo_heads, g.num_kv_heads, g.num_kv_heads)
         self._qkv = [torch.randn(g.num_layers, size, n, g.head_dim, dtype=g.dtype) for n in heads]
         self._calls: list[Callable[[], torch.Tensor | None]] = []
@@ -36,11 +36,10 @@ class RecordingEngine(SimulatedEngine):
 
     def plan_decode(self, requests: list[Request]) -> None:
         self._plan_padded(requests)
-        tokens = [
-            [r.trace.tokens(layer, r.length - 1, r.length) for r in requests] for layer in range(len(self._qkv[0]))
-        ]
-        for i, buffer in enumerate(self._qkv):
-            buffer[:, : len(requests)] = torch.stack([torch.cat([t[i] for t in layer]) for layer in tokens])
+        for layer in range(self.geometry.num_layers):
+            tokens = [request.trace.tokens(layer, request.length - 1, request.length) for request in requests]
+            for buffer, values in zip(self._qkv, zip(*tokens, strict=True), strict=True):
+                buffer[layer, : len(requests)] = torch.cat(values)
         outputs = [call() for call in self._calls]
         self._outputs = [out.flatten(1, 2)[: len(requests)] for out in outputs if out is not None]
 

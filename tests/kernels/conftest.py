@@ -1,4 +1,4 @@
-"""Every op is tested twice by the same assertions: its reference, and its kernel on a GPU or in Triton's interpreter."""
+"""Every op is tested twice by the same assertions: its reference, and its kernel, on a GPU or in the interpreter."""
 
 from __future__ import annotations
 
