@@ -43,18 +43,24 @@ class Job:
     start: float
     seconds: float
 
-    def end(self, kill: bool = False) -> int:
+    def end(self) -> int:
         """Wait for the limit and a little longer, then kill it and all that it has started; the exit status."""
-        deadline = 0 if kill else self.start + self.seconds + _GRACE_S
+        deadline = self.start + self.seconds + _GRACE_S
         said = time.monotonic()
-        while self.process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.2)
-            if time.monotonic() - said > _PROGRESS_S:
-                said = time.monotonic()
-                print(f"          {self.phase.name}: {self.last_line()}", flush=True)
+        try:
+            while self.process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.2)
+                if time.monotonic() - said > _PROGRESS_S:
+                    said = time.monotonic()
+                    print(f"          {self.phase.name}: {self.last_line()}", flush=True)
+        finally:
+            self.kill()
+        return self.process.wait()
+
+    def kill(self) -> None:
+        """End what still runs of it."""
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)  # started in a group of its own
-        return self.process.wait()
 
     def last_line(self) -> str:
         lines = self.log.read_text(errors="replace").strip().splitlines()
@@ -95,9 +101,11 @@ class Suite:
             for index, phase in enumerate(phases):
                 reserved = sum(p.least for p in phases[index + 1 :] if not p.is_background)
                 self._run_phase(phase, reserved + _REPORT_S)
-        finally:
             for name in list(self.background):
-                self._finish(self.background.pop(name), kill=self.left < 0)
+                self._finish(self.background.pop(name))
+        finally:
+            for job in self.background.values():
+                job.kill()
 
     def _run_phase(self, phase: Phase, reserved: float) -> None:
         for name in phase.needs:
@@ -129,8 +137,8 @@ class Suite:
             )
         return Job(phase, process, log, time.monotonic(), seconds)
 
-    def _finish(self, job: Job, kill: bool = False) -> None:
-        status = job.end(kill)
+    def _finish(self, job: Job) -> None:
+        status = job.end()
         seconds = time.monotonic() - job.start
         if status == 0:
             result = "passed"

@@ -25,6 +25,7 @@ from sglang_freekv.host_memory import GIB, free_host_bytes
 _WARM_UP, _STEPS = 8, 32
 _CAP_BYTES = 24e9  # of device memory for KV, where it is capped
 _HOST_SHARE = 0.8  # of what is free
+_CELL_SECONDS = 15  # of FreeKV: a calibration, or a cell and then to unpin the host store
 _CALIBRATION_STEPS, _CALIBRATIONS = 12, 7
 
 
@@ -91,7 +92,7 @@ class FreeKVBench:
         session, failures = self.session, Failures(self.session)
         for cell in cells:
             described = " ".join(f"{k}={v}" for k, v in dataclasses.asdict(cell).items())
-            if not session.has_time(5, described):
+            if not session.has_time(_CELL_SECONDS, described):
                 continue
             with failures.kept(described):
                 if cell.target_mb not in self.drifts:

@@ -22,13 +22,13 @@ class Phase:
 # Compilers run beside tests, and have ended before anything is timed.
 PHASES = (
     Phase("env", "machine", 30, 5),
-    Phase("compile", "compile", 200, 10, "compile_serving", is_background=True),
-    Phase("kernel-tests", "run_tests", 90, 30, "test_kernels"),
-    Phase("compile-tests", "compile", 120, 10, "compile_for_tests", is_background=True, needs=("compile",)),
-    Phase("serve", "serve_check", 150, 60, needs=("compile",)),
-    Phase("gpu-tests", "run_tests", 60, 15, "test_gpu", needs=("compile-tests",)),
+    Phase("compile", "compile", 150, 10, "compile_serving", is_background=True),
+    Phase("kernel-tests", "run_tests", 75, 30, "test_kernels"),
+    Phase("compile-tests", "compile", 110, 10, "compile_for_tests", is_background=True, needs=("compile",)),
+    Phase("serve", "serve_check", 120, 60, needs=("compile",)),
+    Phase("gpu-tests", "run_tests", 60, 10, "test_gpu", needs=("compile-tests",)),
     Phase("link", "link", 40, 15, has_kernels=True),
-    Phase("decode-plain", "decode_step", 90, 40, "run_plain"),
-    Phase("decode-freekv", "decode_step", 150, 60, "run_freekv"),
+    Phase("decode-plain", "decode_step", 90, 55, "run_plain"),
+    Phase("decode-freekv", "decode_step", 150, 90, "run_freekv"),
     Phase("kernels", "kernels", 60, 20, has_kernels=True),
 )

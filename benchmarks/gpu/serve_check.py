@@ -117,6 +117,7 @@ def make_engines(session: Session, model: Path) -> list[Engine]:
             "mem_fraction_static": 0.5,
             "attention_backend": "flashinfer",
             "cuda_graph_bs_decode": [1, 2, 4, 8, 16],
+            "disable_prefill_cuda_graph": True,
         }
     wide = 1024 if session.is_rehearsal else 8192  # tokens of budget, more than any prompt has
     freekv = {
