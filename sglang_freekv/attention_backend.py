@@ -34,7 +34,8 @@ class FreeKVAttentionBackend(AttentionBackend):
         if not isinstance(pool, FreeKVPool):
             raise RuntimeError(f"FreeKV: expected a FreeKVPool as KV pool, got {type(pool).__name__}")
         self.memory = pool.memory
-        self.req_to_token_pool = model_runner.req_to_token_pool
+        # Models ask the backend for both pools.
+        self.token_to_kv_pool, self.req_to_token_pool = pool, model_runner.req_to_token_pool
         # SGLang builds the request pool before the token pool; here, both exist.
         self.req_to_token_pool.memory = pool.memory
         self.retrieval, self.prefill = build_engine(self.memory)

@@ -20,7 +20,7 @@ METRICS = {
     "device_blocks_used": ("gauge", "Device blocks that hold a (page, KV head), over all layers"),
     "recalled_bytes": ("counter", "Bytes copied from the host store to device blocks"),
     "hits": ("counter", "Selected (page, KV head) pairs that were resident"),
-    "misses": ("counter", "Selected (page, KV head) pairs that were recalled"),
+    "misses": ("counter", "Selected (page, KV head) pairs that were not resident"),
     "demand_misses": ("counter", "Pairs of a window that had lost their block before attention read them"),
     "rows": ("counter", "(request, KV head, layer) rows of requests over their budget"),
     "flagged_rows": ("counter", "Rows corrected because their query had moved"),

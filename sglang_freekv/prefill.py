@@ -83,7 +83,7 @@ class Prefill:
         self._plan = PrefillPlan(
             slots=slots,
             page_starts=to_device(_page_starts(prefix_lens, extend_lens, page_size), memory.device),
-            opened=self._opened(page_table, prefix_lens, lens),
+            opened=self._opened(page_table, rows_cpu, prefix_lens, lens),
             groups=groups,
             group_pages=[torch.cat([piece.pages for piece in group]) for group in groups],
             completed=completed,
@@ -125,13 +125,16 @@ class Prefill:
         )
         return batch, last_tokens
 
-    def _opened(self, page_table: torch.Tensor, prefix_lens: list[int], lens: list[int]) -> KeyList:
-        """Keys of the pages whose first token the chunk writes, the newest pages first."""
+    def _opened(
+        self, page_table: torch.Tensor, rows_cpu: list[int], prefix_lens: list[int], lens: list[int]
+    ) -> KeyList:
+        """Keys of the pages whose first token the chunk writes, the newest pages first; padding has none."""
         g, device = self.memory.geometry, self.memory.device
         opened = [
             (request, page)
-            for request, (first, last) in enumerate(zip(prefix_lens, lens, strict=True))
+            for request, (row, first, last) in enumerate(zip(rows_cpu, prefix_lens, lens, strict=True))
             for page in range(num_pages_of(first, g.page_size), num_pages_of(last, g.page_size))
+            if row > 0
         ][::-1]
         request, page = to_device([x for pair in opened for x in pair], device).view(-1, 2).unbind(1)
         keys = page_table[request, page][:, None] * g.num_kv_heads + torch.arange(g.num_kv_heads, device=device)

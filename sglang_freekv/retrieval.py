@@ -92,7 +92,8 @@ class Retrieval:
             memory.host.filled,
             memory.opened,
         )
-        if any(n % page_size == 1 for n in seq_lens_cpu):
+        # A warm-up opens no page, but compiles the kernels that do.
+        if not seq_lens_cpu or any(n % page_size == 1 for n in seq_lens_cpu):
             memory.blocks.release(memory.opened)
             memory.blocks.open(memory.opened)
         memory.clear_lists()

@@ -16,6 +16,7 @@ class SideStream:
 
     def __init__(self, device: str) -> None:
         self._stream = None if device == "cpu" else torch.cuda.Stream(device)
+        self._is_forked = False
 
     @contextmanager
     def fork(self) -> Iterator[None]:
@@ -23,6 +24,7 @@ class SideStream:
         if self._stream is None:
             yield
             return
+        self._is_forked = True
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             yield
@@ -39,5 +41,6 @@ class SideStream:
 
     def join(self) -> None:
         """The current stream waits for all that the side stream was given so far."""
-        if self._stream is not None:
+        if self._is_forked:  # a graph may not wait for a stream that is not in it
             torch.cuda.current_stream().wait_stream(self._stream)
+            self._is_forked = False

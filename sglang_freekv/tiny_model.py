@@ -1,4 +1,4 @@
-"""Write a small Llama or Qwen3 checkpoint with seeded random weights: a model without a download.
+"""Write a small Llama, Mistral, Qwen2, Qwen3 or Qwen3-MoE checkpoint with seeded random weights: no download.
 
     python -m sglang_freekv.tiny_model --arch llama --out models/tiny
 
@@ -42,9 +42,19 @@ _LAYER_VARIANCE = 1.0  # that a layer adds to the residual stream, whose embeddi
 _LOGIT_STD = 4.0
 _NEVER_LOGIT = -50.0  # of tokens that are not generated, from the constant channel
 _REPEAT_AVERSION = 0.4  # share of its own embedding that a token's logit subtracts: no runs of one token
+_BIAS_STD = 0.3  # of Qwen2's queries, keys and values
+_EXPERTS, _EXPERTS_PER_TOKEN = 4, 2
+_ROUTER_STD = 2.0  # of an expert's logit
 _ROPE_THETA = 1e7
 _NORM_EPS = 1e-6
 
+_ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+}
 _CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -55,7 +65,7 @@ _CHAT_TEMPLATE = (
 class TinyModel:
     """Everything that determines a checkpoint; equal values give equal bytes."""
 
-    arch: Literal["llama", "qwen3"] = "llama"
+    arch: Literal["llama", "mistral", "qwen2", "qwen3", "qwen3_moe"] = "llama"
     layers: int = 4
     hidden: int = 256
     heads: int = 8  # query heads
@@ -67,10 +77,12 @@ class TinyModel:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.arch not in ("llama", "qwen3"):
-            raise ValueError(f"arch must be llama or qwen3, got {self.arch!r}")
+        if self.arch not in _ARCHITECTURES:
+            raise ValueError(f"arch must be one of {', '.join(_ARCHITECTURES)}, got {self.arch!r}")
         if self.heads % self.kv_heads:
             raise ValueError(f"heads must be a multiple of kv_heads, got {self.heads} and {self.kv_heads}")
+        if self.hidden % self.heads:  # transformers refuses such a configuration, even where head_dim says otherwise
+            raise ValueError(f"hidden must be a multiple of heads, got {self.hidden} and {self.heads}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim must be even for RoPE, got {self.head_dim}")
         if self.vocab < MIN_VOCAB_SIZE:
@@ -88,8 +100,16 @@ class TinyModel:
 
     def hf_config(self) -> dict:
         """The model's config.json."""
+        experts = {
+            "num_experts": _EXPERTS,
+            "num_experts_per_tok": _EXPERTS_PER_TOKEN,
+            "moe_intermediate_size": 2 * self.hidden,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+        }
         return {
-            "architectures": ["LlamaForCausalLM" if self.arch == "llama" else "Qwen3ForCausalLM"],
+            "architectures": [_ARCHITECTURES[self.arch]],
             "model_type": self.arch,
             "num_hidden_layers": self.layers,
             "hidden_size": self.hidden,
@@ -102,12 +122,14 @@ class TinyModel:
             "rope_theta": _ROPE_THETA,
             "rms_norm_eps": _NORM_EPS,
             "hidden_act": "silu",
-            "attention_bias": False,
+            "attention_bias": False,  # Qwen2 has biases without asking
+            "sliding_window": None,  # Mistral has one without asking
             "tie_word_embeddings": False,
             "pad_token_id": _special_id("<|pad|>"),
             "bos_token_id": None,
             "eos_token_id": _special_id("<|end|>"),
             "torch_dtype": self.dtype,
+            **(experts if self.arch == "qwen3_moe" else {}),
         }
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -126,7 +148,7 @@ class TinyModel:
         weights["lm_head.weight"][never, 0] = _NEVER_LOGIT / math.sqrt(_CONSTANT_SHARE * self.hidden)
         for i in range(self.layers):
             for name, weight in self._layer_weights(generator).items():
-                weights[f"model.layers.{i}.{name}.weight"] = weight
+                weights[f"model.layers.{i}.{name}"] = weight
             weights[f"model.layers.{i}.input_layernorm.weight"] = self._norm_weight(i)
             weights[f"model.layers.{i}.post_attention_layernorm.weight"] = self._norm_weight(i)
         return {name: weight.to(getattr(torch, self.dtype)) for name, weight in weights.items()}
@@ -136,17 +158,24 @@ class TinyModel:
         qk_std = math.sqrt(_SCORE_STD)
         cosine = torch.linspace(_STEADY, _QUICK, self.kv_heads).repeat_interleave(q_rows // self.kv_heads)
         weights = {
-            "self_attn.q_proj": _reads(q_rows, self.hidden, generator, std=qk_std, cosine=cosine),
-            "self_attn.k_proj": _reads(kv_rows, self.hidden, generator, std=qk_std),
-            "self_attn.v_proj": _reads(kv_rows, self.hidden, generator),
-            "self_attn.o_proj": _writes(self.hidden, q_rows, generator, gain=_ATTENTION_GAIN),
-            "mlp.gate_proj": _reads(inner, self.hidden, generator),
-            "mlp.up_proj": _reads(inner, self.hidden, generator),
-            "mlp.down_proj": _writes(self.hidden, inner, generator, gain=_MLP_GAIN),
+            "self_attn.q_proj.weight": _reads(q_rows, self.hidden, generator, std=qk_std, cosine=cosine),
+            "self_attn.k_proj.weight": _reads(kv_rows, self.hidden, generator, std=qk_std),
+            "self_attn.v_proj.weight": _reads(kv_rows, self.hidden, generator),
+            "self_attn.o_proj.weight": _writes(self.hidden, q_rows, generator, gain=_ATTENTION_GAIN),
         }
-        if self.arch == "qwen3":
-            weights["self_attn.q_norm"] = torch.full((self.head_dim,), qk_std)
-            weights["self_attn.k_norm"] = torch.full((self.head_dim,), qk_std)
+        if self.arch == "qwen2":
+            for name, rows in (("q_proj", q_rows), ("k_proj", kv_rows), ("v_proj", kv_rows)):
+                weights[f"self_attn.{name}.bias"] = torch.randn(rows, generator=generator) * _BIAS_STD
+        if self.arch in ("qwen3", "qwen3_moe"):
+            weights["self_attn.q_norm.weight"] = torch.full((self.head_dim,), qk_std)
+            weights["self_attn.k_norm.weight"] = torch.full((self.head_dim,), qk_std)
+        experts = [f".experts.{i}" for i in range(_EXPERTS)] if self.arch == "qwen3_moe" else [""]
+        if self.arch == "qwen3_moe":
+            weights["mlp.gate.weight"] = _reads(_EXPERTS, self.hidden, generator, std=_ROUTER_STD)
+        for expert in experts:
+            weights[f"mlp{expert}.gate_proj.weight"] = _reads(inner, self.hidden, generator)
+            weights[f"mlp{expert}.up_proj.weight"] = _reads(inner, self.hidden, generator)
+            weights[f"mlp{expert}.down_proj.weight"] = _writes(self.hidden, inner, generator, gain=_MLP_GAIN)
         return weights
 
     def _norm_weight(self, num_layers_before: int) -> torch.Tensor:
@@ -201,6 +230,7 @@ def build_tokenizer(vocab_size: int, max_position: int) -> tuple[Tokenizer, dict
         "tokenizer_class": "PreTrainedTokenizerFast",
         "pad_token": "<|pad|>",
         "eos_token": "<|end|>",
+        "unk_token": None,  # the class for Qwen2 would add its own
         "clean_up_tokenization_spaces": False,
         "model_max_length": max_position,
         "chat_template": _CHAT_TEMPLATE,

@@ -37,7 +37,7 @@ class Windows:
         """A request takes a row of the request table."""
         if self._budget_pages[row] != budget_pages:
             self._budget_pages[row] = budget_pages
-            self.budget_pages[row] = budget_pages
+            self.budget_pages[row : row + 1].fill_(budget_pages)  # to set one element is a copy, and waits
 
     def budget_of(self, row: int) -> int:
         """Budget in pages, without asking the device."""

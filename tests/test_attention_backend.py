@@ -6,7 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from sglang.srt.model_executor import forward_context
 
+from freekv_patches.runner import enable_fused_set_kv_buffer
 from sglang_freekv.attention_backend import FreeKVAttentionBackend
 from sglang_freekv.config import FreeKVConfig
 from sglang_freekv.geometry import Geometry, stored_head_dim
@@ -135,6 +137,14 @@ def test_capturing_a_graph_leaves_no_trace_on_running_requests() -> None:
     for _ in range(3):
         backend.forward_decode(*flat_qkv(4), attention_layer(), padding)
     assert all(tensor.equal(old) for tensor, old in zip(state, before, strict=True))
+
+
+def test_models_find_both_pools_and_store_nothing_in_them() -> None:
+    backend = make_backend(HEAD_DIM)
+    with forward_context.forward_context(forward_context.ForwardContext(backend)):
+        assert isinstance(forward_context.get_token_to_kv_pool(), FreeKVPool)
+        assert forward_context.get_req_to_token_pool() is backend.req_to_token_pool
+        assert not enable_fused_set_kv_buffer(lambda batch: True, SimpleNamespace())
 
 
 def test_graphs_for_more_requests_than_the_pools_hold_are_refused() -> None:

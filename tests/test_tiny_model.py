@@ -14,7 +14,7 @@ from sglang_freekv.tiny_model import TinyModel
 CONTEXT_TOKENS = 512
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen3"])
+@pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3", "qwen3_moe"])
 def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp(request.param)
     TinyModel(arch=request.param, layers=3).write(out)
@@ -131,7 +131,8 @@ def test_chat_template_marks_the_turns(checkpoint):
     [
         ({"arch": "gpt2"}, "arch"),
         ({"vocab": 256}, "vocab"),
-        ({"heads": 3}, "heads"),
+        ({"heads": 3}, "kv_heads"),
+        ({"heads": 6}, "hidden"),
         ({"head_dim": 3}, "even"),
     ],
 )

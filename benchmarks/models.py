@@ -1,0 +1,253 @@
+"""Models that FreeKV serves: small checkpoints with random weights, each run with plain SGLang and with FreeKV.
+
+    python -m benchmarks.models [--device cpu|cuda] [--dtype float16] [--only NAME,..]
+
+Two engines answer each model, one after the other: plain SGLang, and FreeKV with --freekv-audit. Three prompts of
+ragged lengths, read in chunks, must give plain SGLang's tokens where the budget covers them: every one in float32; in
+16 bits rounding decides near ties, so the largest difference of log-probabilities stands beside the share of equal
+tokens. Three longer prompts are far over their budget, and over the device blocks: they must finish, recall pages and
+never attend to a page that is absent. What the audit finds ends its engine.
+
+A model has one record per dtype and device; a run replaces the one before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+from benchmarks.gpu.serve_check import difference
+from benchmarks.records import RESULTS, ROOT, RecordWriter, read_records
+from sglang_freekv.geometry import GPU_HEAD_DIMS, Geometry, stored_head_dim
+from sglang_freekv.tiny_model import TinyModel
+
+MODELS = {
+    "llama-mha": TinyModel("llama", heads=4, kv_heads=4, head_dim=64),
+    "llama-96": TinyModel("llama", hidden=384, heads=6, kv_heads=2, head_dim=96),
+    "llama-256": TinyModel("llama", heads=4, kv_heads=2, head_dim=256),
+    "llama-group-3": TinyModel("llama", hidden=384, heads=6, kv_heads=2, head_dim=128),
+    "llama-group-8": TinyModel("llama", heads=8, kv_heads=1, head_dim=128),
+    "llama-group-16": TinyModel("llama", heads=16, kv_heads=1, head_dim=128),
+    "mistral": TinyModel("mistral", heads=8, kv_heads=2, head_dim=128),
+    "qwen2": TinyModel("qwen2", hidden=448, heads=14, kv_heads=2, head_dim=64),
+    "qwen3": TinyModel("qwen3", heads=8, kv_heads=2, head_dim=128),
+    "qwen3-moe": TinyModel("qwen3_moe", heads=8, kv_heads=1, head_dim=128),
+}
+_LAYERS = 2
+_COVERED, _OVER = (45, 100, 160), (700, 1000, 1300)  # tokens of the prompts
+_MAX_BUDGET, _BUDGET, _NEW = 192, 128, 24  # tokens
+_ENGINE_SECONDS = 400
+
+
+class EngineFailed(RuntimeError):
+    """An engine ended without an answer; the message has the last lines of its log."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a model did."""
+
+    equal_tokens: float  # share of the covered requests' tokens that are plain SGLang's
+    logprob_difference: float  # nats, the largest while the tokens agree
+    has_finished: bool
+    recalled_blocks: int
+    absent_pages: int
+
+    @property
+    def passes_audit(self) -> bool:
+        return self.has_finished and self.recalled_blocks > 0 and self.absent_pages == 0
+
+
+def make_model(name: str, dtype: str) -> TinyModel:
+    return replace(MODELS[name], layers=_LAYERS, dtype=dtype)
+
+
+def run_model(model: TinyModel, device: str, folder: Path, seconds: float = _ENGINE_SECONDS) -> Outcome:
+    """Write the checkpoint, run both engines, compare them.
+
+    Parameters
+    ----------
+    folder : Path
+        Empty; keeps checkpoint, jobs, replies and logs.
+    seconds : float
+        Limit of each engine.
+
+    Raises
+    ------
+    EngineFailed
+        If one of them does not answer.
+    """
+    model.write(folder / "model")
+    rng = random.Random("models")
+    covered, over = ([rng.choices(range(32, 127), k=n) for n in lengths] for lengths in (_COVERED, _OVER))
+    common = _engine_keywords(model, device) | {"model_path": str(folder / "model")}
+    plain = common | (
+        {"attention_backend": "triton"} if device == "cuda" and model.head_dim not in GPU_HEAD_DIMS else {}
+    )
+    block_bytes = _geometry(model, device).block_bytes
+    freekv = common | {
+        "kv_retrieval": "freekv",
+        "freekv_audit": True,
+        "freekv_budget": _BUDGET,
+        "freekv_max_budget": _MAX_BUDGET,
+        "freekv_sink": 32,
+        "freekv_recent": 32,
+        "freekv_arena": 512,
+        "freekv_device_blocks_memory": _windows_bytes(model, device) / 2**30,
+    }
+    (expected,) = run_engine("plain", plain, [_call(covered)], folder, seconds)["replies"]
+    result = run_engine("freekv", freekv, [_call(covered, freekv_budget=_MAX_BUDGET), _call(over)], folder, seconds)
+    found, narrow = result["replies"]
+    before, after = result["states"][1:]
+    return Outcome(
+        equal_tokens=_equal_tokens(expected, found),
+        logprob_difference=difference(expected, found)[1],
+        has_finished=all(len(reply["output_ids"]) == _NEW for reply in narrow),
+        recalled_blocks=(after["recalled_bytes"] - before["recalled_bytes"]) // block_bytes,
+        absent_pages=after["absent_pages"],
+    )
+
+
+def _equal_tokens(expected: list[dict], found: list[dict]) -> float:
+    tokens = [torch.tensor([reply["output_ids"] for reply in replies]) for replies in (expected, found)]
+    return (tokens[0] == tokens[1]).float().mean().item()
+
+
+def _call(prompts: list[list[int]], **custom: int) -> dict:
+    sampling = {"temperature": 0, "max_new_tokens": _NEW, "ignore_eos": True}
+    if custom:
+        sampling["custom_params"] = custom
+    return {"input_ids": prompts, "sampling_params": sampling, "return_logprob": True}
+
+
+def _engine_keywords(model: TinyModel, device: str) -> dict:
+    keywords = {
+        "device": device,
+        "dtype": model.dtype,
+        "max_running_requests": len(_OVER),
+        "max_total_tokens": 4096,
+        "chunked_prefill_size": 64,
+        "log_level": "info",
+        "random_seed": 0,
+    }
+    if device == "cuda":
+        keywords |= {
+            "attention_backend": "flashinfer",
+            "mem_fraction_static": 0.5,
+            "cuda_graph_bs_decode": list(range(1, len(_OVER) + 1)),
+            "disable_prefill_cuda_graph": True,
+        }
+    return keywords
+
+
+def _geometry(model: TinyModel, device: str) -> Geometry:
+    return Geometry(
+        num_layers=model.layers,
+        num_qo_heads=model.heads,
+        num_kv_heads=model.kv_heads,
+        head_dim=stored_head_dim(model.head_dim, device),
+        dtype=getattr(torch, model.dtype),
+    )
+
+
+def _windows_bytes(model: TinyModel, device: str) -> int:
+    """Both windows of every request: the longer prompts have more pages than that."""
+    geometry = _geometry(model, device)
+    return len(_OVER) * 2 * _MAX_BUDGET // geometry.page_size * geometry.page_bytes
+
+
+def run_engine(name: str, keywords: dict, calls: list[dict], folder: Path, seconds: float) -> dict:
+    """Run `sgl.Engine` in processes of its own, return what benchmarks/gpu/engine_job.py writes."""
+    path, log = folder / f"{name}.json", folder / f"{name}.log"
+    path.write_text(json.dumps({"engine": keywords, "calls": calls}))
+    command = [sys.executable, str(ROOT / "benchmarks" / "gpu" / "engine_job.py"), str(path)]
+    with log.open("w") as file:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(seconds)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # its scheduler may live on
+        process.wait()
+    replies = path.with_suffix(".replies.json")
+    if not replies.exists():
+        raise EngineFailed(f"{name} gave no answer:\n" + "\n".join(log.read_text().splitlines()[-30:]))
+    return json.loads(replies.read_text())
+
+
+def describe(name: str, model: TinyModel, device: str) -> dict[str, int | str]:
+    """The parameters that a record is known by."""
+    return {
+        "model": name,
+        "architecture": model.hf_config()["architectures"][0],
+        "head_dim": model.head_dim,
+        "group": model.heads // model.kv_heads,
+        "dtype": model.dtype,
+        "device": device,
+    }
+
+
+def write_record(writer: RecordWriter, known_by: dict[str, int | str], outcome: Outcome) -> None:
+    """Append the record of a model, in place of its last one."""
+    if writer.path.exists():
+        others = [r for r in read_records(writer.path) if not known_by.items() <= r.params.items()]
+        writer.path.write_text("".join(json.dumps(asdict(record)) + "\n" for record in others))
+    measured = {
+        "logprob_difference": float(f"{outcome.logprob_difference:.1e}"),
+        "recalled_blocks": outcome.recalled_blocks,
+        "absent_pages": outcome.absent_pages,
+        "audit": "passed" if outcome.passes_audit else "FAILED",
+    }
+    writer.write("equal_tokens", outcome.equal_tokens, "ratio", known_by | measured)
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    dtypes = ("float32", "bfloat16", "float16")
+    parser.add_argument("--dtype", choices=dtypes, help="default: float32 on a CPU, bfloat16 on a GPU")
+    parser.add_argument("--only", help=f"models, separated by commas, of {', '.join(MODELS)}")
+    parser.add_argument("--out", type=Path, default=RESULTS / "models.jsonl", help="file of the records")
+    args = parser.parse_args()
+    args.dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
+    args.names = args.only.split(",") if args.only else list(MODELS)
+    if unknown := set(args.names) - set(MODELS):
+        parser.error(f"--only names {', '.join(sorted(unknown))}; the models are {', '.join(MODELS)}")
+    return args
+
+
+def main() -> int:
+    args = parse_args()
+    writer, failed = RecordWriter("models", args.out), []
+    for name in args.names:
+        model = make_model(name, args.dtype)
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                outcome = run_model(model, args.device, Path(folder))
+            except EngineFailed as error:
+                print(f"{name}: {error}", flush=True)
+                failed.append(name)
+                continue
+        print(f"{name}: {outcome}", flush=True)
+        write_record(writer, describe(name, model, args.device), outcome)
+        if not outcome.passes_audit or (args.dtype == "float32" and outcome.equal_tokens < 1):
+            failed.append(name)
+    if failed:
+        print(f"failed: {', '.join(failed)}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
