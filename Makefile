@@ -60,7 +60,7 @@ endef
 export READY
 
 test: $(INSTALLED)
-	$(RUN) -m pytest -q -n 2 --dist loadgroup --durations=15 $(PYTEST_FLAGS)
+	$(RUN) -m pytest -q -n 2 --dist loadscope --durations=15 $(PYTEST_FLAGS)
 
 bench-cpu: $(INSTALLED)
 	$(RUN) -m benchmarks.bench_cpu $(BENCH_FLAGS)

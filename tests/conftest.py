@@ -20,6 +20,19 @@ if not torch.cuda.is_available():
     del os.environ["TRITON_INTERPRET"]
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log):
+    """Of parallel workers, one has the shared servers; the oracles, which start their own, run beside them."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            folders = ("tests/server/oracles/", "tests/server/")
+            return next((folder for folder in folders if nodeid.startswith(folder)), nodeid.partition("::")[0])
+
+    return Scheduling(config, log)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
     """The tensors of the tests are tiny: more threads only wait for each other."""

@@ -19,8 +19,7 @@ def run(session: Session) -> None:
 
     def outcome_of(name: str) -> Outcome:
         with tempfile.TemporaryDirectory() as folder:
-            # Two engines, one after the other.
-            return run_model(make_model(name, dtype), session.device, Path(folder), session.left / 2)
+            return run_model(make_model(name, dtype), session.device, Path(folder), session.left, num_at_once=2)
 
     failures = Failures(session)
     with ThreadPoolExecutor(len(names)) as pool:  # nothing is timed here, and each takes little of the GPU

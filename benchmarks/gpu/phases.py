@@ -26,7 +26,7 @@ PHASES = (
     Phase("kernel-tests", "run_tests", 75, 30, "test_kernels"),
     Phase("compile-tests", "compile", 110, 10, "compile_for_tests", is_background=True, needs=("compile",)),
     Phase("serve", "serve_check", 120, 60, needs=("compile",)),
-    Phase("models", "models_check", 90, 45, needs=("compile",)),
+    Phase("models", "models_check", 90, 50, needs=("compile",)),
     Phase("gpu-tests", "run_tests", 60, 10, "test_gpu", needs=("compile-tests",)),
     Phase("link", "link", 40, 15, has_kernels=True),
     Phase("decode-plain", "decode_step", 90, 55, "run_plain"),

@@ -14,8 +14,6 @@ import pytest
 
 import freekv_kernels
 
-pytestmark = pytest.mark.xdist_group("compile")  # once, whatever the number of workers
-
 TARGETS = [("llama-3.1-8b", 80), ("llama-3.1-8b", 90), ("llama-3.1-8b", 100), ("odd", 90)]
 MAX_SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # of one program
 

@@ -44,13 +44,10 @@ _STRICT_CHECKS = {
 }
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist looks for groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.server)
-            # Of parallel workers, one has the shared servers; the oracles, which start their own, run beside them.
-            item.add_marker(pytest.mark.xdist_group("oracles" if "oracles" in item.path.parts else "servers"))
 
 
 @pytest.fixture(scope="session")

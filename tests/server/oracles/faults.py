@@ -13,7 +13,7 @@ import freekv_kernels
 
 FAULT_FILE = "FREEKV_TEST_FAULT"
 STORE = "store"  # host pages hold the values of other tokens, and so do the blocks recalled from them
-RECALL = "recall"  # device blocks differ from their host pages
+BLOCK = "block"  # device blocks differ from their host pages
 
 
 def register() -> None:
@@ -21,17 +21,14 @@ def register() -> None:
     assert "sglang_freekv.kv_memory" not in sys.modules, "the engine has its ops already"
     fault, ops = Path(os.environ[FAULT_FILE]), freekv_kernels.REFERENCE
 
-    def store_pages(k, v, *args):
-        ops.store_pages(k, v.roll(1, 0) if fault.read_text() == STORE else v, *args)
-
-    def recall_blocks(host_kv, layer, misses, block_kv, *args):
-        ops.recall_blocks(host_kv, layer, misses, block_kv, *args)
-        if fault.read_text() == RECALL:
-            blocks = misses.blocks[: int(misses.count)].long()
-            blocks = blocks[blocks >= 0]
+    def store_pages(k, v, slots, page_starts, host_kv, summary, block_kv, table):
+        v = v.roll(1, 0) if fault.read_text() == STORE else v
+        ops.store_pages(k, v, slots, page_starts, host_kv, summary, block_kv, table)
+        if fault.read_text() == BLOCK:
+            blocks = table[slots // host_kv.shape[3]].unique().long()
             block_kv[blocks, 1] = block_kv[blocks, 1].roll(1, 1)
 
-    freekv_kernels.REFERENCE = ops._replace(store_pages=store_pages, recall_blocks=recall_blocks)
+    freekv_kernels.REFERENCE = ops._replace(store_pages=store_pages)
 
 
 def write_plugin(folder: Path) -> None:

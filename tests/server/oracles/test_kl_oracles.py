@@ -86,7 +86,7 @@ def test_wrong_bytes_in_the_host_store_are_noticed(oracle: Callable, compare: Ca
 def test_a_device_block_that_differs_from_its_host_page_ends_an_audited_server(server: Server, fault: Path) -> None:
     server.flush()
     assert server.generate([1] * 100).status == 200
-    fault.write_text(faults.RECALL)
+    fault.write_text(faults.BLOCK)
     with pytest.raises(OSError):  # the server hangs up
         server.generate([2] * 100)
     deadline = time.monotonic() + 30
