@@ -196,7 +196,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--only", help=f"phases, separated by commas, of {', '.join(names)}")
     parser.add_argument("--model-shape", choices=SHAPES, default="llama-8b")
     parser.add_argument(
-        "--minutes", type=float, default=9, help="for everything; later phases are shortened or skipped"
+        "--minutes", type=float, help="for everything (default: 9); later phases are shortened or skipped"
     )
     parser.add_argument("--rehearse", action="store_true", help="on a CPU, tiny; nothing in it is a measurement")
     args = parser.parse_args()
