@@ -24,7 +24,7 @@ class MemoryPlan:
     summaries_bytes: int  # page summaries and block table
     arena_bytes: int
     windows_bytes: int
-    workspace_bytes: int  # buffers of a step on a GPU; 0 on a CPU, which allocates them step by step
+    workspace_bytes: int  # buffers of a step on a GPU; on a CPU they are small, and not counted
     request_bytes: int  # device bytes that one running request may claim
 
     @property
