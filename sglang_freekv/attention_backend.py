@@ -53,12 +53,12 @@ class FreeKVAttentionBackend(AttentionBackend):
         self._rows = []  # warm-up forwards have no requests
         if not self.memory.config.audit or forward_mode.is_idle():
             return
+        is_decode = forward_mode.is_decode()
+        slots = self.retrieval.last_plan.batch.slots if is_decode else self.prefill.last_plan.slots
         audit_blocks(self.memory)
-        if forward_mode.is_decode():
-            audit_summaries(self.memory, self.retrieval.last_plan.batch.slots // self.memory.geometry.page_size)
+        audit_summaries(self.memory, slots // self.memory.geometry.page_size)
+        if is_decode:
             audit_windows(self.retrieval)
-        else:
-            audit_summaries(self.memory, self.prefill.last_plan.slots // self.memory.geometry.page_size)
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Plan a batch that runs without a graph."""

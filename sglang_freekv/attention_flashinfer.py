@@ -74,10 +74,6 @@ class FlashInferWindowAttention(DecodeAttention):
         # In place of last_page_len, which is on the device: the plan only takes its length.
         self._full_pages = torch.full((len(self.last_page_len),), geometry.page_size, dtype=torch.int32)
 
-    @property
-    def nbytes(self) -> int:
-        return super().nbytes + sum(decode_int_workspace_bytes(num_rows, self._num_sms) for num_rows in self._wrappers)
-
     def _plan_rows(self, indptr: torch.Tensor) -> None:
         num_rows, is_split = self.num_rows, self.num_rows < 2 * self._num_sms
         # The last plan's copy from pinned memory, which this one overwrites, is long done; but nothing else says so.
@@ -166,11 +162,6 @@ class FlashInferPrefillAttention:
         self._wrappers: list[BatchPrefillWithRaggedKVCacheWrapper] = []
         self._int_bytes = 0  # of each wrapper
         self._copied = torch.cuda.Event()
-
-    @property
-    def nbytes(self) -> int:
-        """Device memory of the int workspaces."""
-        return len(self._wrappers) * self._int_bytes
 
     def plan(self, extend_lens: list[int], groups: list[list[PrefixPiece]]) -> None:
         """Prepare for a batch; pieces of the same lengths, as of a long prefix, share a wrapper."""

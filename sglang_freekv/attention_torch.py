@@ -49,11 +49,6 @@ class DecodeAttention:
         self._num_pages: list[int] = []
 
     @property
-    def nbytes(self) -> int:
-        """Device memory of the page lists."""
-        return self.kv_indptr.nbytes + self.kv_indices.nbytes + self.last_page_len.nbytes
-
-    @property
     def num_rows(self) -> int:
         """Rows of the planned batch."""
         return len(self._num_pages) * self.geometry.num_kv_heads

@@ -25,11 +25,6 @@ class Counters:
     def __getitem__(self, count: Count) -> int:
         return int(self.values[count])
 
-    def reset(self) -> None:
-        """Forget warm-up forwards."""
-        self.values.zero_()
-        self.steps = self.decoded_tokens = 0
-
     def as_dict(self) -> dict[str, int]:
         totals = {count.name.lower(): total for count, total in zip(Count, self.values.tolist(), strict=True)}
         recalled_bytes = totals.pop("recalls") * self._block_bytes

@@ -48,8 +48,6 @@ class DeviceBlocks:
         self.num_blocks = [self._num_keys if layer in self.dense_layers else num_blocks for layer in layers]
         self.kv = [torch.empty((n, 2, g.page_size, g.head_dim), dtype=g.dtype, device=device) for n in self.num_blocks]
         for kv in self.kv:
-            kv[0] = 0  # what padding attends to until a page is there
-        for kv in self.kv:
             kv[:1].zero_()  # padding reads a token of block 0: numbers, as NaN could lead a router of experts astray
         per_block = {"size": (g.num_layers, num_blocks), "dtype": torch.int32, "device": device}
         per_layer = {"size": (g.num_layers,), "dtype": torch.int32, "device": device}

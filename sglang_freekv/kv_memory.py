@@ -27,7 +27,6 @@ class Layer(NamedTuple):
     blocks_of_one: BlockTables  # with a leading dimension of 1
     windows: torch.Tensor  # int32 [2, max_requests + 1, num_kv_heads, max_budget_pages]
     last_q: torch.Tensor  # [max_requests + 1, num_kv_heads, group_size, head_dim]
-    flags: FlagList
     front: MissList  # missing pages of the windows that this step reads
     back: MissList  # of those that the next step reads
 
@@ -97,6 +96,7 @@ class KVMemory:
         page_table = zeros(max_requests, self.max_pages)
         self._batch = Batch(*per_request[:2], page_table, *per_request[2:], self.blocks.step)
         self._counts = zeros(3, g.num_layers, 1, dtype=torch.int32)  # of flags, front and back misses
+        self._flag_counts = list(self._counts[0])
         self._flags = zeros(num_rows, dtype=torch.int32), zeros(num_rows, dtype=torch.bool)
         self._misses = [
             (zeros(num_entries), zeros(num_entries, dtype=torch.int32), zeros(num_entries, dtype=torch.int32))
@@ -109,8 +109,7 @@ class KVMemory:
         self.scores = [None if device == "cpu" else zeros(*shape, dtype=torch.float32) for _ in ("front", "back")]
 
     def _layer(self, number: int) -> Layer:
-        flag_rows, is_flagged = self._flags
-        flag_count, front_count, back_count = self._counts[:, number]
+        _, front_count, back_count = self._counts[:, number]
         (front_keys, *front), (back_keys, *back) = self._misses
         blocks_of_one = self.blocks.tables.layers(number, number + 1)
         return Layer(
@@ -122,7 +121,6 @@ class KVMemory:
             blocks_of_one=blocks_of_one,
             windows=self.windows.pages[:, number],
             last_q=self.windows.last_q[number],
-            flags=FlagList(flag_rows, flag_count, is_flagged),
             front=MissList(front_keys, front_count, *front),
             back=MissList(back_keys, back_count, *back),
         )
@@ -133,11 +131,11 @@ class KVMemory:
         per_request = [tensor[:batch_size] for tensor in (rows, slots, *counts)]
         return Batch(*per_request[:2], page_table[:batch_size, :max_pages], *per_request[2:], step)
 
-    def flags(self, layer: int, batch_size: int) -> FlagList:
-        """The list of flagged rows of a layer, for a batch."""
-        rows, count, is_flagged = self.layers[layer].flags
+    def flags(self, batch_size: int) -> list[FlagList]:
+        """The lists of flagged rows of all layers, for a batch; one after the other uses the same memory."""
         num_rows = batch_size * self.geometry.num_kv_heads
-        return FlagList(rows[:num_rows], count, is_flagged[:num_rows])
+        rows, is_flagged = (tensor[:num_rows] for tensor in self._flags)
+        return [FlagList(rows, count, is_flagged) for count in self._flag_counts]
 
     def admit(self, row: int, budget_tokens: int | None = None) -> None:
         """A request takes `row` of the request table; its budget is the configured one unless given (tokens)."""

@@ -42,7 +42,7 @@ class Prefill:
         self.memory, self._attention, self._side = memory, attention, side
         self._plan: PrefillPlan | None = None
         self._num_fills = 0  # of the plan so far; fill i uses half i % 2 of the arena
-        self._fill_marks: list = []  # events after the fills
+        self._filled: torch.cuda.Event | None = None  # after the last of them
 
     @property
     def last_plan(self) -> PrefillPlan | None:
@@ -79,7 +79,7 @@ class Prefill:
         lens = [prefix + extend for prefix, extend in zip(prefix_lens, extend_lens, strict=True)]
         page_table = snapshot_page_table(rows, req_to_token, max(lens), page_size)
         groups = list(cut_prefixes(page_table, prefix_lens, memory.config.arena_pages, page_size))
-        completed, last_tokens = self._completed(rows, rows_cpu, page_table, lens, extend_lens, is_final)
+        completed, last_tokens = self._completed(rows, slots, rows_cpu, page_table, lens, extend_lens, is_final)
         self._plan = PrefillPlan(
             slots=slots,
             page_starts=to_device(_page_starts(prefix_lens, extend_lens, page_size), memory.device),
@@ -93,7 +93,7 @@ class Prefill:
         memory.blocks.release(self._plan.opened)
         memory.host.mark_filled(slots)
         self._attention.plan(extend_lens, groups)
-        self._num_fills, self._fill_marks = 0, []
+        self._num_fills = 0
         with self._side.fork():
             self._side.keep(slots, self._plan.page_starts, *self._plan.opened, *self._plan.group_pages, *completed)
             self._side.keep(last_tokens)
@@ -103,6 +103,7 @@ class Prefill:
     def _completed(
         self,
         rows: torch.Tensor,
+        slots: torch.Tensor,
         rows_cpu: list[int],
         page_table: torch.Tensor,
         lens: list[int],
@@ -116,7 +117,7 @@ class Prefill:
         last_tokens = to_device([sum(extend_lens[: i + 1]) - 1 for i in final], device)
         batch = Batch(
             rows=rows[which].long(),
-            slots=last_tokens,
+            slots=slots[last_tokens],
             page_table=page_table[which],
             num_pages=to_device([num_pages_of(lens[i], page_size) for i in final], device),
             num_pages_next=to_device([num_pages_of(lens[i] + 1, page_size) for i in final], device),
@@ -163,11 +164,10 @@ class Prefill:
                 self._start_windows(layer, q)
         state = attention.attend_chunk(q, k, v, scale)
         for group in range(len(self._plan.groups)):
-            half, filled = self._take_filled()
+            half, filled = (self._num_fills - 1) % 2, self._filled
             with self._side.fork():
                 self._fill_next()  # into the half that the attention before has read
-            if filled is not None:
-                torch.cuda.current_stream().wait_event(filled)
+            self._side.wait(filled)
             state = attention.attend_prefix(state, q, group, self.memory.arena[half], scale)
         if number == self.memory.geometry.num_layers - 1:
             self._side.join()
@@ -203,11 +203,7 @@ class Prefill:
         pages = plan.group_pages[group]
         memory.ops.fill_arena(memory.arena[half], layer.host_kv, pages, layer.block_kv, layer.blocks.table)
         self._num_fills += 1
-        self._fill_marks.append(self._side.mark())
-
-    def _take_filled(self) -> tuple[int, torch.cuda.Event | None]:
-        """The half of the arena that was filled last, and when."""
-        return (self._num_fills - 1) % 2, self._fill_marks[-1]
+        self._filled = self._side.mark()
 
 
 def _page_starts(prefix_lens: list[int], extend_lens: list[int], page_size: int) -> list[int]:

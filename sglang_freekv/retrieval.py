@@ -106,9 +106,8 @@ class Retrieval:
         self._window_attention.plan([*map(min, num_pages, budgets), *padding])
         if self._dense_attention is not None:
             self._plan_dense(batch, [*num_pages, *padding])
-        flags = [memory.flags(layer, batch_size) for layer in range(memory.geometry.num_layers)]
         is_over = any(n // page_size >= budget for n, budget in zip(seq_lens_cpu, budgets, strict=True))
-        self._plan = DecodePlan(batch, flags, may_be_over=is_over or in_graph)
+        self._plan = DecodePlan(batch, memory.flags(batch_size), may_be_over=is_over or in_graph)
         return self._plan
 
     def _plan_dense(self, batch: Batch, num_pages: list[int]) -> None:

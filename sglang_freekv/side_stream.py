@@ -33,6 +33,11 @@ class SideStream:
         """An event after all that the side stream was given so far."""
         return None if self._stream is None else self._stream.record_event()
 
+    def wait(self, mark: torch.cuda.Event | None) -> None:
+        """The current stream waits for what the side stream was given before `mark`."""
+        if mark is not None:
+            torch.cuda.current_stream().wait_event(mark)
+
     def keep(self, *tensors: torch.Tensor) -> None:
         """Do not reuse the memory of tensors of the current stream before the side stream has read them."""
         if self._stream is not None:

@@ -7,9 +7,9 @@ from itertools import product
 import torch
 
 from benchmarks.gpu.session import Session
+from sglang_freekv.geometry import GPU_HEAD_DIMS
 
 _DTYPES = (torch.bfloat16, torch.float16)
-_HEAD_DIMS = (64, 128, 256)
 
 
 def compile_serving(session: Session) -> None:
@@ -25,7 +25,9 @@ def compile_serving(session: Session) -> None:
 
 def compile_for_tests(session: Session) -> None:
     """What the tests that are marked `gpu` run."""
-    _build(session, [spec for dtype, head_dim in product(_DTYPES, _HEAD_DIMS) for spec in _attention(dtype, head_dim)])
+    _build(
+        session, [spec for dtype, head_dim in product(_DTYPES, GPU_HEAD_DIMS) for spec in _attention(dtype, head_dim)]
+    )
 
 
 def _attention(dtype: torch.dtype, head_dim: int) -> list:
