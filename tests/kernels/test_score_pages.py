@@ -5,25 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from freekv_kernels import Batch, FlagList, Read, summarize_pages
+from freekv_kernels import Read, summarize_pages
+from op_tables import batch_of, flags_of
 
 FREE = -7.0  # what nobody may overwrite
-
-
-def batch_of(page_table, num_pages, budgets, rows=None, num_pages_next=None):
-    rows = range(1, len(num_pages) + 1) if rows is None else rows
-    per_request = [torch.tensor(list(x), device=page_table.device) for x in (rows, num_pages, budgets)]
-    rows, num_pages, budgets = per_request
-    following = num_pages if num_pages_next is None else torch.tensor(num_pages_next, device=page_table.device)
-    step = torch.zeros(1, dtype=torch.int64, device=page_table.device)
-    return Batch(rows, torch.zeros_like(rows), page_table, num_pages, following, budgets, step)
-
-
-def flags_of(rows, num_rows, device):
-    listed = torch.full((num_rows,), 10**6, dtype=torch.int32)  # past the count lies anything
-    listed[: len(rows)] = torch.tensor(rows, dtype=torch.int32)
-    count = torch.tensor([len(rows)], dtype=torch.int32)
-    return FlagList(listed.to(device), count.to(device), torch.zeros(num_rows, dtype=torch.bool, device=device))
 
 
 def expected_scores(queries, summary, batch, num_kv_heads):

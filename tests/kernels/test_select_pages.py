@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from freekv_kernels import Batch, FlagList, Read
+from freekv_kernels import Read
+from op_tables import batch_of, flags_of
 
 FREE = -7  # what nobody may overwrite
 
@@ -31,21 +32,9 @@ def expected_window(scores, n, budget, sink, recent, width, pooling):
     return pages + [-1] * (width - len(pages))
 
 
-def batch_of(num_pages, budgets, device, rows=None, step=0, num_pages_next=None):
-    rows = range(1, len(num_pages) + 1) if rows is None else rows
-    following = num_pages if num_pages_next is None else num_pages_next
-    rows, num_pages, following, budgets, step = (
-        torch.tensor(list(x), device=device) for x in (rows, num_pages, following, budgets, [step])
-    )
-    no_table = torch.zeros(len(rows), 1, dtype=torch.int64, device=device)
-    return Batch(rows, torch.zeros_like(rows), no_table, num_pages, following, budgets, step)
-
-
-def flags_of(rows, num_rows, device):
-    listed = torch.full((num_rows,), 10**6, dtype=torch.int32)  # past the count lies anything
-    listed[: len(rows)] = torch.tensor(rows, dtype=torch.int32)
-    count = torch.tensor([len(rows)], dtype=torch.int32)
-    return FlagList(listed.to(device), count.to(device), torch.zeros(num_rows, dtype=torch.bool, device=device))
+def no_table(impl):
+    """Selection asks for no host page."""
+    return torch.zeros(1, 1, dtype=torch.int64, device=impl.device)
 
 
 def free_windows(requests, heads, width, device):
@@ -56,7 +45,7 @@ def free_windows(requests, heads, width, device):
 def selected(impl, scores, n, budget, sink, recent, pooling):
     """The window of one (request, KV head); scores [group_size, max_pages]."""
     windows = free_windows(1, 1, budget, impl.device)[:, 1]
-    batch = batch_of([n], [budget], impl.device)
+    batch = batch_of(no_table(impl), [n], [budget])
     workspace = scores[None].to(impl.device, copy=True)
     impl.ops.select_pages(workspace, batch, Read.FRONT, sink, recent, pooling, windows)
     return windows[0, 1, 0].tolist()
@@ -84,7 +73,7 @@ def test_the_window_equals_the_loop_and_nothing_else_is_written(
     scores = torch.randn(requests * heads, 3, max_pages)
     windows = free_windows(requests, heads, width, impl.device)
     rows = list(range(requests, 0, -1))
-    batch = batch_of(num_pages, budgets, impl.device, rows, step=5)
+    batch = batch_of(no_table(impl), num_pages, budgets, rows, step=5)
     impl.ops.select_pages(scores.to(impl.device, copy=True), batch, read, sink, recent, pooling, windows[:, 1])
 
     expected = torch.full_like(windows, FREE, device="cpu")
@@ -111,12 +100,12 @@ def test_the_step_tells_front_from_back(impl, step, side):
     for read, written in ((Read.FRONT, side), (Read.BACK, 1 - side)):
         windows = free_windows(1, 1, 8, impl.device)[:, 1]
         scores = torch.randn(1, 2, 20, device=impl.device)
-        impl.ops.select_pages(scores, batch_of([20], [8], impl.device, step=step), read, 1, 1, "softmax", windows)
+        impl.ops.select_pages(scores, batch_of(no_table(impl), [20], [8], step=step), read, 1, 1, "softmax", windows)
         assert (windows[written, 1] >= 0).all() and (windows[1 - written] == FREE).all()
 
 
 def test_the_step_that_reads_decides_how_many_pages_there_are(impl):
-    batch = batch_of([8], [8], impl.device, num_pages_next=[9])
+    batch = batch_of(no_table(impl), [8], [8], num_pages_next=[9])
     for read, last in ((Read.FRONT, FREE), (Read.BACK, 8), (Read.FIRST, 8)):
         windows = free_windows(1, 1, 8, impl.device)[:, 1]
         scores = torch.randn(1, 2, 8, device=impl.device)
@@ -131,7 +120,7 @@ def test_of_a_list_only_its_rows_are_written_whatever_their_order(impl, listed):
     num_pages, budgets = [40, 22, 31], [8, 7, 6]
     windows = free_windows(3, heads, 8, impl.device)
     flags = flags_of(listed, 6, impl.device)
-    batch = batch_of(num_pages, budgets, impl.device)
+    batch = batch_of(no_table(impl), num_pages, budgets)
     impl.ops.select_pages(scores.to(impl.device, copy=True), batch, Read.FRONT, 1, 2, "softmax", windows[:, 1], flags)
     expected = torch.full_like(windows, FREE, device="cpu")
     for row in listed:
@@ -144,7 +133,7 @@ def test_of_a_list_only_its_rows_are_written_whatever_their_order(impl, listed):
 @pytest.mark.parametrize("read", [Read.FRONT, Read.BACK])
 def test_padding_writes_nothing(impl, read):
     windows = free_windows(2, 2, 8, impl.device)
-    batch = batch_of([20, 0, 0], [8, 0, 8], impl.device, rows=[1, 0, 0])
+    batch = batch_of(no_table(impl), [20, 0, 0], [8, 0, 8], rows=[1, 0, 0])
     scores = torch.randn(6, 3, 20, device=impl.device)
     impl.ops.select_pages(scores, batch, read, 1, 1, "softmax", windows[:, 1])
     assert (windows[:, 1, 0] == FREE).all() and (windows[read % 2, 1, 1] != FREE).all()

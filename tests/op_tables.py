@@ -1,0 +1,35 @@
+"""Small batches and lists for the tests of ops."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from freekv_kernels import Batch, FlagList
+
+
+def batch_of(
+    page_table: torch.Tensor,
+    num_pages: Iterable[int],
+    budgets: Iterable[int],
+    rows: Iterable[int] | None = None,
+    num_pages_next: Iterable[int] | None = None,
+    step: int = 0,
+) -> Batch:
+    """A batch on the device of its page table; by default in rows 1, 2, ... and opening no page in the next step."""
+    num_pages = list(num_pages)
+    rows = range(1, len(num_pages) + 1) if rows is None else rows
+    following = num_pages if num_pages_next is None else num_pages_next
+    rows, num_pages, following, budgets, step = (
+        torch.tensor(list(x), device=page_table.device) for x in (rows, num_pages, following, budgets, [step])
+    )
+    return Batch(rows, torch.zeros_like(rows), page_table, num_pages, following, budgets, step)
+
+
+def flags_of(rows: list[int], num_rows: int, device: str) -> FlagList:
+    """A list of flagged rows; past its count lies anything."""
+    listed = torch.full((num_rows,), 10**6, dtype=torch.int32)
+    listed[: len(rows)] = torch.tensor(rows, dtype=torch.int32)
+    count = torch.tensor([len(rows)], dtype=torch.int32)
+    return FlagList(listed.to(device), count.to(device), torch.zeros(num_rows, dtype=torch.bool, device=device))
