@@ -1,38 +1,42 @@
-# make serve      set everything up and serve a small model with KV retrieval
-# make test       set everything up and run the tests      (PYTEST_FLAGS="-k radix")
-# make bench-cpu  plain SGLang and FreeKV side by side     (BENCH_FLAGS=--quick)
-# make gpu-suite  tests and numbers that need a GPU        (SUITE_FLAGS=--rehearse: without one)
+# make serve           set everything up and serve a small model with KV retrieval
+# make test            set everything up and run the tests       (PYTEST_FLAGS="-k radix")
+# make accuracy        methods, budgets and tasks through the server (ACCURACY_FLAGS="--tasks single --count 4")
+# make accuracy-quick  the part of it that is in the tests
+# make train-model     train the small model again, an hour       (OUT=folder)
+# make bench-cpu       plain SGLang and FreeKV side by side       (BENCH_FLAGS=--quick)
+# make gpu-suite       tests and numbers that need a GPU          (SUITE_FLAGS=--rehearse: without one)
 # make lint, make clean
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help serve test bench-cpu gpu-suite lint clean
+.PHONY: help serve test accuracy accuracy-quick train-model bench-cpu gpu-suite lint clean
 
 # The first that runs and is recent enough.
 PYTHON ?= $(shell for python in python3.12 python3.11 python3; do \
     $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 VENV ?= .venv
-MODEL ?= models/tiny
+MODEL ?= benchmarks/accuracy/model
 HOST ?= 127.0.0.1
 PORT ?= 30000
-SERVE_FLAGS ?= --freekv-host-memory 1
+# The device holds 5 % of what the host store holds.
+SERVE_FLAGS ?= --freekv-budget 768 --freekv-host-memory 0.1 --freekv-device-blocks-memory 0.005
 PYTEST_FLAGS ?=
 BENCH_FLAGS ?=
 SUITE_FLAGS ?=
+ACCURACY_FLAGS ?= --resume
+OUT ?= build/needle/model
 # The environment takes 11 GB, and the downloads as much again for a moment.
 MIN_FREE_GB ?= 20
 
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
-# A model of your own is used as it is.
-MODEL_FILE := $(if $(filter models/tiny,$(MODEL)),models/tiny/config.json)
 URL := http://$(HOST):$(PORT)
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 
-serve: $(INSTALLED) $(MODEL_FILE)
+serve: $(INSTALLED)
 	@$(RUN) -m sglang.launch_server --model-path $(MODEL) --kv-retrieval freekv --host $(HOST) --port $(PORT) \
 	    $(SERVE_FLAGS) & server=$$!; \
 	trap 'kill $$server 2>/dev/null || true' EXIT INT TERM; \
@@ -45,22 +49,30 @@ serve: $(INSTALLED) $(MODEL_FILE)
 
 define READY
 
-Ready at $(URL), until Ctrl-C. In another terminal:
+Ready at $(URL), until Ctrl-C. In another terminal, hide a fact in a long text and ask for it:
 
-  curl $(URL)/v1/chat/completions -H 'Content-Type: application/json' \
-    -d '{"model": "tiny", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 32}'
-
-  $(RUN) -c 'from openai import OpenAI
+  (cat DESIGN.md; echo '@ secret harbor 48213;'; cat README.md benchmarks/README.md; echo '? secret harbor =') | \
+    $(RUN) -c 'import sys; from openai import OpenAI
   client = OpenAI(base_url="$(URL)/v1", api_key="none")
-  print(client.completions.create(model="tiny", prompt="Hello", max_tokens=32).choices[0].text)'
+  answer = client.chat.completions.create(model="needle", messages=[{"role": "user", "content": sys.stdin.read()}])
+  print(answer.choices[0].message.content, answer.usage)'
 
-The small model's weights are random, and so is its text. Your own model: make serve MODEL=<folder>
+The model knows one thing, to find such facts: benchmarks/README.md. Your own model: make serve MODEL=<folder>
 
 endef
 export READY
 
 test: $(INSTALLED)
 	$(RUN) -m pytest -q -n 2 --dist loadscope --durations=15 $(PYTEST_FLAGS)
+
+accuracy: $(INSTALLED)
+	$(RUN) -m benchmarks.accuracy.matrix $(ACCURACY_FLAGS)
+
+accuracy-quick: $(INSTALLED)
+	$(RUN) -m pytest -q tests/server/test_accuracy_quick.py
+
+train-model: $(INSTALLED)
+	$(RUN) -m benchmarks.accuracy.train --out $(OUT)
 
 bench-cpu: $(INSTALLED)
 	$(RUN) -m benchmarks.bench_cpu $(BENCH_FLAGS)
@@ -76,9 +88,6 @@ lint: $(INSTALLED)
 
 clean:
 	rm -rf $(VENV) models build *.egg-info .pytest_cache .hypothesis .ruff_cache
-
-models/tiny/config.json: sglang_freekv/tiny_model.py | $(INSTALLED)
-	@$(RUN) -m sglang_freekv.tiny_model --out $(@D)
 
 $(INSTALLED): pyproject.toml
 	@$(CHECK_MACHINE)
@@ -101,7 +110,7 @@ endef
 define WATCH_INSTALL
 log=$(VENV)/install.log; \
 echo "Installing SGLang and PyTorch into $(VENV): about 11 GB, some minutes (messages in $$log)"; \
-$(RUN) -m pip install --progress-bar off -e '.[test]' >$$log 2>&1 & pip=$$!; \
+$(RUN) -m pip install --progress-bar off -e '.[test,bench]' >$$log 2>&1 & pip=$$!; \
 trap 'kill $$pip 2>/dev/null || true' INT TERM; \
 start=$$SECONDS; before=$$(df --output=avail -m $(VENV) | tail -1); \
 if [ -t 1 ]; then end='\r'; every=1; else end='\n'; every=15; fi; \

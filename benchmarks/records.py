@@ -21,7 +21,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -32,7 +32,6 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 _MORE_IS_BETTER = {"tokens/s", "GB/s"}
 _LESS_IS_BETTER = {"s", "ms", "bytes"}
-_MARKED = re.compile(r"(<!-- records (\w+) (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -179,8 +178,21 @@ def render_table(records: Iterable[Record]) -> str:
         if baseline:
             cells += [_number(r.baseline_value), f"{r.ratio:.2f}" if r.ratio else "", _verdict(r)]
         lines.append(cells)
-    sources = dict.fromkeys(f"{_machine(r.environment)}; commit {r.commit}; `{r.command}`" for r in latest)
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n\n" + "\n".join(sources) + "\n"
+    return f"{render_lines(lines)}\n{sources(latest)}"
+
+
+def render_lines(lines: Iterable[Iterable[str]]) -> str:
+    """Lines of cells as markdown."""
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def sources(records: Iterable[Record]) -> str:
+    """What records were measured on and with, a line each."""
+    return "".join(f"{line}\n" for line in dict.fromkeys(_source(r) for r in records))
+
+
+def _source(record: Record) -> str:
+    return f"{_machine(record.environment)}; commit {record.commit}; `{record.command}`"
 
 
 def _number(value: float | None) -> str:
@@ -202,12 +214,22 @@ def _machine(environment: dict) -> str:
 def fill_tables(text: str, results: Path = RESULTS) -> str:
     """Rewrite every marked table of a markdown text."""
 
+    def render(records: list[Record], metric: str) -> str:
+        return render_table(r for r in records if r.metric == metric)
+
+    return fill_marked(text, "records", render, results)
+
+
+def fill_marked(text: str, kind: str, render: Callable[[list[Record], str], str], results: Path = RESULTS) -> str:
+    """Rewrite what stands between ``<!-- kind FILE TABLE -->`` and ``<!-- end -->`` with ``render(records, TABLE)``."""
+    marked = re.compile(rf"(<!-- {kind} (\w+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
     def table(match: re.Match) -> str:
         path = results / f"{match[2]}.jsonl"
-        records = [r for r in read_records(path) if r.metric == match[3]] if path.exists() else []
-        return match[1] + render_table(records) + match[4]
+        records = read_records(path) if path.exists() else []
+        return match[1] + render(records, match[3]) + match[4]
 
-    return _MARKED.sub(table, text)
+    return marked.sub(table, text)
 
 
 def main() -> None:

@@ -10,8 +10,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 import requests
@@ -26,6 +27,7 @@ class Chunk(NamedTuple):
     seconds: float  # on the client's clock, when it arrived
     request: int  # index in the batch
     tokens: int  # generated for this request so far
+    output_ids: list[int]  # as the server sends them: so far, or with --incremental-streaming-output the new ones
 
 
 class Server:
@@ -88,35 +90,64 @@ class Server:
     def first_token_seconds(self, prompt: list[int]) -> float:
         """Send one prompt of token ids, return the time to its first token."""
         start = time.perf_counter()
-        self._generate([prompt], 1, stream=False)
+        self._generate([prompt], _greedy(1), stream=False)
         return time.perf_counter() - start
 
     def decode(self, prompts: list[list[int]], max_new_tokens: int) -> queue.SimpleQueue[Chunk]:
         """Start decoding a batch greedily; chunks arrive in the queue until `abort` or the last token."""
         chunks: queue.SimpleQueue[Chunk] = queue.SimpleQueue()
-        response = self._generate(prompts, max_new_tokens, stream=True)
+        stream = self.stream(prompts, _greedy(max_new_tokens))
 
         def read() -> None:
-            for line in response.iter_lines():
-                if line.startswith(b"data: {"):
-                    message = json.loads(line[len(b"data: ") :])
-                    tokens = message["meta_info"]["completion_tokens"]
-                    chunks.put(Chunk(time.perf_counter(), message.get("index", 0), tokens))
+            for chunk in stream:
+                chunks.put(chunk)
 
         threading.Thread(target=read, daemon=True).start()
         return chunks
 
-    def _generate(self, prompts: list[list[int]], max_new_tokens: int, stream: bool) -> requests.Response:
-        sampling = {"max_new_tokens": max_new_tokens, "temperature": 0, "ignore_eos": True}
-        body = {"input_ids": prompts, "sampling_params": sampling, "stream": stream}
+    def stream(self, prompts: list[list[int]], sampling: dict | list[dict], **fields: Any) -> Iterator[Chunk]:
+        """Send a batch, return its chunks as they arrive.
+
+        Parameters
+        ----------
+        sampling : dict, or one for each prompt
+            SGLang's sampling parameters.
+        fields
+            More of the request's body.
+
+        Raises
+        ------
+        RuntimeError
+            If the server refuses a request; says what the server said.
+        """
+        response = self._generate(prompts, sampling, stream=True, **fields)
+        lines = (line for line in response.iter_lines() if line.startswith(b"data: {"))
+        return (_chunk(json.loads(line[len(b"data: ") :])) for line in lines)
+
+    def _generate(
+        self, prompts: list[list[int]], sampling: dict | list[dict], stream: bool, **fields: Any
+    ) -> requests.Response:
+        body = {"input_ids": prompts, "sampling_params": sampling, "stream": stream, **fields}
         response = requests.post(f"{self.url}/generate", json=body, stream=stream, timeout=_ANSWER_SECONDS)
-        response.raise_for_status()
+        if not response.ok:
+            raise RuntimeError(f"the server {self.name!r} answered {response.status_code}: {response.text}")
         return response
 
     def abort(self) -> None:
         """End all requests, and wait until the scheduler has let them go."""
         requests.post(f"{self.url}/abort_request", json={"abort_all": True}, timeout=60).raise_for_status()
         requests.get(f"{self.url}/health_generate", timeout=60).raise_for_status()
+
+
+def _greedy(max_new_tokens: int) -> dict:
+    return {"max_new_tokens": max_new_tokens, "temperature": 0, "ignore_eos": True}
+
+
+def _chunk(message: dict) -> Chunk:
+    if "error" in message:
+        raise RuntimeError(f"the server refused a request: {message['error']}")
+    tokens = message["meta_info"]["completion_tokens"]
+    return Chunk(time.perf_counter(), message.get("index", 0), tokens, message["output_ids"])
 
 
 def _free_port() -> int:

@@ -74,7 +74,7 @@ def audit_windows(retrieval: Retrieval) -> None:
             continue
         _audit_form(memory, batch, layer.number, layer.windows[front, batch.rows].long())
         again = layer._replace(windows=layer.windows.clone())
-        select_windows(memory, again, batch, Read.BACK)
+        select_windows(memory, again, batch, Read.BACK, retrieval.scales[layer.number])
         is_wrong = (again.windows[back, batch.rows] != layer.windows[back, batch.rows]).any(-1) & is_over_next[:, None]
         if is_wrong.any():
             index, head = is_wrong.nonzero()[0].tolist()

@@ -13,6 +13,8 @@ from typing import Any, Literal
 METHOD_OPTION = "kv_retrieval"
 OPTION_PREFIX = "freekv_"
 BUDGET_PARAM = "freekv_budget"  # key of a request's `custom_params`
+PAGE_SIZES = (16, 32, 64)
+GROUP_POOLINGS = ("softmax", "scaled", "max", "mean")
 
 
 class UnsupportedConfiguration(ValueError):
@@ -78,17 +80,20 @@ class FreeKVConfig:
         _layers,
         metavar="LAYERS",
     )
-    group_pooling: Literal["softmax", "mean"] = _flag(
+    group_pooling: Literal["softmax", "scaled", "max", "mean"] = _flag(
         "group-pooling",
         "softmax",
-        "how the query heads of a KV head agree on a page: mean of their softmaxed scores, or of raw scores",
+        "how the query heads of a KV head agree on a page: mean of their softmaxed scores, mean or maximum of those of "
+        "scores scaled as in attention (scaled, max), or mean of raw scores",
         str,
-        choices=("softmax", "mean"),
+        choices=GROUP_POOLINGS,
     )
     audit: bool = _flag("audit", False, "check every resident block and window after each step (slow)", bool)
     page_size: int = 32  # tokens; SGLang's --page-size
 
     def __post_init__(self) -> None:
+        is_page_size = _is_int(self.page_size) and self.page_size in PAGE_SIZES
+        _require(is_page_size, "--page-size", self.page_size, "tokens, " + _or(PAGE_SIZES))
         if self.max_budget_tokens is None:
             object.__setattr__(self, "max_budget_tokens", self.budget_tokens)
         for name in ("budget_tokens", "max_budget_tokens", "sink_tokens", "recent_tokens", "arena_tokens"):
@@ -123,8 +128,8 @@ class FreeKVConfig:
             layers,
             'distinct layer numbers from 0, for example "0,1"',
         )
-        is_pooling = self.group_pooling in ("softmax", "mean")
-        _require(is_pooling, "--freekv-group-pooling", self.group_pooling, "softmax or mean")
+        is_pooling = self.group_pooling in GROUP_POOLINGS
+        _require(is_pooling, "--freekv-group-pooling", self.group_pooling, _or(GROUP_POOLINGS))
         _require(isinstance(self.audit, bool), "--freekv-audit", self.audit, "True or False")
 
     def _check_tokens(self, name: str) -> None:
@@ -208,7 +213,7 @@ def take_options(options: Mapping[str, Any]) -> tuple[FreeKVConfig | None, dict[
     config : FreeKVConfig or None
         None where ``kv_retrieval`` is not "freekv".
     rest : dict
-        The options that are SGLang's.
+        The options that are SGLang's. Its ``page_size`` is among them, and in the config where it is set.
 
     Raises
     ------
@@ -227,6 +232,8 @@ def take_options(options: Mapping[str, Any]) -> tuple[FreeKVConfig | None, dict[
             raise UnsupportedConfiguration(f"{flag} has no effect without --kv-retrieval freekv; add it.")
         return None, rest
     settings = {keywords[name].name: _parse(keywords[name], value) for name, value in given.items()}
+    if (page_size := options.get("page_size")) is not None:
+        settings["page_size"] = page_size
     return FreeKVConfig(**settings), rest
 
 
@@ -247,6 +254,12 @@ def _is_int(value: Any) -> bool:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _or(values: Iterable[Any]) -> str:
+    """List the choices: "16, 32 or 64"."""
+    *others, last = map(str, values)
+    return f"{', '.join(others)} or {last}"
 
 
 def _require(holds: bool, flag: str, given: Any, expected: str) -> None:

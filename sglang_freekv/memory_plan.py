@@ -168,7 +168,8 @@ def plan_memory(
             f"FreeKV: {max(blocks_bytes, 0) / GIB:.3f} GiB of device blocks cannot hold one request, whose front and "
             f"back window take {blocks_per_request * layer_blocks_bytes / GIB:.3f} GiB at a budget of "
             f"{config.max_budget_tokens:,} tokens; raise --freekv-device-blocks-memory or --mem-fraction-static, or "
-            f"lower --freekv-max-budget, --freekv-budget or --freekv-host-memory (page summaries take 1/32 of it)"
+            f"lower --freekv-max-budget, --freekv-budget or --freekv-host-memory (page summaries take "
+            f"1/{g.page_size} of it)"
         )
     return MemoryPlan(
         geometry=g,

@@ -161,7 +161,7 @@ class Prefill:
             self._side.keep(q, k, v)
             self._write_through(layer, k, v)
             if len(self._plan.last_tokens):
-                self._start_windows(layer, q)
+                self._start_windows(layer, q, scale)
         state = attention.attend_chunk(q, k, v, scale)
         for group in range(len(self._plan.groups)):
             half, filled = (self._num_fills - 1) % 2, self._filled
@@ -183,14 +183,14 @@ class Prefill:
         written = (layer.host_kv, layer.summary, layer.block_kv, layer.blocks.table)
         ops.store_pages(k, v, plan.slots, plan.page_starts, *written)
 
-    def _start_windows(self, layer: Layer, q: torch.Tensor) -> None:
+    def _start_windows(self, layer: Layer, q: torch.Tensor, scale: float) -> None:
         """Select the first windows with the last prompt token's query."""
         plan, memory, g = self._plan, self.memory, self.memory.geometry
         batch = plan.completed
         last_q = q[plan.last_tokens].view(-1, g.num_kv_heads, g.group_size, g.head_dim)
         layer.last_q[batch.rows] = last_q
         if layer.number not in memory.blocks.dense_layers:
-            select_windows(memory, layer, batch, Read.FIRST)
+            select_windows(memory, layer, batch, Read.FIRST, scale)
             make_resident(memory, layer, batch, Read.FIRST)
 
     def _fill_next(self) -> None:

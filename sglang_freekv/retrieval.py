@@ -41,6 +41,7 @@ class Retrieval:
         self.memory, self._side = memory, side
         self._window_attention, self._dense_attention = window_attention, dense_attention
         self._plan: DecodePlan | None = None
+        self.scales = [1.0] * memory.geometry.num_layers  # of each layer's logits, noted when it runs
 
     @property
     def last_plan(self) -> DecodePlan | None:
@@ -135,6 +136,7 @@ class Retrieval:
         """
         memory, g, batch = self.memory, self.memory.geometry, self._plan.batch
         layer, flags = memory.layers[number], self._plan.flags[number]
+        self.scales[number] = scale
         q = q.view(-1, g.num_kv_heads, g.group_size, g.head_dim)
         is_dense = number in memory.blocks.dense_layers
         attention = self._dense_attention if is_dense else self._window_attention
@@ -144,12 +146,12 @@ class Retrieval:
         )
         may_be_over = self._plan.may_be_over and not is_dense
         if may_be_over:
-            select_windows(memory, layer, batch, Read.FRONT, flags)
+            select_windows(memory, layer, batch, Read.FRONT, scale, flags)
         if not is_dense:
             self._make_front_resident(layer, flags)
         if may_be_over:
             with self._side.fork():
-                select_windows(memory, layer, batch, Read.BACK)
+                select_windows(memory, layer, batch, Read.BACK, scale)
                 make_resident(memory, layer, batch, Read.BACK)
         out = attention.run(q, layer.block_kv, scale)
         if number == g.num_layers - 1:
@@ -168,16 +170,17 @@ class Retrieval:
         ops.recall_blocks(memory.host.kv, layer.number, layer.front, *recalled, attention.kv_indices)
 
 
-def select_windows(memory: KVMemory, layer: Layer, batch: Batch, read: Read, flags: FlagList | None = None) -> None:
+def select_windows(
+    memory: KVMemory, layer: Layer, batch: Batch, read: Read, scale: float, flags: FlagList | None = None
+) -> None:
     """Select the windows of requests over their budget with the latest queries; only of flagged rows if given."""
     config, ops = memory.config, memory.ops
     workspace = memory.scores[read != Read.FRONT] if read != Read.FIRST else None
     if workspace is not None:
         workspace = workspace[: len(batch.rows) * memory.geometry.num_kv_heads]
     scores = ops.score_pages(layer.last_q, layer.summary, batch, read, flags, workspace)
-    ops.select_pages(
-        scores, batch, read, config.sink_pages, config.recent_pages, config.group_pooling, layer.windows, flags
-    )
+    rule = (config.sink_pages, config.recent_pages, config.group_pooling)
+    ops.select_pages(scores, batch, read, *rule, layer.windows, flags, scale)
 
 
 def make_resident(memory: KVMemory, layer: Layer, batch: Batch, read: Read) -> None:

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 # Of the free host memory of a GPU machine, or of a container; the rest is for the system, the page cache and staging.
 _HOST_SHARE = 0.8
-_CONTEXT_STEP = 16 * FreeKVConfig.page_size
 # Without a GPU one memory is host and device: the store gets the larger part, as blocks are a cache over it.
 _CPU_HOST_SHARE = 0.6
 # FlashInfer's plans: some tens of KiB for each batch size and each piece of a prefix.
@@ -85,7 +84,8 @@ def max_context_of(configurator: KVCacheConfigurator) -> int:
     Rounded up to whole cache lines of the tables by page, which kernels then read with 16-byte accesses.
     """
     max_context = configurator.model_config.context_len + get_req_to_token_extra_context_len(configurator.server_args)
-    return -(-max_context // _CONTEXT_STEP) * _CONTEXT_STEP
+    step = 16 * configurator.pool_page_size
+    return -(-max_context // step) * step
 
 
 def _attention_bytes(geometry: Geometry, gpu_id: int) -> int:

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from sglang.srt.model_executor.cuda_graph_config import CudaGraphConfig
     from sglang.srt.server_args import ServerArgs
 
-_PAGE_SIZE = FreeKVConfig.page_size
 _GPU_CAPABILITY = (8, 0)
 
 
@@ -50,7 +49,6 @@ _KV_DTYPES = {"bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "float16": tor
 
 # The first allowed value is SGLang's default.
 RULES = (
-    Rule("page_size", (None, _PAGE_SIZE), "pages have 32 tokens", f"use --page-size {_PAGE_SIZE}"),
     Rule("attention_backend", (None, "flashinfer", "torch_native"), "FreeKV brings its own attention"),
     Rule("prefill_attention_backend", (None,), "FreeKV brings its own attention"),
     Rule("decode_attention_backend", (None,), "FreeKV brings its own attention"),
@@ -107,7 +105,7 @@ def preset(raw: Mapping[str, Any]) -> dict[str, Any]:
 
     on_cpu = not torch.cuda.is_available() or str(raw.get("device")).startswith("cpu")
     presets = {
-        "page_size": _PAGE_SIZE,
+        "page_size": FreeKVConfig.page_size,
         "attention_backend": "torch_native" if on_cpu else "flashinfer",
         "radix_cache_backend": "freekv",
         "disable_prefill_cuda_graph": True,  # prefill reads prefixes of any length from the host store
@@ -121,10 +119,14 @@ def preset(raw: Mapping[str, Any]) -> dict[str, Any]:
 def check_resolved(server_args: ServerArgs, config: FreeKVConfig) -> None:
     """Raise UnsupportedConfiguration where the resolved settings, or the model, are not served."""
     _apply_rules(vars(server_args))
-    if server_args.chunked_prefill_size > 0 and server_args.chunked_prefill_size % _PAGE_SIZE:
+    if server_args.page_size != config.page_size:
+        raise UnsupportedConfiguration(
+            f"--page-size is {config.page_size}, and another flag makes it {server_args.page_size}; leave that out."
+        )
+    if server_args.chunked_prefill_size > 0 and server_args.chunked_prefill_size % config.page_size:
         raise UnsupportedConfiguration(
             f"--chunked-prefill-size is {server_args.chunked_prefill_size}; give a multiple of the page size "
-            f"({_PAGE_SIZE} tokens)."
+            f"({config.page_size} tokens)."
         )
     _check_graphs(server_args.cuda_graph_config)
     if server_args.device not in ("cpu", "cuda"):

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 
-from reference_decoder import PAGE
 from sglang_freekv.geometry import Geometry
 
 SAME, ONE_HEAD, HALF, ALL = range(4)  # how many query heads of a group turn away between two tokens
@@ -38,8 +37,8 @@ def make_trace(
     g = geometry
     rng = torch.Generator().manual_seed(seed)
     kv_shape = (g.num_layers, num_tokens, g.num_kv_heads, g.head_dim)
-    topics = torch.randn(g.num_layers, math.ceil(num_tokens / PAGE), *kv_shape[2:], generator=rng)
-    k = topics.repeat_interleave(PAGE, dim=1)[:, :num_tokens] + 0.7 * torch.randn(kv_shape, generator=rng)
+    topics = torch.randn(g.num_layers, math.ceil(num_tokens / g.page_size), *kv_shape[2:], generator=rng)
+    k = topics.repeat_interleave(g.page_size, dim=1)[:, :num_tokens] + 0.7 * torch.randn(kv_shape, generator=rng)
     v = torch.randn(kv_shape, generator=rng)
     if prefix is not None:
         k[:, :prefix_tokens] = prefix.k[:, :prefix_tokens]

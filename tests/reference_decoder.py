@@ -12,8 +12,6 @@ from dataclasses import dataclass
 
 import torch
 
-PAGE = 32
-
 
 @dataclass(frozen=True)
 class Rule:
@@ -25,7 +23,9 @@ class Rule:
     sink_pages: int
     recent_pages: int
     tau: float
-    pooling: str  # "softmax" or "mean"
+    pooling: str  # "softmax", "scaled", "max" or "mean"
+    scale: float  # of attention's logits
+    page_size: int
     dense_layers: tuple[int, ...] = ()
 
 
@@ -76,7 +76,7 @@ class ReferenceRequest:
         self.remember(layer, k[None], v[None])
         q, previous = q.double(), self.last_query[layer]
         self.last_query[layer] = q
-        num_pages = math.ceil(len(self.keys[layer]) / PAGE)
+        num_pages = math.ceil(len(self.keys[layer]) / self.rule.page_size)
         if layer in self.rule.dense_layers:
             every_page = [list(range(num_pages)) for _ in range(self.rule.num_kv_heads)]
             return Expected(every_page, [{} for _ in every_page], [False] * len(every_page), False)
@@ -103,7 +103,7 @@ class ReferenceRequest:
 
     def window(self, layer: int, kv_head: int, q: torch.Tensor, length: int) -> tuple[list[int], dict[int, float]]:
         """The window that query `q [Hq, D]` chooses for a length, and the scores it was chosen by."""
-        num_pages = math.ceil(length / PAGE)
+        num_pages = math.ceil(length / self.rule.page_size)
         if num_pages <= self.budget_pages:
             return list(range(num_pages)), {}
         sink, first_recent = self.rule.sink_pages, num_pages - self.rule.recent_pages
@@ -113,7 +113,7 @@ class ReferenceRequest:
         return [*range(sink), *sorted(best), *range(first_recent, num_pages)], scores
 
     def scores(self, layer: int, kv_head: int, q: torch.Tensor, candidates: range) -> dict[int, float]:
-        """Pooled score of each candidate page; that of softmax pooling is its logarithm."""
+        """Pooled score of each candidate page; that of a softmax is its logarithm."""
         group = q[kv_head * self.group_size : (kv_head + 1) * self.group_size].double()
         bounds = []
         for page in candidates:
@@ -121,10 +121,13 @@ class ReferenceRequest:
             low, high = keys.amin(dim=0), keys.amax(dim=0)
             bounds.append(torch.maximum(group * low, group * high).sum(dim=1))
         raw = torch.stack(bounds, dim=1)  # [group_size, candidates]
-        if self.rule.pooling == "softmax":
-            pooled = raw.log_softmax(dim=1).logsumexp(dim=0) - math.log(self.group_size)
-        else:
+        if self.rule.pooling == "mean":
             pooled = raw.mean(dim=0)
+        else:
+            scale = 1.0 if self.rule.pooling == "softmax" else self.rule.scale
+            shares = (scale * raw).log_softmax(dim=1)
+            is_max = self.rule.pooling == "max"
+            pooled = shares.amax(dim=0) if is_max else shares.logsumexp(dim=0) - math.log(self.group_size)
         return dict(zip(candidates, pooled.tolist(), strict=True))
 
     def similarity(self, q: torch.Tensor, previous: torch.Tensor, kv_head: int) -> float:
@@ -137,11 +140,14 @@ class ReferenceRequest:
 
     def page_keys(self, layer: int, kv_head: int, page: int) -> torch.Tensor:
         """Keys of one logical page, `[tokens, D]`; the last page may be partial."""
-        return self.keys[layer][page * PAGE : (page + 1) * PAGE, kv_head]
+        return self.keys[layer][self.tokens_of(page), kv_head]
 
     def page_values(self, layer: int, kv_head: int, page: int) -> torch.Tensor:
         """Values of one logical page, `[tokens, D]`."""
-        return self.values[layer][page * PAGE : (page + 1) * PAGE, kv_head]
+        return self.values[layer][self.tokens_of(page), kv_head]
+
+    def tokens_of(self, page: int) -> slice:
+        return slice(page * self.rule.page_size, (page + 1) * self.rule.page_size)
 
     @property
     def group_size(self) -> int:

@@ -13,12 +13,13 @@ import torch
 
 from freekv_kernels import Count, KeyList, Ops
 from random_traces import Trace
-from reference_decoder import PAGE, Expected, ReferenceRequest, Rule, explain_difference
+from reference_decoder import Expected, ReferenceRequest, Rule, explain_difference
 from sglang_freekv.config import FreeKVConfig
 from sglang_freekv.engine import build_engine
 from sglang_freekv.geometry import Geometry
 from sglang_freekv.kv_memory import KVMemory
 
+PAGE = Geometry.page_size  # tokens, where a test does not say otherwise
 OUTPUT_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # bf16: 8 bits of a result of magnitude <= 4
 SCORE_TOLERANCE = {torch.float32: 0.0, torch.bfloat16: 1e-3}  # scores are of magnitude 10 to 100
 
@@ -81,6 +82,7 @@ class SimulatedEngine:
         if num_blocks is None:
             num_blocks = 2 * config.max_budget_pages * g.num_kv_heads * max_requests
         self.geometry, self.config, self.scale = g, config, 1 / math.sqrt(g.head_dim)
+        self.page_size = g.page_size
         self.device = device
         self.memory = KVMemory(
             g,
@@ -88,7 +90,7 @@ class SimulatedEngine:
             num_pages=num_pages,
             num_blocks=num_blocks,
             max_requests=max_requests,
-            max_context=num_pages * PAGE,
+            max_context=num_pages * g.page_size,
             device=device,
             ops=ops,
         )
@@ -104,9 +106,11 @@ class SimulatedEngine:
             recent_pages=config.recent_pages,
             tau=config.tau,
             pooling=config.group_pooling,
+            scale=self.scale,
+            page_size=g.page_size,
             dense_layers=config.dense_layers,
         )
-        self.req_to_token = torch.zeros((max_requests + 1, num_pages * PAGE), dtype=torch.int32, device=device)
+        self.req_to_token = torch.zeros((max_requests + 1, num_pages * g.page_size), dtype=torch.int32, device=device)
         self.free_rows = list(range(max_requests, 0, -1))
         self.free_pages = list(range(num_pages - 1, 0, -1))
         self.users = [0] * num_pages  # requests that hold each host page
@@ -127,10 +131,10 @@ class SimulatedEngine:
         """Admit a request; its first `prefix_tokens` are a prefix hit on the pages of `prefix`."""
         row = self.free_rows.pop()
         self.memory.admit(row, budget_tokens)
-        budget_pages = (budget_tokens or self.config.budget_tokens) // PAGE
+        budget_pages = (budget_tokens or self.config.budget_tokens) // self.page_size
         request = Request(trace, prompt_tokens, row, ReferenceRequest(self.rule, budget_pages))
         if prefix is not None:
-            self._map_pages(request, prefix.pages[: prefix_tokens // PAGE])
+            self._map_pages(request, prefix.pages[: prefix_tokens // self.page_size])
             known = zip(trace.k[:, :prefix_tokens], trace.v[:, :prefix_tokens], strict=True)
             for layer, (k, v) in enumerate(known):
                 request.reference.remember(layer, k, v)
@@ -169,13 +173,13 @@ class SimulatedEngine:
             self._write_slots(request.row, logical, page)
 
     def _write_slots(self, row: int, logical: int, page: int) -> None:
-        slots = torch.arange(page * PAGE, (page + 1) * PAGE, dtype=torch.int32, device=self.device)
-        self.req_to_token[row, logical * PAGE : (logical + 1) * PAGE] = slots
+        offsets = torch.arange(self.page_size, device=self.device)
+        self.req_to_token[row, logical * self.page_size + offsets] = (page * self.page_size + offsets).int()
 
     def _grow(self, request: Request, num_tokens: int) -> None:
         """Allocate pages for the next tokens of a request."""
         request.length += num_tokens
-        while len(request.pages) * PAGE < request.length:
+        while len(request.pages) * self.page_size < request.length:
             page = self.free_pages.pop()
             self.users[page] = 1
             self._write_slots(request.row, len(request.pages), page)
@@ -309,7 +313,7 @@ class SimulatedEngine:
                 page = request.pages[logical]
                 block = int(blocks.tables.table[layer, page, head])
                 assert block >= 0, f"layer {layer}, head {head}: page {logical} of the window is not resident"
-                num_tokens = min(PAGE, request.length - logical * PAGE)
+                num_tokens = min(self.page_size, request.length - logical * self.page_size)
                 held = blocks.kv[layer][block][:, :num_tokens].cpu()
                 assert held.equal(host.kv[page, layer, head][:, :num_tokens])
                 assert held[0].double().equal(request.reference.page_keys(layer, head, logical))
@@ -328,7 +332,7 @@ class SimulatedEngine:
         """The host store holds every token of a request, and the summaries their minimum and maximum."""
         host, trace = self.memory.host, request.trace
         for logical, page in enumerate(request.pages):
-            tokens = slice(logical * PAGE, min((logical + 1) * PAGE, request.length))
+            tokens = slice(logical * self.page_size, min((logical + 1) * self.page_size, request.length))
             num_tokens = tokens.stop - tokens.start
             assert int(host.filled[page]) == num_tokens
             keys, values = (x[:, tokens].transpose(1, 2) for x in (trace.k, trace.v))  # [L, H, tokens, D]

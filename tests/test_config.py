@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_freekv.config import FreeKVConfig, UnsupportedConfiguration, add_cli_args, take_options
+from sglang_freekv.config import PAGE_SIZES, FreeKVConfig, UnsupportedConfiguration, add_cli_args, take_options
 
 
 def parse(*argv: str) -> dict:
@@ -41,7 +41,10 @@ def parse(*argv: str) -> dict:
         ({"device_blocks_memory_gib": -1.0}, "--freekv-device-blocks-memory"),
         ({"dense_layers": (-1,)}, "--freekv-dense-layers"),
         ({"dense_layers": (1, 1)}, "--freekv-dense-layers"),
-        ({"group_pooling": "max"}, "--freekv-group-pooling"),
+        ({"group_pooling": "median"}, "--freekv-group-pooling"),
+        ({"page_size": 8}, "--page-size"),
+        ({"page_size": 16.0}, "--page-size"),
+        ({"page_size": 64, "sink_tokens": 96}, "--freekv-sink"),
         ({"audit": 1}, "--freekv-audit"),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(f"{k}={v}" for k, v in value.items()),
@@ -59,6 +62,13 @@ def test_no_sink_and_one_selected_page_is_a_valid_budget():
 def test_the_window_is_as_wide_as_the_budget_where_no_maximum_is_given():
     assert FreeKVConfig(budget_tokens=4096).max_budget_tokens == 4096
     assert FreeKVConfig(budget_tokens=4096, max_budget_tokens=8192).max_budget_pages == 256
+
+
+@pytest.mark.parametrize("page_size", PAGE_SIZES)
+def test_the_defaults_are_whole_pages_of_any_size(page_size):
+    config = FreeKVConfig(page_size=page_size)
+    assert config.budget_pages * page_size == 2048
+    assert (config.sink_pages, config.recent_pages) == (128 // page_size, 128 // page_size)
 
 
 @pytest.mark.parametrize("tau", [-1, -1.0, 0.9, 1.01, 2])
@@ -114,6 +124,8 @@ def test_flags_and_keywords_give_the_same_config():
 def test_options_of_sglang_are_handed_back_unchanged():
     rest = {"model_path": "m", "page_size": None}
     assert take_options({**rest, "kv_retrieval": "freekv"}) == (FreeKVConfig(), rest)
+    small = rest | {"page_size": 16}
+    assert take_options({**small, "kv_retrieval": "freekv"}) == (FreeKVConfig(page_size=16), small)
     assert take_options({**rest, "kv_retrieval": "none"}) == (None, rest)
     assert take_options(rest | parse()) == (None, rest)
 

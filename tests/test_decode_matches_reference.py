@@ -11,23 +11,28 @@ from sglang_freekv.config import FreeKVConfig
 from sglang_freekv.geometry import Geometry
 from simulated_requests import PAGE, DecodedToken, Request, SimulatedEngine
 
-NUM_LAYERS, BUDGET, MAX_BUDGET = 2, 6 * PAGE, 7 * PAGE
+NUM_LAYERS, BUDGET, MAX_BUDGET = 2, 6 * PAGE, 7 * PAGE  # of pages of the usual size
 
 
 def make_geometry(
-    group_size: int = 4, num_kv_heads: int = 2, head_dim: int = 32, dtype: torch.dtype = torch.float32
+    group_size: int = 4,
+    num_kv_heads: int = 2,
+    head_dim: int = 32,
+    dtype: torch.dtype = torch.float32,
+    page_size: int = PAGE,
 ) -> Geometry:
-    return Geometry(NUM_LAYERS, group_size * num_kv_heads, num_kv_heads, head_dim, dtype)
+    return Geometry(NUM_LAYERS, group_size * num_kv_heads, num_kv_heads, head_dim, dtype, page_size)
 
 
-def make_config(**changes: object) -> FreeKVConfig:
+def make_config(page_size: int = PAGE, **changes: object) -> FreeKVConfig:
     defaults = {
-        "budget_tokens": BUDGET,
-        "max_budget_tokens": MAX_BUDGET,
-        "sink_tokens": PAGE,
-        "recent_tokens": 2 * PAGE,
+        "budget_tokens": 6 * page_size,
+        "max_budget_tokens": 7 * page_size,
+        "sink_tokens": page_size,
+        "recent_tokens": 2 * page_size,
         "tau": 0.9,
-        "arena_tokens": 16 * PAGE,
+        "arena_tokens": 16 * page_size,
+        "page_size": page_size,
     }
     return FreeKVConfig(**(defaults | changes))
 
@@ -39,6 +44,8 @@ CASES = {
     "one-query-head-per-kv-head": (make_geometry(1, 4), make_config(sink_tokens=2 * PAGE, recent_tokens=PAGE)),
     "mean-pooling": (make_geometry(group_size=4), make_config(group_pooling="mean")),
     "mean-pooling-speculation-only": (make_geometry(3), make_config(tau=-1.0, group_pooling="mean")),
+    "pages-of-16-scaled-pooling": (make_geometry(page_size=16), make_config(16, group_pooling="scaled")),
+    "pages-of-64-max-pooling": (make_geometry(page_size=64), make_config(64, group_pooling="max")),
     "no-sink": (make_geometry(group_size=3), make_config(sink_tokens=0)),
     "dense-layer": (make_geometry(group_size=3), make_config(dense_layers=(0,))),
     "bf16": (make_geometry(4, 2, 64, torch.bfloat16), make_config()),
@@ -70,11 +77,12 @@ def run_changing_batch(engine: SimulatedEngine) -> int:
         engine.prefill_whole(request)
         return request
 
-    running = {"long": start(1, 20 * PAGE + 13), "crosses its budget": start(2, BUDGET - 9)}
+    page, budget, max_budget = engine.page_size, engine.config.budget_tokens, engine.config.max_budget_tokens
+    running = {"long": start(1, 20 * page + 13), "crosses its budget": start(2, budget - 9)}
     joining = {
-        5: ("within its budget", 3, PAGE + 1, MAX_BUDGET),
-        19: ("small budget", 4, 20 * PAGE, 5 * PAGE),
-        21: ("on the row of another", 5, 32 * PAGE - 1, MAX_BUDGET),
+        5: ("within its budget", 3, page + 1, max_budget),
+        19: ("small budget", 4, 20 * page, 5 * page),
+        21: ("on the row of another", 5, 32 * page - 1, max_budget),
     }
     leaving = {14: "crosses its budget", 18: "long", 28: "within its budget"}
     num_changes, before = 0, {}

@@ -23,11 +23,14 @@ NUM_LAYERS = 2
 SHAPE = {"head_dim": 64, "dtype": torch.bfloat16} if ON_GPU else {"head_dim": 16, "dtype": torch.float32}
 
 
-def make_engine(kind: type[SimulatedEngine] = SimulatedEngine, **settings: object) -> SimulatedEngine:
-    defaults = {"budget_tokens": 5 * PAGE, "sink_tokens": PAGE, "recent_tokens": PAGE, "arena_tokens": 4 * PAGE}
-    geometry = Geometry(NUM_LAYERS, num_qo_heads=6, num_kv_heads=2, **SHAPE)
+def make_engine(
+    kind: type[SimulatedEngine] = SimulatedEngine, page_size: int = PAGE, **settings: object
+) -> SimulatedEngine:
+    in_pages = {"budget_tokens": 5, "sink_tokens": 1, "recent_tokens": 1, "arena_tokens": 4}
+    defaults = {name: pages * page_size for name, pages in in_pages.items()}
+    geometry = Geometry(NUM_LAYERS, num_qo_heads=6, num_kv_heads=2, page_size=page_size, **SHAPE)
     device = "cuda" if ON_GPU else "cpu"
-    config = FreeKVConfig(**(defaults | settings))
+    config = FreeKVConfig(page_size=page_size, **(defaults | settings))
     return kind(geometry, config, max_requests=3, ops=freekv_kernels.triton_ops(), device=device)
 
 
@@ -36,15 +39,18 @@ CASES = {
     "exact-mean-pooling": {"tau": 1.01, "group_pooling": "mean"},
     "speculation-only-no-sink": {"tau": -1.0, "sink_tokens": 0},
     "dense-layer": {"dense_layers": (0,)},
+    "pages-of-16-scaled-pooling": {"page_size": 16, "group_pooling": "scaled"},
+    "pages-of-64-max-pooling": {"page_size": 64, "group_pooling": "max"},
 }
 
 
 @pytest.mark.parametrize("settings", CASES.values(), ids=CASES)
 def test_chunks_and_steps_of_a_changing_batch_match_the_reference(settings: dict) -> None:
     engine = make_engine(**settings)
-    prompts = {"long": 19 * PAGE + 3, "crosses its budget": 5 * PAGE - 2, "joins": 14 * PAGE}
+    page = engine.page_size
+    prompts = {"long": 19 * page + 3, "crosses its budget": 5 * page - 2, "joins": 14 * page}
     requests = [engine.start(make_trace(engine.geometry, n + 40, seed), n) for seed, n in enumerate(prompts.values())]
-    engine.prefill([(requests[0], 5 * PAGE + 7), (requests[1], 20)])  # chunks that end inside a page
+    engine.prefill([(requests[0], 5 * page + 7), (requests[1], 20)])  # chunks that end inside a page
     engine.prefill_whole(*requests[:2])
     for _ in range(3):
         engine.decode()

@@ -136,5 +136,5 @@ def start_windows(memory: KVMemory, requests: Requests) -> None:
     memory.clear_lists()
     for layer in memory.layers:
         layer.last_q[rows] = torch.randn_like(layer.last_q[rows])
-        select_windows(memory, layer, batch, Read.FIRST)
+        select_windows(memory, layer, batch, Read.FIRST, g.head_dim**-0.5)
         make_resident(memory, layer, batch, Read.FIRST)

@@ -7,29 +7,42 @@ import torch
 from freekv_kernels.score_pages import listed_rows
 from freekv_kernels.tables import Batch, FlagList, Read
 
+POOLINGS = ("softmax", "scaled", "max", "mean")
 
-def pool_group(scores: torch.Tensor, is_candidate: torch.Tensor, pooling: str) -> torch.Tensor:
+
+def pool_group(scores: torch.Tensor, is_candidate: torch.Tensor, pooling: str, scale: float = 1.0) -> torch.Tensor:
     """Pool the scores of a query group, so that all heads of a KV head want the same pages.
 
-    softmax: mean over the group of softmax over the candidates, in log space, where far pages do not tie at 0.
+    softmax: mean over the group of softmax over the candidates, of scores without a scale, as in the paper's code.
+    scaled: the same of scores times `scale`, as attention weighs tokens; without it each head's best page has it all.
+    max: maximum over the group of those softmaxes.
     mean: mean over the group of the raw scores.
+
+    Softmaxes are compared by their logarithms, where far pages do not tie at 0.
 
     Parameters
     ----------
     scores : float32, ``[num_rows, group_size, max_pages]``
     is_candidate : bool, ``[num_rows, max_pages]``
-    pooling : "softmax" | "mean"
+    pooling : one of `POOLINGS`
+    scale : float
+        Of attention's logits.
 
     Returns
     -------
     float32, ``[num_rows, max_pages]``, -inf where a page is no candidate
     """
+    check_pooling(pooling)
     scores = scores.masked_fill(~is_candidate[:, None], float("-inf"))
-    if pooling == "softmax":
-        return torch.log_softmax(scores, -1).logsumexp(1)
     if pooling == "mean":
         return scores.mean(1)
-    raise ValueError(f"Invalid pooling: expected 'softmax' or 'mean', got {pooling!r}")
+    shares = torch.log_softmax(scores if pooling == "softmax" else scale * scores, -1)
+    return shares.amax(1) if pooling == "max" else shares.logsumexp(1)
+
+
+def check_pooling(pooling: str) -> None:
+    if pooling not in POOLINGS:
+        raise ValueError(f"Invalid pooling: expected one of {', '.join(POOLINGS)}, got {pooling!r}")
 
 
 def select_pages(
@@ -41,6 +54,7 @@ def select_pages(
     pooling: str,
     windows: torch.Tensor,
     flags: FlagList | None = None,
+    scale: float = 1.0,
 ) -> None:
     """Choose what each (request, KV head) attends to.
 
@@ -57,12 +71,15 @@ def select_pages(
         FRONT and BACK write the windows of requests over their budget; FIRST both windows of every request.
     sink_pages, recent_pages : int
         recent_pages is at least 1, and their sum less than any budget.
-    pooling : "softmax" | "mean"
+    pooling : "softmax" | "scaled" | "max" | "mean"
+        See `pool_group`.
     windows : int32, ``[2, max_requests + 1, num_kv_heads, max_budget_pages]``, device
         Written, by row of the request table: logical pages, ascending, -1 padded; the last, partial page is the last
         valid entry. The front is ``windows[step % 2]``.
     flags : FlagList, optional
         Only these rows; by default every row.
+    scale : float
+        Of attention's logits, for the poolings "scaled" and "max".
 
     Notes
     -----
@@ -89,7 +106,7 @@ def select_pages(
     page = torch.arange(max_pages, device=scores.device)
     is_candidate = (page >= sink_pages) & (page < num_pages - recent_pages)
     num_best = min(width - sink_pages - recent_pages, max_pages)
-    best = pool_group(scores, is_candidate, pooling).topk(num_best, -1).indices  # best first
+    best = pool_group(scores, is_candidate, pooling, scale).topk(num_best, -1).indices  # best first
     past_the_end = max_pages + width
     is_taken = column[:num_best] < budget - sink_pages - recent_pages
     best = best.masked_fill(~is_taken, past_the_end).sort(-1).values

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from freekv_kernels.select_pages import check_pooling
 from freekv_kernels.tables import Batch, FlagList, Read
 
 FIRST = tl.constexpr(int(Read.FIRST))
@@ -74,6 +75,7 @@ def _select_pages_kernel(
     flag_rows_ptr,
     flag_count_ptr,
     windows_ptr,
+    scale,
     scores_row_stride,
     scores_group_stride,
     windows_side_stride,
@@ -85,7 +87,7 @@ def _select_pages_kernel(
     SINK: tl.constexpr,
     RECENT: tl.constexpr,
     READ: tl.constexpr,
-    IS_SOFTMAX: tl.constexpr,
+    POOLING: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_W: tl.constexpr,
@@ -126,13 +128,14 @@ def _select_pages_kernel(
     BEGIN_BLOCK: tl.constexpr = SINK // BLOCK * BLOCK  # so that the first block has a candidate
     is_head = tl.arange(0, BLOCK_G) < GROUP_SIZE
 
-    if IS_SOFTMAX:  # of base 2 logarithms, which are cheaper and in the same order
+    if POOLING != "mean":  # of base 2 logarithms, which are cheaper and in the same order
+        log2_scale = scale * LOG2_E
         peak = tl.full((BLOCK_G,), float("-inf"), tl.float32)
         total = tl.zeros((BLOCK_G,), tl.float32)
         for first in range(BEGIN_BLOCK, end, BLOCK):
             page = first + tl.arange(0, BLOCK)
             x = _load_scores(scores_ptr, scores_group_stride, page, begin, end, readable_end, GROUP_SIZE, BLOCK_G)
-            x *= LOG2_E
+            x *= log2_scale
             peak_before, peak = peak, tl.maximum(peak, tl.max(x, 1))
             total = total * tl.exp2(peak_before - peak) + tl.sum(tl.exp2(x - peak[:, None]), 1)
         log_total = tl.where(is_head, peak + tl.log2(total), float("inf"))
@@ -141,12 +144,13 @@ def _select_pages_kernel(
     for first in range(BEGIN_BLOCK, end, BLOCK):
         page = first + tl.arange(0, BLOCK)
         x = _load_scores(scores_ptr, scores_group_stride, page, begin, end, readable_end, GROUP_SIZE, BLOCK_G)
-        if IS_SOFTMAX:
-            x = x * LOG2_E - log_total[:, None]
-            largest = tl.max(x, 0)
-            pooled = largest + tl.log2(tl.sum(tl.exp2(x - largest[None, :]), 0))
-        else:
+        if POOLING == "mean":
             pooled = tl.sum(tl.where(is_head[:, None], x, 0.0), 0) / GROUP_SIZE
+        else:
+            x = x * log2_scale - log_total[:, None]
+            pooled = tl.max(x, 0)
+            if POOLING != "max":
+                pooled += tl.log2(tl.sum(tl.exp2(x - pooled[None, :]), 0))
         is_candidate = (page >= begin) & (page < end)
         lowest = tl.minimum(lowest, tl.min(tl.where(is_candidate, _key(pooled), 0xFFFFFFFF)))
         highest = tl.maximum(highest, tl.max(tl.where(is_candidate, _key(pooled), 0)))
@@ -184,14 +188,14 @@ def select_pages(
     pooling: str,
     windows: torch.Tensor,
     flags: FlagList | None = None,
+    scale: float = 1.0,
 ) -> None:
     """See `freekv_kernels.select_pages`.
 
     One program per row; nothing is allocated. Blocks of pages are walked, and their pooled scores kept in place of
     the scores of the group's first head. Equal scores at the threshold are taken in page order.
     """
-    if pooling not in ("softmax", "mean"):
-        raise ValueError(f"Invalid pooling: expected 'softmax' or 'mean', got {pooling!r}")
+    check_pooling(pooling)
     num_rows, group_size, _ = scores.shape
     block_g = triton.next_power_of_2(group_size)
     # A decode step reads past a request's pages, so that accesses can be of 16 bytes. Prompts differ in length.
@@ -205,6 +209,7 @@ def select_pages(
         None if flags is None else flags.rows,
         None if flags is None else flags.count,
         windows,
+        1.0 if pooling == "softmax" else scale,
         *scores.stride()[:2],
         *windows.stride()[:3],
         NUM_KV_HEADS=windows.shape[2],
@@ -213,7 +218,7 @@ def select_pages(
         SINK=sink_pages,
         RECENT=recent_pages,
         READ=int(read),
-        IS_SOFTMAX=pooling == "softmax",
+        POOLING="softmax" if pooling == "scaled" else pooling,
         BLOCK=min(4096, 16384 // block_g),  # the scores of a block take 32 registers of each thread
         BLOCK_G=block_g,
         BLOCK_W=triton.next_power_of_2(windows.shape[3]),

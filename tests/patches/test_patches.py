@@ -326,6 +326,7 @@ def test_the_pool_is_as_wide_as_the_request_table_and_takes_the_plan_along(monke
     configurator = types.SimpleNamespace(
         server_args=server_args,
         device="cuda",
+        pool_page_size=32,
         model_config=types.SimpleNamespace(context_len=8192),
         layer_info=types.SimpleNamespace(start_layer=0, end_layer=32),
     )

@@ -87,13 +87,11 @@ HYBRID = {
 }
 GRAPHS = CudaGraphConfig(prefill=PhaseConfig("disabled"))
 ON_GPU = argparse.Namespace(
-    device="cuda", chunked_prefill_size=2048, cuda_graph_config=GRAPHS, tp_size=1, kv_cache_dtype="auto"
+    device="cuda", page_size=32, chunked_prefill_size=2048, cuda_graph_config=GRAPHS, tp_size=1, kv_cache_dtype="auto"
 )
 WIDE = {"hidden_size": 1024, "num_attention_heads": 8, "num_key_value_heads": 2}
 # One case per rule, and one per setting that several values of are refused.
 SETTINGS = [
-    "--page-size 64",
-    "--page-size 1",
     "--attention-backend triton",
     "--attention-backend fa3",
     "--prefill-attention-backend flashinfer",
@@ -208,6 +206,8 @@ def test_the_last_layer_may_be_dense_and_the_next_number_is_refused(parser, mode
 def test_a_chunk_that_ends_inside_a_page_is_refused(parser, model):
     with pytest.raises(SystemExit, match="--chunked-prefill-size is 100; give a multiple"):
         start(parser, model(LLAMA), "--chunked-prefill-size 100")
+    with pytest.raises(SystemExit, match=r"--chunked-prefill-size is 96; give a multiple of the page size \(64"):
+        start(parser, model(LLAMA), "--chunked-prefill-size 96 --page-size 64")
     assert start(parser, model(LLAMA), "--chunked-prefill-size 96").chunked_prefill_size == 96
     assert start(parser, model(LLAMA), "--chunked-prefill-size -1").chunked_prefill_size == -1
 
@@ -216,6 +216,8 @@ def test_a_chunk_that_ends_inside_a_page_is_refused(parser, model):
     ("flags", "sentence"),
     [
         ("--freekv-budget 100", "--freekv-budget is 100; give"),
+        ("--page-size 1", "--page-size is 1; give tokens, 16, 32 or 64"),
+        ("--page-size 64 --freekv-budget 1056", r"--freekv-budget is 1056; give .* page size \(64\)"),
         (
             "--kv-retrieval none --freekv-budget 512",
             "--freekv-budget has no effect without --kv-retrieval freekv",
@@ -235,7 +237,7 @@ def test_graphs_of_decode_may_be_sized_and_switched_off(parser, model):
 
 
 def test_a_device_without_kernels_is_refused():
-    resolved = argparse.Namespace(device="xpu", chunked_prefill_size=2048, cuda_graph_config=GRAPHS)
+    resolved = argparse.Namespace(device="xpu", page_size=32, chunked_prefill_size=2048, cuda_graph_config=GRAPHS)
     with pytest.raises(UnsupportedConfiguration, match="runs on cpu and on cuda, not on xpu"):
         check_resolved(resolved, FreeKVConfig())
 
@@ -340,12 +342,14 @@ def test_what_the_user_left_open_is_preset(parser, model):
 
 
 def test_what_the_user_chose_is_kept(parser, model):
-    server_args = start(parser, model(LLAMA), "--page-size 32 --attention-backend torch_native --random-seed 7")
-    assert (server_args.page_size, server_args.attention_backend, server_args.random_seed) == (
-        32,
-        "torch_native",
-        7,
-    )
+    server_args = start(parser, model(LLAMA), "--page-size 16 --attention-backend torch_native --random-seed 7")
+    assert server_args.page_size == server_args._freekv.page_size == 16
+    assert (server_args.attention_backend, server_args.random_seed) == ("torch_native", 7)
+
+
+def test_a_page_size_that_sglang_changes_is_refused(model):
+    with pytest.raises(UnsupportedConfiguration, match="--page-size is 16, and another flag makes it 64"):
+        check_resolved(on_gpu(model(LLAMA), page_size=64), FreeKVConfig(page_size=16))
 
 
 def test_presets_leave_the_callers_arguments_alone():
@@ -361,7 +365,7 @@ def test_keywords_of_the_engine_reach_the_config(model):
 
 
 def test_a_keyword_that_does_not_fit_raises_and_does_not_exit(model):
-    with pytest.raises(UnsupportedConfiguration, match="--page-size 16"):
-        ServerArgs(model_path=model(LLAMA), kv_retrieval="freekv", page_size=16)
+    with pytest.raises(UnsupportedConfiguration, match="--page-size is 8"):
+        ServerArgs(model_path=model(LLAMA), kv_retrieval="freekv", page_size=8)
     with pytest.raises(UnsupportedConfiguration, match="--freekv-tau has no effect"):
         ServerArgs(model_path=model(LLAMA), freekv_tau=0.5)

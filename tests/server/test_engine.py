@@ -56,7 +56,13 @@ def engines(
             "requests": [{"input_ids": prompts, "sampling_params": GREEDY}],
         },
         "bfloat16": {
-            "engine": {**COMMON, "model_path": str(model), "dtype": "bfloat16", "freekv_budget": BUDGET_COVERS},
+            "engine": {
+                **COMMON,
+                "model_path": str(model),
+                "dtype": "bfloat16",
+                "freekv_budget": BUDGET_COVERS,
+                "page_size": 16,
+            },
             "requests": [
                 {
                     "input_ids": prompts[-1],

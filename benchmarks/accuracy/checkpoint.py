@@ -1,0 +1,138 @@
+"""What becomes of a trained model: sharpened, judged at full attention, written as a checkpoint with its record."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from random import Random
+
+import torch
+from safetensors.torch import save_file
+from tqdm import tqdm
+from transformers import Qwen3ForCausalLM
+
+from benchmarks.accuracy import language as lang
+from benchmarks.accuracy.samples import Label, draw_batch
+from benchmarks.records import describe_commit, describe_environment
+
+_SHARPER = (1.0, 1.15, 1.3, 1.5)
+_JUDGED = {"ask": 3, "ask_several": 1, "scattered": 1}
+_LABELS = (Label.KEY, Label.JUMP, Label.COPY, Label.NEXT)
+
+
+@torch.no_grad()
+def accuracy(model: Qwen3ForCausalLM, context: int, samples: int, seed: str, bar: tqdm) -> dict[str, float]:
+    """Share of right next tokens by label, given the right ones before; full attention, float32.
+
+    Parameters
+    ----------
+    context : int
+        Tokens of a sample; the last eighth are questions and answers.
+    samples : int
+    seed : str
+        Not of the training: those generators are seeded with numbers.
+    """
+    tail = context // 8
+    right: dict[Label, list[torch.Tensor]] = {label: [] for label in _LABELS}
+    for i in range(samples):
+        batch = draw_batch(Random(f"{seed}-{context}-{i}"), _JUDGED, 1, context - tail, tail, max_position=0)
+        logits = model(input_ids=batch.tokens, logits_to_keep=tail + 1, use_cache=False).logits[:, :-1]
+        hit = logits.argmax(-1) == batch.tokens[:, -tail:]
+        for label in _LABELS:
+            right[label].append(hit[batch.labels[:, -tail:] == label])
+        bar.update()
+    return {label.name.lower(): torch.cat(hits).float().mean().item() for label, hits in right.items()}
+
+
+def sharpen(model: Qwen3ForCausalLM, contexts: Sequence[int] = (8192, 16384), samples: int = 4) -> dict[str, float]:
+    """Scale the queries behind the first layer so that attention stays sharp at lengths beyond the training's.
+
+    Softmax spreads as the context grows. Of a few factors the one with the best jumps is kept; it becomes a part of
+    the norm's weights.
+
+    Returns
+    -------
+    Factor, as text -> share of right jumps; "chosen" -> the factor.
+    """
+    norms = [layer.self_attn.q_norm for layer in model.model.layers[1:]]
+    trained = [norm.weight.detach().clone() for norm in norms]
+
+    def scale(factor: float) -> None:
+        for norm, weight in zip(norms, trained, strict=True):
+            norm.weight.data = weight * factor
+
+    jumps = {}
+    with tqdm(total=len(_SHARPER) * len(contexts) * samples, desc="sharpen") as bar:
+        for factor in _SHARPER:
+            scale(factor)
+            jumps[factor] = statistics.mean(accuracy(model, c, samples, "sharpen", bar)["jump"] for c in contexts)
+    chosen = max(jumps, key=jumps.get)
+    scale(chosen)
+    return {**{str(factor): value for factor, value in jumps.items()}, "chosen": chosen}
+
+
+def write(model: Qwen3ForCausalLM, out: Path, max_context: int, record: dict) -> None:
+    """Write the checkpoint in bfloat16, judge what was written, and put training.json beside it.
+
+    Parameters
+    ----------
+    out : Path
+        Folder: config.json, model.safetensors, tokenizer files, generation_config.json (answers end at ";").
+    record : dict
+        What is known of the training; accuracy by context, commit and environment are added.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    model.to(torch.bfloat16)
+    save_file(
+        {name: p.contiguous() for name, p in model.state_dict().items()}, out / "model.safetensors", {"format": "pt"}
+    )
+    model.to(torch.float32)
+    tokenizer, tokenizer_config = lang.build_tokenizer(max_context)
+    tokenizer.save(str(out / "tokenizer.json"))
+    config = {**model.config.to_dict(), "architectures": ["Qwen3ForCausalLM"], "dtype": "bfloat16"}
+    config |= {"torch_dtype": "bfloat16", "rope_theta": config["rope_parameters"]["rope_theta"]}
+    _write_json(out / "config.json", config)
+    _write_json(out / "tokenizer_config.json", tokenizer_config)
+    _write_json(out / "generation_config.json", {"eos_token_id": lang.END, "temperature": 0.0})
+    samples = {4096: 16, 8192: 12, 16384: 8, 32768: 2}
+    with tqdm(total=sum(samples.values()), desc="judge") as bar:
+        judged = {context: accuracy(model, context, n, "judge", bar) for context, n in samples.items()}
+    record |= {"accuracy": judged, "commit": describe_commit(), "environment": describe_environment()}
+    _write_json(out / "training.json", record)
+
+
+def draw_curves(curve: Path, out: Path, points: int = 200) -> None:
+    """Thin out a training's curve to `points` means, as JSON lines and as a picture of loss and accuracy."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    steps = [json.loads(line) for line in curve.read_text().splitlines()]
+    width = -(-len(steps) // points)
+    groups = [steps[i : i + width] for i in range(0, len(steps), width)]
+    names = ["loss", *(label.name.lower() for label in Label if label is not Label.NONE)]
+    thin = []
+    for group in groups:
+        means = {n: statistics.mean(s[n] for s in group if n in s) for n in names if any(n in s for s in group)}
+        thin.append({"step": group[-1]["step"], "stage": group[-1]["stage"], "seconds": group[-1]["seconds"], **means})
+    (out / "training.jsonl").write_text("".join(json.dumps(point) + "\n" for point in thin))
+    figure, axes = plt.subplots(2, 1, figsize=(9, 6.5), sharex=True, layout="constrained")
+    for name in names:
+        known = [p for p in thin if name in p]
+        axes[name != "loss"].plot([p["seconds"] / 60 for p in known], [p[name] for p in known], label=name)
+    for group in groups[1:]:
+        if group[0]["stage"] != steps[group[0]["step"] - 2]["stage"]:
+            for axis in axes:
+                axis.axvline(group[0]["seconds"] / 60, color="0.8", linewidth=0.8, zorder=0)
+            axes[0].text(group[0]["seconds"] / 60, axes[0].get_ylim()[1], group[0]["stage"], fontsize=8, color="0.4")
+    axes[0].set_ylabel("loss")
+    axes[1].set(ylabel="share of right tokens", xlabel="minutes", ylim=(0, 1.02))
+    axes[1].legend(ncols=6, fontsize=8, frameon=False)
+    figure.savefig(out / "training.png", dpi=110)
+
+
+def _write_json(path: Path, content: dict) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n")

@@ -1,0 +1,161 @@
+"""An audit of drift: how much queries and windows change from one decode step to the next.
+
+    python -m benchmarks.accuracy.drift --model benchmarks/accuracy/model --out benchmarks/results
+
+The share of flagged rows is the server's `flagged_rows / rows`: a row is one KV head of one layer at one step of a
+request over its budget, and its query is compared with the previous one, at the first step with the prompt's last.
+It differs in three points: the tokens are the right answers, not what the server generated; attention is dense, where a
+server's later layers see what the windows of earlier ones left; and queries are float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from benchmarks.accuracy.capture import Layer, load_model, prefill, run_tail
+from benchmarks.accuracy.rules import EXACT, SPECULATION, Rule, select
+from benchmarks.accuracy.transcripts import FAMILIES, Transcript, draw_transcript
+from benchmarks.records import RESULTS, RecordWriter
+from freekv_kernels import compare_queries
+
+TAUS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+
+
+class Drift(NamedTuple):
+    """One layer, over the decode steps of one or more transcripts."""
+
+    family: str
+    layer: int
+    cosine: torch.Tensor  # float32, [num_heads, steps], of each query with the previous one
+    similarity: torch.Tensor  # float32, [num_kv_heads, steps], as the engine averages it over the group
+    turnover: torch.Tensor  # float32, [num_kv_heads, steps], share of the selected pages that the last query missed
+
+    def flagged(self, tau: float) -> float:
+        """Share of rows that a threshold flags."""
+        return (self.similarity < tau).float().mean().item()
+
+
+def measure_layer(layer: Layer, steps: torch.Tensor, rule: Rule, budget: int) -> tuple[torch.Tensor, ...]:
+    """Cosine, similarity and turnover of one layer, as in `Drift`.
+
+    Parameters
+    ----------
+    steps : int64, ``[steps]``, which tokens of the tail; not the first
+    rule : Rule, of the selection; its `tau` is not used
+    budget : int, tokens, less than the context
+    """
+    now, before = layer.q[:, steps], layer.q[:, steps - 1]
+    cosine = torch.cosine_similarity(now, before, dim=-1)
+    rows = (x.unflatten(0, (len(layer.k), -1)).permute(2, 0, 1, 3) for x in (now, before))
+    similarity = compare_queries(*rows).T
+    exact, speculative = (
+        select(replace(rule, tau=tau), budget, layer.q, layer.k, steps) for tau in (EXACT, SPECULATION)
+    )
+    # Sink and recent pages are in both.
+    num_selected = (budget - rule.sink - rule.recent) // rule.page_size
+    return cosine, similarity, (exact & ~speculative).sum(-1) / num_selected
+
+
+def measure(model: PreTrainedModel, transcript: Transcript, rule: Rule, budget: int) -> list[Drift]:
+    """The drift of each layer on a transcript."""
+    capture = run_tail(model, prefill(model, transcript.document), transcript.tail)
+    return [
+        Drift(transcript.family, i, *measure_layer(layer, transcript.steps, rule, budget))
+        for i, layer in enumerate(capture.layers)
+    ]
+
+
+def merge(drifts: Sequence[Drift]) -> list[Drift]:
+    """One entry per family and layer."""
+    merged = []
+    for key in dict.fromkeys((drift.family, drift.layer) for drift in drifts):
+        same = [drift for drift in drifts if (drift.family, drift.layer) == key]
+        merged.append(Drift(*key, *(torch.cat(parts, -1) for parts in list(zip(*same, strict=True))[2:])))
+    return merged
+
+
+def render(drifts: Sequence[Drift]) -> str:
+    """Two markdown tables: by family and layer, and by layer and query head."""
+    header = ["family", "layer", "cosine", "its p10", "below 0.8", "below 0.9"]
+    header += [*(f"flagged at {tau}" for tau in TAUS), "pages that change"]
+    lines = [header, ["---"] * len(header)]
+    for d in drifts:
+        below = [(d.cosine < x).float().mean() for x in (0.8, 0.9)]
+        values = [d.cosine.mean(), d.cosine.quantile(0.1), *below, *map(d.flagged, TAUS), d.turnover.mean()]
+        lines.append([d.family, str(d.layer), *(f"{x:.2f}" for x in values)])
+
+    heads = range(len(drifts[0].cosine))
+    per_head = [["mean cosine", *(f"head {head}" for head in heads)], ["---"] * (len(heads) + 1)]
+    for number in sorted({d.layer for d in drifts}):
+        cosine = torch.cat([d.cosine for d in drifts if d.layer == number], -1).mean(-1)
+        per_head.append([f"layer {number}", *(f"{x:.2f}" for x in cosine)])
+    return "\n\n".join("\n".join(f"| {' | '.join(line)} |" for line in table) for table in (lines, per_head))
+
+
+def records(drifts: Sequence[Drift]) -> Iterator[tuple[str, float, dict[str, int | float | str]]]:
+    """Metric, value and parameters of what is kept of a run."""
+    for d in drifts:
+        of_layer = {"family": d.family, "layer": d.layer}
+        yield "cosine", d.cosine.mean().item(), of_layer
+        yield "page_turnover", d.turnover.mean().item(), of_layer
+        for tau in TAUS:
+            yield "flagged_share", d.flagged(tau), {**of_layer, "tau": tau}
+
+
+def draw(drifts: Sequence[Drift], path: Path) -> None:
+    """A picture: a row per layer; the cosines of its heads, the share that each threshold flags, the turnover."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    layers = sorted({d.layer for d in drifts})
+    figure, axes = plt.subplots(len(layers), 3, figsize=(13, 3 * len(layers)), squeeze=False, layout="constrained")
+    for number, (left, middle, right) in zip(layers, axes, strict=True):
+        of_layer = [d for d in drifts if d.layer == number]
+        cosine = torch.cat([d.cosine for d in of_layer], -1)
+        left.violinplot(list(cosine.numpy()), positions=range(len(cosine)), showmeans=True)
+        left.set(ylabel=f"layer {number}\ncosine", xlabel="query head", ylim=(-0.5, 1.02))
+        for d in of_layer:
+            middle.plot(TAUS, [d.flagged(tau) for tau in TAUS], marker="o", label=d.family)
+            right.ecdf(d.turnover.flatten().numpy(), label=d.family)
+        middle.set(xlabel="tau", ylabel="share of rows flagged", ylim=(0, 1.02))
+        right.set(xlabel="share of the selected pages that change", ylabel="share of steps", xlim=(0, 1))
+    axes[0, 1].legend()
+    figure.suptitle("Adjacent decode steps: queries, corrections, pages")
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, default=Path("benchmarks/accuracy/model"), help="checkpoint folder")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of drift.jsonl and drift.png")
+    parser.add_argument("--context", type=int, default=8192, help="tokens")
+    parser.add_argument("--budget", type=int, default=1024, help="tokens, for the turnover of pages")
+    parser.add_argument("--seeds", type=int, default=2, help="transcripts per family")
+    args = parser.parse_args()
+    if args.budget >= args.context:
+        parser.error(f"--budget {args.budget} covers the context: pass less than --context {args.context}")
+    model, drifts = load_model(args.model), []
+    for family in tqdm(FAMILIES):
+        for seed in range(args.seeds):
+            drifts += measure(model, draw_transcript(family, seed, args.context), Rule(), args.budget)
+    drifts = merge(drifts)
+    writer = RecordWriter("accuracy.drift", args.out / "drift.jsonl")
+    for metric, value, params in records(drifts):
+        writer.write(metric, value, "share", {"context": args.context, "budget": args.budget, **params})
+    draw(drifts, args.out / "drift.png")
+    print(render(drifts))
+
+
+if __name__ == "__main__":
+    main()

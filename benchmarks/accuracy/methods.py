@@ -1,0 +1,156 @@
+"""The methods that are compared, as data: a name and engine flags. One that comes later is a line in `METHODS`,
+or on the command line `NAME=FLAGS`.
+
+Budgets are asked for per request, so one server answers for all budgets of a method, and its prefix cache for all of
+them, too. What only flags can say (tau, page size, pooling, sink, recent, dense layers) takes a server each.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from sglang_freekv.config import FreeKVConfig
+
+# The engine selects at least one page, so a window has one, chosen by the step before and never corrected.
+WINDOW_SELECTED_PAGES = 1
+_FLOAT32 = 4  # bytes
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a request's KV is read. `flags` are the engine's, beyond those of a `Layout`."""
+
+    name: str
+    flags: tuple[str, ...] = ()
+    is_full: bool = False  # plain SGLang: no budget, no layout
+    is_window: bool = False  # sink and recent take the whole budget
+
+
+METHODS = {
+    method.name: method
+    for method in (
+        Method("full", is_full=True),
+        Method("window", ("--freekv-tau", "-1"), is_window=True),
+        Method("exact", ("--freekv-tau", "2")),
+        Method("speculation", ("--freekv-tau", "-1")),
+        Method("freekv-0.9", ("--freekv-tau", "0.9")),
+        Method("freekv-0.8", ("--freekv-tau", "0.8")),
+    )
+}
+
+
+def parse_method(text: str) -> Method:
+    """Look a method up by name, or read a new one: ``"dense0=--freekv-tau 0.9 --freekv-dense-layers 0"``.
+
+    Raises
+    ------
+    ValueError
+        If the name is unknown.
+    """
+    name, is_new, flags = text.partition("=")
+    if is_new:
+        return Method(name, tuple(shlex.split(flags)))
+    if name not in METHODS:
+        raise ValueError(f"unknown method {name!r}; give one of {', '.join(METHODS)}, or NAME=FLAGS for a new one")
+    return METHODS[name]
+
+
+class Layout(NamedTuple):
+    """Sizes of a retrieval method, in tokens; the engine's defaults."""
+
+    page_size: int = FreeKVConfig.page_size
+    pooling: str = FreeKVConfig.group_pooling
+    sink: int = FreeKVConfig.sink_tokens
+    recent: int = FreeKVConfig.recent_tokens
+    dense_layers: str = ""  # like the flag: "0,1"
+
+
+class Geometry(NamedTuple):
+    """What a model's config says about its KV."""
+
+    layers: int
+    kv_heads: int
+    head_dim: int
+
+    @classmethod
+    def read(cls, model: Path) -> Geometry:
+        config = json.loads((model / "config.json").read_text())
+        return cls(config["num_hidden_layers"], config["num_key_value_heads"], config["head_dim"])
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A server: a method, its layout, and the budgets (tokens, ascending) that requests ask it for."""
+
+    method: Method
+    layout: Layout
+    budgets: tuple[int | None, ...]
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """What tells it from other settings in results."""
+        layout = {} if self.method.is_full else self.layout._asdict()
+        return {"method": self.method.name, **layout}
+
+    @property
+    def name(self) -> str:
+        sizes = [str(value) for value in self.params.values() if value != ""]
+        return "-".join([*sizes, *(str(self.budgets[-1]) for _ in range(self.method.is_window))]).replace(",", "+")
+
+    def flags(self, geometry: Geometry, concurrency: int) -> list[str]:
+        """Flags of the server for its method and layout.
+
+        The device holds two windows of the largest budget for each of `concurrency` requests, which is what the engine
+        needs, and nothing more: what else is selected is recalled.
+        """
+        page_size, pooling, sink, recent, dense_layers = self.layout
+        flags = ["--page-size", page_size]
+        if self.method.is_full:
+            return [str(flag) for flag in flags]
+        largest = self.budgets[-1]
+        if self.method.is_window:
+            recent = largest - sink - WINDOW_SELECTED_PAGES * page_size
+        num_cached = geometry.layers - len([layer for layer in dense_layers.split(",") if layer])
+        block_bytes = 2 * page_size * geometry.head_dim * _FLOAT32
+        blocks = concurrency * 2 * (largest // page_size) * geometry.kv_heads + 1  # one more, for rounding
+        flags += ["--kv-retrieval", "freekv", "--freekv-budget", largest]
+        flags += ["--freekv-sink", sink, "--freekv-recent", recent, "--freekv-group-pooling", pooling]
+        flags += ["--freekv-dense-layers", dense_layers] if dense_layers else []
+        flags += ["--freekv-device-blocks-memory", f"{blocks * num_cached * block_bytes / 2**30:.9f}"]
+        return [str(flag) for flag in (*flags, *self.method.flags)]
+
+
+def settings(methods: Sequence[Method], layouts: Iterable[Layout], budgets: Iterable[int]) -> list[Setting]:
+    """Every method with every layout; full attention once. A window has its budget in its flags: a server for each.
+
+    Raises
+    ------
+    ValueError
+        If a budget leaves nothing to select.
+    """
+    budgets, layouts = tuple(sorted(set(budgets))), list(layouts)
+    for layout in layouts:
+        least = layout.sink + layout.recent + layout.page_size
+        wrong = [budget for budget in budgets if budget < least or budget % layout.page_size]
+        if wrong:
+            raise ValueError(
+                f"budget {wrong[0]} with pages of {layout.page_size}, sink {layout.sink} and recent {layout.recent}: "
+                f"give whole pages, at least {least} tokens, or a smaller sink and recent"
+            )
+    found: list[Setting] = []
+    for method in methods:
+        for layout in layouts:
+            if method.is_full:
+                found.append(Setting(method, layouts[0], (None,)))
+            elif method.is_window:
+                # Its page is not chosen by any pooling worth comparing.
+                one = layout._replace(pooling=layouts[0].pooling)
+                found += [Setting(method, one, (budget,)) for budget in budgets]
+            else:
+                found.append(Setting(method, layout, budgets))
+    return list(dict.fromkeys(found))

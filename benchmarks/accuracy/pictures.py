@@ -1,0 +1,133 @@
+"""Pictures of a matrix: accuracy against budget, and against recalled bytes, in a panel for each task group.
+
+python -m benchmarks.accuracy.pictures --records benchmarks/results/accuracy.jsonl --out DIR
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import mean
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.ticker import NullLocator, PercentFormatter, ScalarFormatter
+
+from benchmarks.accuracy.report import Row, group_rows, rows_of, varying
+from benchmarks.accuracy.results import FULL
+from benchmarks.records import RESULTS, Record, read_records
+
+# Okabe and Ito's palette, which the colour-blind tell apart; black is full attention.
+_COLORS = ("#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#F0E442")
+_MARKERS = "osD^vPX"
+_STYLE = {
+    "svg.hashsalt": "accuracy",  # the same picture gives the same file
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#dddddd",
+    "legend.frameon": False,
+}
+
+Point = tuple[float, float]
+
+
+def draw(records: Sequence[Record], folder: Path, context: int | None = None) -> list[Path]:
+    """Write budget.svg and recalled.svg: means over the tasks of a group, at one context, by default the longest."""
+    rows = rows_of(records)
+    context = context or max(row.params["context"] for row in rows)
+    rows = [row for row in rows if row.params["context"] == context]
+    folder.mkdir(parents=True, exist_ok=True)
+    pictures = {
+        "budget.svg": (_budget, "budget (tokens)", "log"),
+        "recalled.svg": (_recalled, "recalled per token (KiB)", "symlog"),
+    }
+    return [_draw(rows, context, folder / name, *axis) for name, axis in pictures.items()]
+
+
+def _budget(rows: Sequence[Row]) -> float | None:
+    return rows[0].params.get("budget")
+
+
+def _recalled(rows: Sequence[Row]) -> float | None:
+    values = [row.numbers["recalled_per_token"].value for row in rows if "recalled_per_token" in row.numbers]
+    return mean(values) / 1024 if values else None
+
+
+def _draw(
+    rows: Sequence[Row], context: int, path: Path, x_of: Callable[[Sequence[Row]], float | None], label: str, scale: str
+) -> Path:
+    fields = varying(rows)
+    names = list(dict.fromkeys(_name(row, fields) for row in rows if row.params["method"] != FULL))
+    groups = list(dict.fromkeys(row.params["group"] for row in rows))
+    with plt.rc_context(_STYLE):
+        width, height = min(len(groups), 3), -(-len(groups) // 3)
+        size = (3.2 * width, 2.6 * height + 0.6)
+        figure, axes = plt.subplots(height, width, figsize=size, sharey=True, squeeze=False, layout="constrained")
+        for panel in axes.flat[len(groups) :]:
+            panel.axis("off")
+        for group, panel in zip(groups, axes.flat, strict=False):
+            members = [row for row in rows if row.params["group"] == group]
+            _panel(panel, members, names, fields, x_of)
+            panel.set(title=group, xlabel=label, xscale=scale, ylim=(-0.03, 1.03))
+            panel.yaxis.set_major_formatter(PercentFormatter(1))
+            if scale == "log":
+                budgets = sorted({row.params["budget"] for row in members if "budget" in row.params})
+                panel.set_xticks(budgets)
+                panel.xaxis.set_major_formatter(ScalarFormatter())
+                panel.xaxis.set_minor_locator(NullLocator())
+        for panel in axes[:, 0]:
+            panel.set_ylabel("accuracy")
+        handles = {
+            text: line for panel in axes.flat for line, text in zip(*panel.get_legend_handles_labels(), strict=True)
+        }
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(handles), 4))
+        figure.suptitle(f"{context:,} tokens")
+        figure.savefig(path, metadata={"Date": None})
+        plt.close(figure)
+    return path
+
+
+def _panel(
+    panel: Axes,
+    rows: Sequence[Row],
+    names: Sequence[str],
+    fields: Sequence[str],
+    x_of: Callable[[Sequence[Row]], float | None],
+) -> None:
+    lines: dict[str, list[Point]] = {name: [] for name in names}
+    for members in group_rows(rows, fields).values():
+        score, x = mean(row.numbers["score"].value for row in members), x_of(members)
+        if members[0].params["method"] == FULL:
+            panel.axhline(score, color="black", linestyle="--", linewidth=1, label="full attention")
+        elif x is not None:
+            lines[_name(members[0], fields)].append((x, score))
+    for number, (name, points) in enumerate(lines.items()):
+        if points:
+            color, marker = _COLORS[number % len(_COLORS)], _MARKERS[number % len(_MARKERS)]
+            panel.plot(*zip(*points, strict=True), color=color, marker=marker, markersize=4, linewidth=1.3, label=name)
+
+
+def _name(row: Row, fields: Sequence[str]) -> str:
+    """A line of a picture: the method, and what of its layout differs between rows."""
+    layout = [f"{field.replace('_', ' ')} {row.params[field]}" for field in fields if field in row.params]
+    return ", ".join([row.params["method"], *layout])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--records", type=Path, default=RESULTS / "accuracy.jsonl")
+    parser.add_argument("--out", type=Path, required=True, help="folder")
+    parser.add_argument("--context", type=int, help="tokens (default: the longest)")
+    args = parser.parse_args()
+    for path in draw(read_records(args.records), args.out, args.context):
+        print(path)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""Tables of a matrix: one per task, a summary by task group, and accuracy by turn.
+
+    python -m benchmarks.accuracy.report benchmarks/README.md
+
+fills `<!-- accuracy FILE TABLE -->` ... `<!-- end -->` from benchmarks/results/FILE.jsonl; TABLE is a task's name,
+`summary` or `turns`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+from typing import Any, NamedTuple
+
+from benchmarks.accuracy.methods import METHODS, Layout
+from benchmarks.accuracy.results import FULL
+from benchmarks.records import Record, fill_marked, render_lines, sources
+
+_KIB = 1024
+
+
+class Row(NamedTuple):
+    """A cell of the matrix: what was run, and its numbers by metric."""
+
+    params: dict[str, Any]
+    numbers: dict[str, Record]
+    turns: dict[int, float]  # score by turn
+
+
+def rows_of(records: Sequence[Record]) -> list[Row]:
+    """Cells in the order of context, method, layout and budget; of equal ones the latest."""
+    found: dict[str, Row] = {}
+    for record in records:
+        params = {name: value for name, value in record.params.items() if name != "turn"}
+        row = found.setdefault(json.dumps(params, sort_keys=True), Row(params, {}, {}))
+        if record.metric == "turn_score":
+            row.turns[record.params["turn"]] = record.value
+        else:
+            row.numbers[record.metric] = record
+    return sorted(found.values(), key=_order)
+
+
+def _order(row: Row) -> tuple:
+    method = row.params["method"]
+    known = list(METHODS).index(method) if method in METHODS else len(METHODS)
+    layout = [(str(type(row.params.get(name))), row.params.get(name, 0)) for name in Layout._fields]
+    return row.params["context"], known, method, layout, row.params.get("budget", 0)
+
+
+def varying(rows: Sequence[Row]) -> list[str]:
+    """Fields of the layout in which the rows differ; full attention has none."""
+    values = {name: {row.params[name] for row in rows if name in row.params} for name in Layout._fields}
+    return [name for name, different in values.items() if len(different) > 1]
+
+
+def table(records: Sequence[Record], name: str) -> str:
+    """A table of this name, and below it what it was measured on.
+
+    Parameters
+    ----------
+    name : a task's, "summary" or "turns"
+    """
+    rows = rows_of(records)
+    lines = {"summary": _summary, "turns": _by_turn}.get(name, lambda rows: _task(rows, name))(rows)
+    if len(lines) <= 1:
+        return "No records yet.\n"
+    header, *body = lines
+    return f"{render_lines([header, ['---'] * len(header), *body])}\n{sources(records)}"
+
+
+def _labels(row: Row, fields: Sequence[str]) -> list[str]:
+    """Context, method, the fields of the layout, and budget."""
+    fields = ("context", "method", *fields, "budget")
+    return [str(row.params.get(field, "")) for field in fields]
+
+
+def _header(fields: Sequence[str]) -> list[str]:
+    return ["context", "method", *(field.replace("_", " ") for field in fields), "budget"]
+
+
+def _task(rows: Sequence[Row], task: str) -> list[list[str]]:
+    rows = [row for row in rows if row.params["task"] == task]
+    fields = varying(rows)
+    lines = [[*_header(fields), "score [95 %]", "share of full [95 %]", "recalled KiB/token", "flagged", "tokens/s"]]
+    for row in rows:
+        score, speed = row.numbers["score"], row.numbers.get("decode_throughput")
+        recalled, flagged = row.numbers.get("recalled_per_token"), row.numbers.get("flagged_share")
+        lines.append(
+            [
+                *_labels(row, fields),
+                _with_interval(score.value, row.numbers["score_high"]),
+                "" if score.ratio is None else _with_interval(score.ratio, row.numbers["share_high"]),
+                f"{recalled.value / _KIB:,.1f}" if recalled else "",
+                f"{flagged.value:.2f}" if flagged else "",
+                f"{speed.value:,.0f}" if speed else "",
+            ]
+        )
+    return lines
+
+
+def _with_interval(value: float, high: Record) -> str:
+    return f"{value:.3f} [{high.baseline_value:.3f}, {high.value:.3f}]"
+
+
+def _summary(rows: Sequence[Row]) -> list[list[str]]:
+    """Mean over the tasks of each group: score, and share of full attention's mean."""
+    fields, groups = varying(rows), list(dict.fromkeys(row.params["group"] for row in rows))
+    lines = [[*_header(fields), *groups]]
+    for labels, members in group_rows(rows, fields).items():
+        line = [*labels]
+        for group in groups:
+            scores = [row.numbers["score"] for row in members if row.params["group"] == group]
+            line.append(_mean(scores))
+        lines.append(line)
+    return lines
+
+
+def group_rows(rows: Sequence[Row], fields: Sequence[str]) -> dict[tuple[str, ...], list[Row]]:
+    """Rows of all tasks by context, method, layout and budget."""
+    found: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        found.setdefault(tuple(_labels(row, fields)), []).append(row)
+    return found
+
+
+def _mean(scores: Sequence[Record]) -> str:
+    if not scores:
+        return ""
+    value, full = mean(score.value for score in scores), [score.baseline_value for score in scores]
+    share = f" ({value / mean(full):.1%})" if None not in full and any(full) else ""
+    return f"{value:.3f}{share}"
+
+
+def _by_turn(rows: Sequence[Row]) -> list[list[str]]:
+    rows = sorted((row for row in rows if row.turns), key=lambda row: row.params["task"])
+    fields = varying(rows)
+    last = max((turn for row in rows for turn in row.turns), default=0)
+    lines = [["task", *_header(fields), *(f"turn {turn}" for turn in range(1, last + 1))]]
+    for row in rows:
+        turns = [f"{row.turns[turn]:.3f}" if turn in row.turns else "" for turn in range(1, last + 1)]
+        lines.append([row.params["task"], *_labels(row, fields), *turns])
+    return lines
+
+
+def render(records: Sequence[Record]) -> str:
+    """All tables of one run."""
+    tasks = dict.fromkeys(record.params["task"] for record in records)
+    parts = ["# Accuracy", _NOTE, "## By task group", table(records, "summary")]
+    for task in tasks:
+        parts += [f"## {task}", table(records, task)]
+    return "\n\n".join([*parts, "## By turn", table(records, "turns")])
+
+
+_NOTE = f"""\
+Scores are means over references. Brackets: 95 % intervals, by bootstrap over sessions. Shares are of full attention
+(`{FULL}`) on the same sessions; by group they are ratios of means over tasks. Recalled: from CPU memory, per generated
+token, where the device holds two windows of the largest budget for each request. Tokens/s: decoding, of the batch."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Fill the marked accuracy tables of markdown files from records.")
+    parser.add_argument("files", type=Path, nargs="+")
+    for path in parser.parse_args().files:
+        path.write_text(fill_marked(path.read_text(), "accuracy", table))
+
+
+if __name__ == "__main__":
+    main()

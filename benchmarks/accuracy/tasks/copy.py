@@ -1,0 +1,52 @@
+"""Copies of a passage: in one piece, and in pieces that lie pages apart.
+
+Each reference is a word of the passage; the score is the share of words that come in order, after the right word.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from random import Random
+
+from benchmarks.accuracy import documents as doc
+from benchmarks.accuracy import language as lang
+from benchmarks.accuracy.tasks.build import GeneratedTask, one_turn
+from benchmarks.accuracy.tasks.expected import Expected, passage_steps, steps
+from benchmarks.accuracy.tasks.session import Session
+
+_PASSAGE_WORDS, _SCATTERED_WORDS = 512, 96
+
+
+def passage(rng: Random, context: int) -> list[Session]:
+    """A record whose value is a passage of 512 different words (a thirty-second of the context where that is less)."""
+    length = min(_PASSAGE_WORDS, context // 32)
+    record = doc.Record(doc.draw_words(rng, 2), tuple(_different_words(rng, length)))
+    question = doc.question([record.key])
+    expected = Expected(doc.answer([record]), passage_steps, in_order=True)
+    room = context - len(question) - len(expected.answer)
+    document = doc.place(rng, [record.line()], doc.draw_depths(rng, 1), room)
+    return [one_turn(document, question, expected)]
+
+
+def scattered(rng: Random, context: int) -> list[Session]:
+    """A passage of 96 words after the one asked for (one for each 64 tokens of context where that is less).
+
+    Each word has a line of its own that points to the next. Lines are in random order and more than a page of 32
+    tokens apart, so every word takes another page. The last word has no line: the answer ends by its length.
+    """
+    length = min(_SCATTERED_WORDS, context // 64)
+    passage = _different_words(rng, length + 1)
+    lines = [[lang.RECORD, a, lang.POINTER, b, lang.NEWLINE] for a, b in pairwise(passage)]
+    answer = passage[:1] + [token for word in passage[1:] for token in (lang.POINTER, word)]
+    question = doc.question([(passage[0],)])
+    rng.shuffle(lines)
+    depths = [i / (length - 1) for i in range(length)]
+    document = doc.place(rng, lines, depths, context - len(question) - len(answer))
+    return [one_turn(document, question, Expected(answer, steps, in_order=True), ignore_eos=True)]
+
+
+def _different_words(rng: Random, count: int) -> list[int]:
+    return rng.sample(range(lang.FIRST_WORD, lang.VOCAB_SIZE), count)
+
+
+TASKS = [GeneratedTask(f.__name__, "copy", f) for f in (passage, scattered)]
