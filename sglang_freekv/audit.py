@@ -5,11 +5,14 @@ from __future__ import annotations
 import torch
 
 from freekv_kernels import Batch, Count, Read
+from freekv_kernels.encode_pages import code_steps, unpack_codes
 from sglang_freekv.kv_memory import KVMemory
 from sglang_freekv.retrieval import Retrieval, select_windows
 
 # Compared at a time, to bound the memory of the comparison.
 _BLOCKS_PER_CHUNK = 4096
+# Of a code's arithmetic in fp32, relative to its largest operand.
+_ROUNDING = 1e-6
 
 
 class AuditError(RuntimeError):
@@ -43,7 +46,10 @@ def audit_blocks(memory: KVMemory) -> None:
 
 
 def audit_summaries(memory: KVMemory, pages: torch.Tensor) -> None:
-    """Raise AuditError where the summary of one of `pages` (int64) is not the min and max of its keys on the host."""
+    """Raise AuditError where one of `pages` (int64) is not summarised by the min and max of its keys on the host.
+
+    And where a full page's keys are not within half a step of what their codes stand for.
+    """
     g, pages, filled = memory.geometry, pages.cpu(), memory.host.filled.cpu()
     pages = pages[filled[pages] > 0].unique()
     is_written = torch.arange(g.page_size) < filled[pages][:, None]
@@ -56,6 +62,15 @@ def audit_summaries(memory: KVMemory, pages: torch.Tensor) -> None:
         is_wrong = (summary != torch.stack((low, high), 2)).flatten(1).any(1)
         if is_wrong.any():
             raise AuditError(f"layer {layer.number}: wrong summary of host page {int(pages[is_wrong][0])}")
+        if layer.codes is not None:
+            full = pages[filled[pages] == g.page_size]
+            low, step = code_steps(layer.summary[full.to(layer.summary.device)].cpu()[:, :, None], g.key_bits)
+            values = unpack_codes(layer.codes[full.to(layer.codes.device)].cpu(), g.key_bits) + 0.5
+            keys = layer.host_kv[full, :, 0].float()
+            error = (low + values * step - keys).abs()
+            is_wrong = (error > step / 2 + _ROUNDING * (low.abs() + step * 2**g.key_bits)).flatten(1).any(1)
+            if is_wrong.any():
+                raise AuditError(f"layer {layer.number}: wrong codes of host page {int(full[is_wrong][0])}")
 
 
 def audit_windows(retrieval: Retrieval) -> None:

@@ -14,6 +14,7 @@ METHOD_OPTION = "kv_retrieval"
 OPTION_PREFIX = "freekv_"
 BUDGET_PARAM = "freekv_budget"  # key of a request's `custom_params`
 PAGE_SIZES = (16, 32, 64)
+KEY_BITS = (0, 1, 2, 4)
 GROUP_POOLINGS = ("softmax", "scaled", "max", "mean")
 
 
@@ -88,6 +89,14 @@ class FreeKVConfig:
         str,
         choices=GROUP_POOLINGS,
     )
+    key_bits: int = _flag(
+        "key-bits",
+        2,
+        "bits of each element of a key, kept on the device, by which pages are scored: 1, 2 or 4; 0: only by the minimum "
+        "and maximum of a page",
+        int,
+        choices=KEY_BITS,
+    )
     audit: bool = _flag("audit", False, "check every resident block and window after each step (slow)", bool)
     page_size: int = 32  # tokens; SGLang's --page-size
 
@@ -130,6 +139,8 @@ class FreeKVConfig:
         )
         is_pooling = self.group_pooling in GROUP_POOLINGS
         _require(is_pooling, "--freekv-group-pooling", self.group_pooling, _or(GROUP_POOLINGS))
+        is_known = _is_int(self.key_bits) and self.key_bits in KEY_BITS
+        _require(is_known, "--freekv-key-bits", self.key_bits, _or(KEY_BITS))
         _require(isinstance(self.audit, bool), "--freekv-audit", self.audit, "True or False")
 
     def _check_tokens(self, name: str) -> None:

@@ -27,6 +27,14 @@ class Geometry:
     head_dim: int  # as stored
     dtype: torch.dtype
     page_size: int = 32  # tokens per page
+    key_bits: int = 0  # of each element of a key, in the codes on the device; 0: no codes
+
+    def __post_init__(self) -> None:
+        if self.head_dim * self.key_bits % 8:
+            raise ValueError(
+                f"--freekv-key-bits is {self.key_bits}, which makes no whole bytes of a key's {self.head_dim} elements; "
+                f"give more bits, or 0 to select by minimum and maximum."
+            )
 
     @property
     def group_size(self) -> int:
@@ -44,8 +52,13 @@ class Geometry:
 
     @property
     def summary_bytes(self) -> int:
-        """Minimum and maximum of one page's keys, all layers and heads."""
-        return self.page_bytes // self.page_size
+        """What pages are selected by: minimum, maximum and codes of one page's keys, all layers and heads."""
+        return self.page_bytes // self.page_size + self.num_layers * self.num_kv_heads * self.code_bytes
+
+    @property
+    def code_bytes(self) -> int:
+        """Codes of the keys of one (page, layer, KV head)."""
+        return self.page_size * self.head_dim * self.key_bits // 8
 
     @property
     def token_bytes(self) -> int:

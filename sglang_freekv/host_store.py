@@ -19,6 +19,8 @@ class HostStore:
         One page is one self-contained record over all layers.
     summary : model dtype, ``[num_layers, num_pages, num_kv_heads, 2, head_dim]``, device
         Minimum and maximum of each page's post-RoPE keys.
+    codes : uint8, ``[num_layers, num_pages, num_kv_heads, page_size, head_dim * key_bits // 8]``, device
+        Full pages' keys in a few bits; without elements where `key_bits` is 0.
     filled : int32, ``[num_pages]``, device
         Tokens written to each page by its present owner.
     """
@@ -37,6 +39,8 @@ class HostStore:
         self.summary = torch.empty(
             (g.num_layers, num_pages, g.num_kv_heads, 2, g.head_dim), dtype=g.dtype, device=device
         )
+        code_shape = (g.num_layers, num_pages, g.num_kv_heads, g.page_size, g.head_dim * g.key_bits // 8)
+        self.codes = torch.empty(code_shape, dtype=torch.uint8, device=device)
         self.filled = torch.zeros(num_pages, dtype=torch.int32, device=device)
 
     def mark_filled(self, slots: torch.Tensor) -> None:

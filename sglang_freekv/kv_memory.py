@@ -22,6 +22,7 @@ class Layer(NamedTuple):
     number: int
     host_kv: torch.Tensor  # [num_pages, num_kv_heads, 2, page_size, head_dim], CPU
     summary: torch.Tensor  # [num_pages, num_kv_heads, 2, head_dim]
+    codes: torch.Tensor | None  # uint8 [num_pages, num_kv_heads, page_size, head_dim * key_bits // 8]
     block_kv: torch.Tensor  # [num_blocks, 2, page_size, head_dim]
     blocks: BlockTables  # without the leading dimension
     blocks_of_one: BlockTables  # with a leading dimension of 1
@@ -49,6 +50,11 @@ class KVMemory:
     device : str
     ops : Ops, optional
         By default Triton kernels on a GPU, and their references on a CPU.
+
+    Raises
+    ------
+    ValueError
+        If geometry and config differ in what both hold.
     """
 
     def __init__(
@@ -64,6 +70,10 @@ class KVMemory:
         ops: Ops | None = None,
     ) -> None:
         g = geometry
+        for name in ("page_size", "key_bits"):
+            in_geometry, in_config = getattr(g, name), getattr(config, name)
+            if in_geometry != in_config:
+                raise ValueError(f"{name} is {in_geometry} in the geometry and {in_config} in the config; give one.")
         self.geometry, self.config, self.max_requests, self.device = g, config, max_requests, device
         self.ops = ops or (REFERENCE if device == "cpu" else triton_ops())
         self.max_pages = num_pages_of(max_context, g.page_size)
@@ -116,6 +126,7 @@ class KVMemory:
             number=number,
             host_kv=self.host.kv[:, number],
             summary=self.host.summary[number],
+            codes=self.host.codes[number] if self.geometry.key_bits else None,
             block_kv=self.blocks.kv[number],
             blocks=BlockTables(*(tensor[0] for tensor in blocks_of_one)),
             blocks_of_one=blocks_of_one,
@@ -158,7 +169,7 @@ class KVMemory:
         return {
             "device_blocks_bytes": self.blocks.nbytes,
             "block_table_bytes": sum(tensor.nbytes for tensor in self.blocks.tables),
-            "page_summaries_bytes": self.host.summary.nbytes,
+            "page_summaries_bytes": self.host.summary.nbytes + self.host.codes.nbytes,
             "windows_bytes": self.windows.nbytes,
             "prefill_arena_bytes": self.arena.nbytes,
             "workspace_bytes": scores + lists + self._batch.page_table.nbytes,

@@ -169,7 +169,7 @@ def plan_memory(
             f"back window take {blocks_per_request * layer_blocks_bytes / GIB:.3f} GiB at a budget of "
             f"{config.max_budget_tokens:,} tokens; raise --freekv-device-blocks-memory or --mem-fraction-static, or "
             f"lower --freekv-max-budget, --freekv-budget or --freekv-host-memory (page summaries take "
-            f"1/{g.page_size} of it)"
+            f"{g.summary_bytes / g.page_bytes:.1%} of it)"
         )
     return MemoryPlan(
         geometry=g,

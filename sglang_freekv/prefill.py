@@ -182,6 +182,9 @@ class Prefill:
             ops.claim_blocks(plan.opened, layer.blocks_of_one, step, protect_back=True, stamp_back=False)
         written = (layer.host_kv, layer.summary, layer.block_kv, layer.blocks.table)
         ops.store_pages(k, v, plan.slots, plan.page_starts, *written)
+        if layer.codes is not None:
+            last_slots = plan.slots[plan.page_starts[1:] - 1]
+            ops.encode_pages(last_slots, layer.host_kv, layer.summary, layer.codes)
 
     def _start_windows(self, layer: Layer, q: torch.Tensor, scale: float) -> None:
         """Select the first windows with the last prompt token's query."""

@@ -144,6 +144,8 @@ class Retrieval:
         memory.ops.append_tokens(
             q, k, v, batch, memory.config.tau, *written, None if is_dense else flags, memory.counters.values
         )
+        if layer.codes is not None:
+            memory.ops.encode_pages(batch.slots, layer.host_kv, layer.summary, layer.codes)
         may_be_over = self._plan.may_be_over and not is_dense
         if may_be_over:
             select_windows(memory, layer, batch, Read.FRONT, scale, flags)
@@ -178,7 +180,7 @@ def select_windows(
     workspace = memory.scores[read != Read.FRONT] if read != Read.FIRST else None
     if workspace is not None:
         workspace = workspace[: len(batch.rows) * memory.geometry.num_kv_heads]
-    scores = ops.score_pages(layer.last_q, layer.summary, batch, read, flags, workspace)
+    scores = ops.score_pages(layer.last_q, layer.summary, batch, read, flags, workspace, layer.codes)
     rule = (config.sink_pages, config.recent_pages, config.group_pooling)
     ops.select_pages(scores, batch, read, *rule, layer.windows, flags, scale)
 

@@ -40,7 +40,7 @@ def plan_for(
     server_args = configurator.server_args
     ranks = max(server_args.tp_size // server_args.nnodes, 1)  # on this machine
     free_bytes = configurator._profile_available_bytes(pre_model_load_memory)
-    geometry = geometry_of(configurator)
+    geometry = geometry_of(configurator, config)
     max_context, attention_bytes = None, 0
     if configurator.device == "cpu":
         if (in_container := free_container_bytes()) is not None:  # SGLang asks the machine
@@ -65,7 +65,7 @@ def plan_for(
     return _agree(plan, server_args.tp_size)
 
 
-def geometry_of(configurator: KVCacheConfigurator) -> Geometry:
+def geometry_of(configurator: KVCacheConfigurator, config: FreeKVConfig) -> Geometry:
     """Shape of this rank's KV cache."""
     model, tp_size = configurator.model_config, get_parallel().attn_tp_size
     return Geometry(
@@ -75,6 +75,7 @@ def geometry_of(configurator: KVCacheConfigurator) -> Geometry:
         head_dim=stored_head_dim(model.head_dim, configurator.device),
         dtype=configurator.kv_cache_dtype,
         page_size=configurator.pool_page_size,
+        key_bits=config.key_bits,
     )
 
 

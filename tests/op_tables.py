@@ -33,3 +33,13 @@ def flags_of(rows: list[int], num_rows: int, device: str) -> FlagList:
     listed[: len(rows)] = torch.tensor(rows, dtype=torch.int32)
     count = torch.tensor([len(rows)], dtype=torch.int32)
     return FlagList(listed.to(device), count.to(device), torch.zeros(num_rows, dtype=torch.bool, device=device))
+
+
+def decode_keys(summary: torch.Tensor, codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What codes ``[..., page_size, bytes]`` stand for, and the steps: float64 ``[..., page_size or 1, head_dim]``."""
+    low, high = summary.double().cpu().unsqueeze(-3).unbind(-2)
+    num_bytes, channel = codes.shape[-1], torch.arange(low.shape[-1])
+    bits = num_bytes * 8 // len(channel)
+    code = (codes.cpu()[..., channel % num_bytes] >> (channel // num_bytes * bits)) & (2**bits - 1)
+    step = (high - low) / 2**bits
+    return low + (code + 0.5) * step, step

@@ -122,7 +122,7 @@ def draw_curves(curve: Path, out: Path, points: int = 200) -> None:
     figure, axes = plt.subplots(2, 1, figsize=(9, 6.5), sharex=True, layout="constrained")
     for name in names:
         known = [p for p in thin if name in p]
-        axes[name != "loss"].plot([p["seconds"] / 60 for p in known], [p[name] for p in known], label=name)
+        axes[int(name != "loss")].plot([p["seconds"] / 60 for p in known], [p[name] for p in known], label=name)
     for group in groups[1:]:
         if group[0]["stage"] != steps[group[0]["step"] - 2]["stage"]:
             for axis in axes:

@@ -123,7 +123,7 @@ def draw(drifts: Sequence[Drift], path: Path) -> None:
         of_layer = [d for d in drifts if d.layer == number]
         cosine = torch.cat([d.cosine for d in of_layer], -1)
         left.violinplot(list(cosine.numpy()), positions=range(len(cosine)), showmeans=True)
-        left.set(ylabel=f"layer {number}\ncosine", xlabel="query head", ylim=(-0.5, 1.02))
+        left.set(ylabel=f"layer {number}\ncosine", xlabel="query head", ylim=(-1.02, 1.02))
         for d in of_layer:
             middle.plot(TAUS, [d.flagged(tau) for tau in TAUS], marker="o", label=d.family)
             right.ecdf(d.turnover.flatten().numpy(), label=d.family)

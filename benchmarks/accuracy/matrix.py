@@ -116,7 +116,7 @@ class Matrix:
         plan = [(setting, [(b, budgets) for b, budgets in work if budgets]) for setting, work in plan]
         total = sum(batch.cost * len(budgets) for _, work in plan for batch, budgets in work)
         with (
-            tqdm(total=total, unit="tok", unit_scale=True, smoothing=0.1) as bar,
+            tqdm(total=total, unit="tok", unit_scale=True, smoothing=0.1, mininterval=_bar_seconds()) as bar,
             ThreadPoolExecutor(servers) as pool,
         ):
             jobs = [pool.submit(self._run_setting, setting, work, bar) for setting, work in plan if work]
@@ -144,7 +144,7 @@ class Matrix:
                 for budget in budgets:
                     if self._is_ended.is_set():
                         return
-                    bar.set_description(f"{setting.name} {batch.task} {batch.context} {budget or ''}".rstrip())
+                    bar.set_description(f"{setting.name} {batch.task} {batch.context} {budget or ''}", refresh=False)
                     cache = str(budget) if batch.is_multi_turn and budget is not None else None
                     if not is_read:
                         read_documents(client, batch.sessions, budget, cache)
@@ -171,6 +171,11 @@ class Matrix:
             seconds=played.seconds,
             counters=after and {name: after[name] - before[name] for name in after},
         )
+
+
+def _bar_seconds() -> float:
+    """A bar in a log file is a line for each time that it moves."""
+    return 0.5 if sys.stderr.isatty() else 20
 
 
 @dataclass(frozen=True)
@@ -248,6 +253,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--count", type=int, default=16, help="sessions of each task and context")
     add("--page-sizes", type=int, nargs="+", default=[layout.page_size], help="tokens")
     add("--poolings", nargs="+", default=[layout.pooling], help="of a group's scores")
+    add("--key-bits", type=int, nargs="+", default=[layout.key_bits], help="of the codes that pages are scored by")
     add("--sink", type=int, default=layout.sink, help="tokens")
     add("--recent", type=int, default=layout.recent, help="tokens")
     add("--dense-layers", default=layout.dense_layers, help='like the flag, "0,1"')
@@ -261,9 +267,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("server_flags", nargs="*", help="after --: more flags for every server")
     args = parser.parse_args(argv)
     layouts = [
-        Layout(page_size, pooling, args.sink, args.recent, args.dense_layers)
+        Layout(page_size, pooling, args.sink, args.recent, args.dense_layers, key_bits)
         for page_size in args.page_sizes
         for pooling in args.poolings
+        for key_bits in args.key_bits
     ]
     try:
         args.settings = settings([parse_method(text) for text in args.methods], layouts, args.budgets)

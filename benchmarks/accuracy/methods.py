@@ -68,6 +68,7 @@ class Layout(NamedTuple):
     sink: int = FreeKVConfig.sink_tokens
     recent: int = FreeKVConfig.recent_tokens
     dense_layers: str = ""  # like the flag: "0,1"
+    key_bits: int = FreeKVConfig.key_bits
 
 
 class Geometry(NamedTuple):
@@ -108,7 +109,7 @@ class Setting:
         The device holds two windows of the largest budget for each of `concurrency` requests, which is what the engine
         needs, and nothing more: what else is selected is recalled.
         """
-        page_size, pooling, sink, recent, dense_layers = self.layout
+        page_size, pooling, sink, recent, dense_layers, key_bits = self.layout
         flags = ["--page-size", page_size]
         if self.method.is_full:
             return [str(flag) for flag in flags]
@@ -120,6 +121,7 @@ class Setting:
         blocks = concurrency * 2 * (largest // page_size) * geometry.kv_heads + 1  # one more, for rounding
         flags += ["--kv-retrieval", "freekv", "--freekv-budget", largest]
         flags += ["--freekv-sink", sink, "--freekv-recent", recent, "--freekv-group-pooling", pooling]
+        flags += ["--freekv-key-bits", key_bits]
         flags += ["--freekv-dense-layers", dense_layers] if dense_layers else []
         flags += ["--freekv-device-blocks-memory", f"{blocks * num_cached * block_bytes / 2**30:.9f}"]
         return [str(flag) for flag in (*flags, *self.method.flags)]
@@ -149,7 +151,7 @@ def settings(methods: Sequence[Method], layouts: Iterable[Layout], budgets: Iter
                 found.append(Setting(method, layouts[0], (None,)))
             elif method.is_window:
                 # Its page is not chosen by any pooling worth comparing.
-                one = layout._replace(pooling=layouts[0].pooling)
+                one = layout._replace(pooling=layouts[0].pooling, key_bits=layouts[0].key_bits)
                 found += [Setting(method, one, (budget,)) for budget in budgets]
             else:
                 found.append(Setting(method, layout, budgets))

@@ -6,6 +6,7 @@ python -m benchmarks.accuracy.pictures --records benchmarks/results/accuracy.jso
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean
@@ -45,7 +46,7 @@ def draw(records: Sequence[Record], folder: Path, context: int | None = None) ->
     folder.mkdir(parents=True, exist_ok=True)
     pictures = {
         "budget.svg": (_budget, "budget (tokens)", "log"),
-        "recalled.svg": (_recalled, "recalled per token (KiB)", "symlog"),
+        "recalled.svg": (_recalled, "recalled per token (KiB)", "linear"),
     }
     return [_draw(rows, context, folder / name, *axis) for name, axis in pictures.items()]
 
@@ -66,7 +67,8 @@ def _draw(
     names = list(dict.fromkeys(_name(row, fields) for row in rows if row.params["method"] != FULL))
     groups = list(dict.fromkeys(row.params["group"] for row in rows))
     with plt.rc_context(_STYLE):
-        width, height = min(len(groups), 3), -(-len(groups) // 3)
+        width = math.ceil(math.sqrt(len(groups)))
+        height = math.ceil(len(groups) / width)
         size = (3.2 * width, 2.6 * height + 0.6)
         figure, axes = plt.subplots(height, width, figsize=size, sharey=True, squeeze=False, layout="constrained")
         for panel in axes.flat[len(groups) :]:
@@ -76,7 +78,7 @@ def _draw(
             _panel(panel, members, names, fields, x_of)
             panel.set(title=group, xlabel=label, xscale=scale, ylim=(-0.03, 1.03))
             panel.yaxis.set_major_formatter(PercentFormatter(1))
-            if scale == "log":
+            if scale == "log":  # budgets themselves, not powers of ten
                 budgets = sorted({row.params["budget"] for row in members if "budget" in row.params})
                 panel.set_xticks(budgets)
                 panel.xaxis.set_major_formatter(ScalarFormatter())

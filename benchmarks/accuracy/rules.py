@@ -64,6 +64,22 @@ def _largest_logit(q: torch.Tensor, k: torch.Tensor, part_size: int) -> torch.Te
     return logits.unflatten(-1, (-1, part_size)).amax(-1)
 
 
+def _low_bits(bits: int) -> Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]:
+    """Every key, each channel as one of ``2 ** bits`` equal parts of its page's range; the page counts by its best key.
+
+    Needs the minimum and maximum, and ``bits * head_dim`` bits per key.
+    """
+
+    def score(q: torch.Tensor, k: torch.Tensor, part_size: int) -> torch.Tensor:
+        pages = k[:, : k.shape[1] // part_size * part_size].unflatten(1, (-1, part_size))
+        low, high = pages.amin(2, keepdim=True), pages.amax(2, keepdim=True)
+        step = ((high - low) / 2**bits).clamp(min=1e-9)
+        rounded = low + step * (((pages - low) / step).floor().clamp(max=2**bits - 1) + 0.5)
+        return _largest_logit(q, rounded.flatten(1, 2), part_size)
+
+    return score
+
+
 def _sum_of_weights(q: torch.Tensor, k: torch.Tensor, part_size: int) -> torch.Tensor:
     """Reads every key: the logarithm of a page's attention weight, up to a constant."""
     scale = q.shape[-1] ** -0.5
@@ -75,6 +91,7 @@ SUMMARIES: dict[str, Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]] 
     "min-max": _min_max,
     "half box": _half_box,
     "mean key": _mean_key,
+    **{f"{bits}-bit keys": _low_bits(bits) for bits in (1, 2, 4)},
     "largest logit": _largest_logit,
     "sum of weights": _sum_of_weights,
 }
@@ -156,16 +173,21 @@ def _scores(rule: Rule, q: torch.Tensor, k: torch.Tensor, steps: torch.Tensor) -
 
 _ENGINE = Rule()
 _FINE = replace(_ENGINE, pooling="scaled softmax")
+_LOW_BITS = replace(_ENGINE, summary="2-bit keys")
 RULES: dict[str, Rule] = {
     "engine": _ENGINE,
     **{f"page {n}": replace(_ENGINE, page_size=n) for n in (16, 64)},
-    **{f"parts {n}": replace(_ENGINE, parts=n) for n in (2, 4)},
+    **{f"parts {n}": replace(_ENGINE, parts=n) for n in (2, 4, 8)},
+    "page 16, parts 2": replace(_ENGINE, page_size=16, parts=2),
     **{name: replace(_ENGINE, summary=name) for name in SUMMARIES if name != "min-max"},
     **{name: replace(_ENGINE, pooling=name) for name in POOLINGS if name != "softmax"},
     **{f"parts {n}, scaled softmax": replace(_FINE, parts=n) for n in (2, 4)},
     "half box, parts 2": replace(_ENGINE, summary="half box", parts=2),
     "largest logit, scaled softmax": replace(_FINE, summary="largest logit"),
     "sum of weights, scaled softmax": replace(_FINE, summary="sum of weights"),
+    **{f"{n}-bit keys, scaled softmax": replace(_FINE, summary=f"{n}-bit keys") for n in (1, 2)},
+    **{f"2-bit keys, tau {tau}": replace(_LOW_BITS, tau=tau) for tau in (0.9, 0.8, 0.7, 0.5)},
+    "2-bit keys, speculation": replace(_LOW_BITS, tau=SPECULATION),
     "dense layer 0": replace(_ENGINE, dense_layers=(0,)),
     **{f"tau {tau}": replace(_ENGINE, tau=tau) for tau in (0.9, 0.8, 0.7, 0.5)},
     "speculation": replace(_ENGINE, tau=SPECULATION),

@@ -15,6 +15,7 @@ from freekv_kernels.attend_window import attend_window
 from freekv_kernels.begin_step import begin_step
 from freekv_kernels.claim_blocks import claim_blocks
 from freekv_kernels.compare_queries import compare_queries
+from freekv_kernels.encode_pages import encode_pages
 from freekv_kernels.fill_arena import fill_arena
 from freekv_kernels.list_pages import list_pages
 from freekv_kernels.lookup_blocks import lookup_blocks
@@ -40,6 +41,7 @@ class Ops(NamedTuple):
     claim_blocks: Callable[..., None]
     recall_blocks: Callable[..., None]
     store_pages: Callable[..., None]
+    encode_pages: Callable[..., None]
     fill_arena: Callable[..., None]
 
 
@@ -54,6 +56,7 @@ REFERENCE = Ops(
     claim_blocks,
     recall_blocks,
     store_pages,
+    encode_pages,
     fill_arena,
 )
 
@@ -81,6 +84,7 @@ __all__ = [
     "begin_step",
     "claim_blocks",
     "compare_queries",
+    "encode_pages",
     "fill_arena",
     "list_pages",
     "lookup_blocks",

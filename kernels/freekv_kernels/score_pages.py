@@ -1,9 +1,10 @@
-"""Score pages: an upper bound of the attention logit of every token of a page."""
+"""Score pages: the largest attention logit of a page's tokens, bounded by its summary or estimated by its codes."""
 
 from __future__ import annotations
 
 import torch
 
+from freekv_kernels.encode_pages import code_steps, unpack_codes
 from freekv_kernels.tables import Batch, FlagList, Read
 
 
@@ -14,11 +15,13 @@ def score_pages(
     read: Read,
     flags: FlagList | None = None,
     out: torch.Tensor | None = None,
+    codes: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Bound the logits of each page for each query head, in the rows of requests over their budget.
+    """Score each page for each query head, in the rows of requests over their budget.
 
-    score[b, h, g, p] = sum_d max(q[d] * lo[d], q[d] * hi[d])
-    with q = queries[rows[b], h, g] and lo, hi = summary[page_table[b, p], h], for p < num_pages[b].
+    With q = queries[rows[b], h, g] and lo, hi = summary[page_table[b, p], h], for p < num_pages[b]:
+      without codes  score[b, h, g, p] = sum_d max(q[d] * lo[d], q[d] * hi[d]), a bound
+      with codes     score[b, h, g, p] = max over the tokens of sum_d q[d] * k'[d], k' of `encode_pages`
 
     As lo <= hi, the larger product takes hi where q > 0 and lo elsewhere: one matrix product.
 
@@ -35,6 +38,8 @@ def score_pages(
     out : float32, ``[batch_size * num_kv_heads, group_size, max_pages]``, device, optional
         Where to write; entries of other rows, and past a request's pages, keep their values. `select_pages` may use the
         scored rows as its workspace.
+    codes : uint8, ``[num_pages, num_kv_heads, page_size, head_dim * bits // 8]``, device, optional
+        The score of a page that is not full is undefined with them, and may be NaN.
 
     Returns
     -------
@@ -56,8 +61,12 @@ def score_pages(
     records = batch.page_table[request] * num_kv_heads + head[:, None]  # [n, max_pages]
     bounds = summary.view(num_pages * num_kv_heads, 2 * head_dim).index_select(0, records.flatten()).float()
     q = queries[batch.rows[request], head].float()
-    q = torch.cat((q.clamp(max=0), q.clamp(min=0)), -1)  # the halves meet lo and hi
-    scores = q @ bounds.view(*records.shape, 2 * head_dim).transpose(-1, -2)
+    bounds = bounds.view(*records.shape, 2, head_dim)
+    if codes is None:
+        q = torch.cat((q.clamp(max=0), q.clamp(min=0)), -1)  # the halves meet lo and hi
+        scores = q @ bounds.flatten(2).transpose(-1, -2)
+    else:
+        scores = _score_codes(q, bounds, codes.flatten(0, 1), records)
     if out is not None:
         is_page = torch.arange(max_pages, device=out.device) < batch.num_pages[request, None]
         out[rows, :, :max_pages] = scores.where(is_page[:, None], out[rows, :, :max_pages])
@@ -65,6 +74,18 @@ def score_pages(
     if flags is None and len(rows) == shape[0]:
         return scores
     return scores.new_empty(shape).index_copy_(0, rows, scores)
+
+
+def _score_codes(q: torch.Tensor, bounds: torch.Tensor, codes: torch.Tensor, records: torch.Tensor) -> torch.Tensor:
+    """Scores ``[n, group_size, max_pages]`` by codes ``[num_pages * num_kv_heads, page_size, bytes]``."""
+    bits = codes.shape[-1] * 8 // q.shape[-1]
+    low, step = code_steps(bounds, bits)  # [n, max_pages, head_dim]
+    scores = q @ (low + step / 2).transpose(-1, -2)
+    for row, row_scores in enumerate(scores):  # a row's tokens fit a cache
+        tokens = unpack_codes(codes[records[row]], bits).float()  # [max_pages, page_size, head_dim]
+        by_step = q[row] * step[row, :, None]  # [max_pages, group_size, head_dim]
+        row_scores += torch.bmm(by_step, tokens.transpose(1, 2)).amax(-1).T
+    return scores
 
 
 def listed_rows(batch: Batch, read: Read, num_kv_heads: int, flags: FlagList | None) -> torch.Tensor:

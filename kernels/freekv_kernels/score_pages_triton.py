@@ -23,6 +23,7 @@ def _score_pages_kernel(
     flag_rows_ptr,
     flag_count_ptr,
     out_ptr,
+    codes_ptr,
     query_row_stride,
     query_head_stride,
     query_group_stride,
@@ -39,6 +40,8 @@ def _score_pages_kernel(
     BLOCK_G: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    NUM_BYTES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     # A short list gets more programs per row.
@@ -67,7 +70,13 @@ def _score_pages_kernel(
         mask=is_head[:, None] & is_dim[None, :],
         other=0.0,
     ).to(tl.float32)
-    q_for_lo, q_for_hi = tl.minimum(q, 0.0), tl.maximum(q, 0.0)
+    if codes_ptr is None:
+        q_for_lo, q_for_hi = tl.minimum(q, 0.0), tl.maximum(q, 0.0)
+    else:
+        bits: tl.constexpr = NUM_BYTES * 8 // HEAD_DIM
+        codes_ptr += head.to(tl.int64) * (PAGE_SIZE * NUM_BYTES)
+        in_codes = tl.arange(0, PAGE_SIZE)[:, None] * NUM_BYTES + (dim % NUM_BYTES)[None, :]
+        shift = dim // NUM_BYTES * bits
 
     page_table_ptr += request.to(tl.int64) * page_table_stride
     summary_ptr += head.to(tl.int64) * summary_head_stride
@@ -80,8 +89,19 @@ def _score_pages_kernel(
         is_bound = is_page[:, None] & is_dim[None, :]
         lo = tl.load(bounds_ptr, mask=is_bound, other=0.0).to(tl.float32)
         hi = tl.load(bounds_ptr + summary_bound_stride, mask=is_bound, other=0.0).to(tl.float32)
-        scores = tl.dot(q_for_lo, lo.T, input_precision=PRECISION)
-        scores = tl.dot(q_for_hi, hi.T, scores, input_precision=PRECISION)
+        if codes_ptr is None:
+            scores = tl.dot(q_for_lo, lo.T, input_precision=PRECISION)
+            scores = tl.dot(q_for_hi, hi.T, scores, input_precision=PRECISION)
+        else:
+            # A byte is loaded once per channel in it, from one line of the cache: all channels are there for one dot.
+            code_ptrs = codes_ptr + page[:, None, None] * (NUM_KV_HEADS * PAGE_SIZE * NUM_BYTES) + in_codes[None, :, :]
+            code = tl.load(code_ptrs, mask=is_bound[:, None, :], other=0).to(tl.int32)
+            code = (code >> shift[None, None, :]) & (2**bits - 1)
+            step = (hi - lo) * 2.0**-bits
+            k = (lo + step / 2)[:, None, :] + code.to(tl.float32) * step[:, None, :]
+            k = k.reshape(BLOCK_P * PAGE_SIZE, BLOCK_D)
+            logits = tl.dot(q, k.T, input_precision=PRECISION)
+            scores = tl.max(logits.reshape(BLOCK_G, BLOCK_P, PAGE_SIZE), 2)
         tl.store(
             out_ptr + group[:, None] * out_group_stride + logical[None, :],
             scores,
@@ -96,6 +116,7 @@ def score_pages(
     read: Read,
     flags: FlagList | None = None,
     out: torch.Tensor | None = None,
+    codes: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `freekv_kernels.score_pages`.
 
@@ -107,7 +128,12 @@ def score_pages(
     if out is None:
         out = queries.new_empty((num_rows, group_size, max_pages), dtype=torch.float32)
     block_d = triton.next_power_of_2(head_dim)
-    block_p = 8192 // block_d  # 16 KiB of minima, and of maxima, at 2 bytes
+    page_size, num_bytes = (0, 0) if codes is None else codes.shape[2:]
+    if codes is None:
+        block_p, num_warps = 8192 // block_d, 4  # 16 KiB of minima, and of maxima, at 2 bytes
+    else:
+        block_p = max(1, 8192 // (page_size * block_d))
+        num_warps = max(4, page_size * block_d // 2048)  # at most 64 elements of keys a thread
     num_programs = min(num_rows * triton.cdiv(max_pages, block_p), max(num_rows, NUM_PROGRAMS))
     _score_pages_kernel[(num_programs,)](
         queries,
@@ -120,6 +146,7 @@ def score_pages(
         None if flags is None else flags.rows,
         None if flags is None else flags.count,
         out,
+        codes,
         *queries.stride()[:3],
         *summary.stride()[:3],
         batch.page_table.stride(0),
@@ -131,7 +158,10 @@ def score_pages(
         BLOCK_G=16,
         BLOCK_P=block_p,
         BLOCK_D=block_d,
-        # The products of 16-bit numbers are exact in tf32, and summed in fp32.
+        PAGE_SIZE=page_size,
+        NUM_BYTES=num_bytes,
+        # The products of 16-bit numbers are exact in tf32, and summed in fp32; decoded keys are rounded to 11 bits.
         PRECISION="ieee" if queries.dtype == torch.float32 else "tf32",
+        num_warps=num_warps,
     )
     return out

@@ -230,6 +230,7 @@ def test_multivalue_has_four_values_of_one_name_in_any_order():
         stored = [content for _, content in stored_records(document_of(session)) if content[0] == name]
         assert len(wanted) == len(stored) == 4
         assert {record[0] for record in wanted} == {name}
+        assert len({record[2:] for record in wanted}) == 4
         in_order.append([content[:2] for content in stored] == [record[:2] for record in wanted])
     assert not all(in_order)
 

@@ -10,11 +10,12 @@ from random import Random
 
 from benchmarks.accuracy import documents as doc
 from benchmarks.accuracy import language as lang
-from benchmarks.accuracy.tasks.build import GeneratedTask, one_turn
+from benchmarks.accuracy.tasks.build import GeneratedTask, one_turn, take
 from benchmarks.accuracy.tasks.expected import Expected, passage_steps, steps
 from benchmarks.accuracy.tasks.session import Session
 
 _PASSAGE_WORDS, _SCATTERED_WORDS = 512, 96
+_OTHERS = 0.5  # of the tokens that the passage leaves, at most
 
 
 def passage(rng: Random, context: int) -> list[Session]:
@@ -32,17 +33,25 @@ def scattered(rng: Random, context: int) -> list[Session]:
     """A passage of 96 words after the one asked for (one for each 64 tokens of context where that is less).
 
     Each word has a line of its own that points to the next. Lines are in random order and more than a page of 32
-    tokens apart, so every word takes another page. The last word has no line: the answer ends by its length.
+    tokens apart, so every word takes another page; between them lie such lines of another passage. The last word has no
+    line: the answer ends by its length.
     """
     length = min(_SCATTERED_WORDS, context // 64)
-    passage = _different_words(rng, length + 1)
-    lines = [[lang.RECORD, a, lang.POINTER, b, lang.NEWLINE] for a, b in pairwise(passage)]
+    different = _different_words(rng, len(lang.WORDS))
+    passage, other_passage = different[: length + 1], different[length + 1 :]
+    lines, others = ([_link(*pair) for pair in pairwise(words)] for words in (passage, other_passage))
     answer = passage[:1] + [token for word in passage[1:] for token in (lang.POINTER, word)]
     question = doc.question([(passage[0],)])
     rng.shuffle(lines)
     depths = [i / (length - 1) for i in range(length)]
-    document = doc.place(rng, lines, depths, context - len(question) - len(answer))
+    room = context - len(question) - len(answer)
+    others = take([[line] for line in others], _OTHERS * (room - sum(map(len, lines))))
+    document = doc.place(rng, lines, depths, room, others)
     return [one_turn(document, question, Expected(answer, steps, in_order=True), ignore_eos=True)]
+
+
+def _link(word: int, next_word: int) -> doc.Line:
+    return [lang.RECORD, word, lang.POINTER, next_word, lang.NEWLINE]
 
 
 def _different_words(rng: Random, count: int) -> list[int]:

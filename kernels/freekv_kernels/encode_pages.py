@@ -1,0 +1,53 @@
+"""Encode the keys of full pages in a few bits: what `score_pages` scores tokens by."""
+
+from __future__ import annotations
+
+import torch
+
+BITS = (1, 2, 4)
+LEAST_STEP = 1e-30  # where a channel is constant
+
+
+def encode_pages(slots: torch.Tensor, host_kv: torch.Tensor, summary: torch.Tensor, codes: torch.Tensor) -> None:
+    """Encode the pages that end with one of these slots; others are not full yet, and nobody scores them.
+
+    With lo, hi = summary[page, h] and step = (hi - lo) / 2 ** bits, in fp32:
+      code[d] = floor((k[d] - lo[d]) / step[d]), at most 2 ** bits - 1;  k'[d] = lo[d] + (code[d] + 1/2) * step[d]
+
+    Parameters
+    ----------
+    slots : int64, ``[n]``, device
+        Token slots that were just written, at most one of a page.
+    host_kv : model dtype, ``[num_pages, num_kv_heads, 2, page_size, head_dim]``, CPU (pinned)
+        One layer of the host store, a strided view: the keys are read from here.
+    summary : model dtype, ``[num_pages, num_kv_heads, 2, head_dim]``, device
+    codes : uint8, ``[num_pages, num_kv_heads, page_size, head_dim * bits // 8]``, device
+        Written. Byte j of a token holds channels j, j + n, j + 2n ... from its lowest bits, n bytes per token.
+
+    Notes
+    -----
+    A range per channel of a page, because keys have channels with values far from the others' (KIVI, arXiv
+    2402.02750). Minimum and maximum alone bound every token of a page at once, and most of that bound is nobody's.
+    """
+    page_size, head_dim = host_kv.shape[3:]
+    pages = slots[slots % page_size == page_size - 1] // page_size
+    bits = codes.shape[-1] * 8 // head_dim
+    low, step = code_steps(summary[pages], bits)
+    k = host_kv[pages, :, 0].float()
+    values = ((k - low[:, :, None]) / step[:, :, None]).floor_().clamp_(0, 2**bits - 1).to(torch.uint8)
+    parts = values.unflatten(-1, (8 // bits, -1))  # [n, num_kv_heads, page_size, channels in a byte, bytes]
+    packed = parts[..., 0, :]
+    for i in range(1, 8 // bits):
+        packed = packed | (parts[..., i, :] << (i * bits))
+    codes[pages] = packed
+
+
+def code_steps(summary: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """lo and step of summaries ``[..., 2, head_dim]``: float32, ``[..., head_dim]`` each."""
+    low, high = summary.float().unbind(-2)
+    return low, ((high - low) / 2**bits).clamp_min_(LEAST_STEP)
+
+
+def unpack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """uint8 ``[..., bytes]`` -> uint8 ``[..., head_dim]``, in the order of the channels."""
+    return torch.cat([(codes >> (i * bits)) & (2**bits - 1) for i in range(8 // bits)], -1)

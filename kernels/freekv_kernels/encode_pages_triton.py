@@ -1,0 +1,75 @@
+"""Kernel of encode_pages: a fixed number of programs walk the (slot, KV head) records and encode those of full pages."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from freekv_kernels.encode_pages import LEAST_STEP
+
+_MAX_PROGRAMS = 128  # as many as of store_pages, which is as far from filling the link with one per SM
+_LEAST_STEP = tl.constexpr(LEAST_STEP)
+
+
+@triton.jit(do_not_specialize=["num_slots"], do_not_specialize_on_alignment=["slots_ptr"])
+def _encode_pages_kernel(
+    slots_ptr,
+    host_kv_ptr,
+    summary_ptr,
+    codes_ptr,
+    host_page_stride,
+    num_slots,
+    NUM_KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    BITS: tl.constexpr,
+    NUM_BYTES: tl.constexpr,
+    BLOCK_BYTES: tl.constexpr,
+):
+    i, byte = tl.arange(0, PAGE_SIZE)[:, None], tl.arange(0, BLOCK_BYTES)
+    is_byte = byte < NUM_BYTES
+    for record in range(tl.program_id(0), num_slots * NUM_KV_HEADS, tl.num_programs(0)):
+        slot, head = tl.load(slots_ptr + record // NUM_KV_HEADS), record % NUM_KV_HEADS
+        if slot % PAGE_SIZE == PAGE_SIZE - 1:
+            page = slot // PAGE_SIZE  # int64, as are all offsets below that start from it
+            page_head = page * NUM_KV_HEADS + head
+            key_ptrs = host_kv_ptr + page * host_page_stride + head * (2 * PAGE_SIZE * HEAD_DIM) + i * HEAD_DIM
+            low_ptrs = summary_ptr + page_head * (2 * HEAD_DIM)
+            packed = tl.zeros((PAGE_SIZE, BLOCK_BYTES), tl.int32)
+            for part in tl.static_range(8 // BITS):
+                d = part * NUM_BYTES + byte
+                k = tl.load(key_ptrs + d[None, :], is_byte[None, :], other=0.0).to(tl.float32)
+                low = tl.load(low_ptrs + d, is_byte, other=0.0).to(tl.float32)
+                high = tl.load(low_ptrs + HEAD_DIM + d, is_byte, other=0.0).to(tl.float32)
+                step = tl.maximum((high - low) * 2.0**-BITS, _LEAST_STEP)
+                value = tl.div_rn(k - low[None, :], tl.broadcast_to(step[None, :], k.shape))  # rounded as in torch
+                value = tl.minimum(value, 2**BITS - 1).to(tl.int32)  # not negative: truncation is floor
+                packed |= value << (part * BITS)
+            code_ptrs = codes_ptr + page_head * (PAGE_SIZE * NUM_BYTES) + i * NUM_BYTES + byte[None, :]
+            tl.store(code_ptrs, packed.to(tl.uint8), is_byte[None, :])
+
+
+def encode_pages(slots: torch.Tensor, host_kv: torch.Tensor, summary: torch.Tensor, codes: torch.Tensor) -> None:
+    """See `freekv_kernels.encode_pages`. The grid depends on shapes only: a CUDA graph can hold it.
+
+    Which pages are full is read on the device, and their keys over the link, in place, once.
+    """
+    num_kv_heads, _, page_size, head_dim = host_kv.shape[1:]
+    num_bytes = codes.shape[-1]
+    block_bytes = triton.next_power_of_2(num_bytes)
+    _encode_pages_kernel[(min(len(slots) * num_kv_heads, _MAX_PROGRAMS),)](
+        slots,
+        host_kv,
+        summary,
+        codes,
+        host_kv.stride(0),
+        len(slots),
+        NUM_KV_HEADS=num_kv_heads,
+        HEAD_DIM=head_dim,
+        PAGE_SIZE=page_size,
+        BITS=num_bytes * 8 // head_dim,
+        NUM_BYTES=num_bytes,
+        BLOCK_BYTES=block_bytes,
+        num_warps=min(8, max(1, page_size * block_bytes // 256)),  # 8 keys a thread and part: 16-byte loads
+    )
