@@ -28,12 +28,12 @@ class KernelInputs:
     """A decode step in which every request is over its budget, and a prefill chunk of the first request.
 
     There is a method for each op, of the op's name, which returns its calls by what they are for. Values that no kernel
-    looks at, as those of the host store, are undefined.
+    looks at, as most of those in the host store, are undefined.
 
     Parameters
     ----------
     geometry : Geometry
-        At least two layers.
+        At least two layers, and codes of keys.
     batch_size : int
     context_tokens : int
         Of each request, a multiple of the page size; the last pages are filled differently.
@@ -73,7 +73,7 @@ class KernelInputs:
         )
         self.layer = self.memory.layers[_LAYER]
         self._begin(max_context)
-        self._fill_summary()
+        self._fill_keys()
         self.is_flagged = torch.rand(self.num_rows, device=device) < flag_rate
         self.back_keys, self.front_keys = self._write_windows(), self._write_windows()
         self.kv_indptr = torch.arange(self.num_rows + 1, dtype=torch.int32, device=device) * self.width
@@ -107,11 +107,14 @@ class KernelInputs:
 
     def score_pages(self) -> dict[str, Call]:
         args = (self.layer.last_q, self.layer.summary, self.batch)
-        flagged = {"flags": self._flags(), "out": self._scores()}
+        flagged, codes = {"flags": self._flags(), "out": self._scores()}, {"codes": self.layer.codes}
         return {
             "front, flagged rows": Call((*args, Read.FRONT), flagged),
             "back": Call((*args, Read.BACK), {"out": self._scores()}),
             "first": Call((*args, Read.FIRST)),
+            "front, flagged rows, by codes": Call((*args, Read.FRONT), flagged | codes),
+            "back, by codes": Call((*args, Read.BACK), {"out": self._scores()} | codes),
+            "first, by codes": Call((*args, Read.FIRST), codes),
         }
 
     def select_pages(self) -> dict[str, Call]:
@@ -166,12 +169,17 @@ class KernelInputs:
 
     def store_pages(self) -> dict[str, Call]:
         layer, page_size = self.layer, self.geometry.page_size
-        pages = self.pages[0][: _CHUNK_TOKENS // page_size, None]
-        slots = (pages * page_size + torch.arange(page_size, device=self.device)).flatten()
+        pages = self._pages_of_chunk()
+        slots = (pages[:, None] * page_size + torch.arange(page_size, device=self.device)).flatten()
         page_starts = torch.arange(len(pages) + 1, device=self.device) * page_size
         _, k, v = self._qkv(len(slots))
         written = (layer.host_kv, layer.summary, layer.block_kv, layer.blocks.table)
         return {"a chunk": Call((k, v, slots, page_starts, *written))}
+
+    def encode_pages(self) -> dict[str, Call]:
+        last_slots = self._pages_of_chunk() * self.geometry.page_size + self.geometry.page_size - 1
+        written = (self.layer.host_kv, self.layer.summary, self.layer.codes)
+        return {"one token each": Call((self.batch.slots, *written)), "a chunk": Call((last_slots, *written))}
 
     def fill_arena(self) -> dict[str, Call]:
         layer = self.layer
@@ -196,10 +204,18 @@ class KernelInputs:
         args, _, _ = self.begin_step()["every request"]
         memory.ops.begin_step(*args)
 
-    def _fill_summary(self) -> None:
-        summary = self.layer.summary.normal_()
-        summary.copy_(summary.sort(2).values)
-        self.layer.last_q.normal_()
+    def _pages_of_chunk(self) -> torch.Tensor:
+        return self.pages[0][: _CHUNK_TOKENS // self.geometry.page_size]
+
+    def _fill_keys(self) -> None:
+        layer = self.layer
+        layer.summary.copy_(layer.summary.normal_().sort(2).values)
+        layer.codes.random_()
+        layer.last_q.normal_()
+        encoded = torch.cat((self._pages_of_chunk(), self.pages[:, -1]))
+        low, high = layer.summary[encoded].cpu().float()[:, :, :, None].unbind(2)
+        k = low.lerp(high, torch.rand((*low.shape[:2], self.geometry.page_size, low.shape[-1])))
+        layer.host_kv[encoded.cpu(), :, 0] = k.to(layer.host_kv.dtype)
 
     def _write_windows(self) -> torch.Tensor:
         """Write random windows, over which those written before become the other side; int64 ``[num_rows, width]``."""

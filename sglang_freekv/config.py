@@ -92,8 +92,8 @@ class FreeKVConfig:
     key_bits: int = _flag(
         "key-bits",
         2,
-        "bits of each element of a key, kept on the device, by which pages are scored: 1, 2 or 4; 0: only by the minimum "
-        "and maximum of a page",
+        "bits of each element of a key, kept on the device, by which pages are scored; 0: by the minimum and maximum "
+        "of a page",
         int,
         choices=KEY_BITS,
     )

@@ -32,8 +32,8 @@ class Geometry:
     def __post_init__(self) -> None:
         if self.head_dim * self.key_bits % 8:
             raise ValueError(
-                f"--freekv-key-bits is {self.key_bits}, which makes no whole bytes of a key's {self.head_dim} elements; "
-                f"give more bits, or 0 to select by minimum and maximum."
+                f"--freekv-key-bits is {self.key_bits}, no whole bytes for the {self.head_dim} elements of a key; "
+                f"give more bits, or 0."
             )
 
     @property

@@ -8,6 +8,8 @@ from sglang_freekv.config import FreeKVConfig
 from sglang_freekv.geometry import Geometry
 
 GIB = 1 << 30
+# Of the device memory, where the user does not size the host store: the rest is for device blocks.
+_SUMMARIES_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,8 @@ def plan_memory(
     device_bytes : int
         Free for KV on the device, after weights and SGLang's own reserve.
     host_bytes : int
-        For the host store of this rank, unless `config.host_memory_gib` says otherwise.
+        For the host store of this rank, unless `config.host_memory_gib` says otherwise; less is taken where the
+        summaries of so many pages would leave too little of the device.
     max_requests : int
         Upper bound on running requests from SGLang.
     max_total_tokens : int, optional
@@ -121,8 +124,12 @@ def plan_memory(
         If a pool cannot hold what one request needs; the message says which flag to change.
     """
     g, num_heads = geometry, geometry.num_kv_heads
+    page_summary_bytes = g.summary_bytes + 4 * g.num_layers * num_heads  # and entries of the block table
     if config.host_memory_gib is not None:
         host_bytes = int(config.host_memory_gib * GIB)
+    else:
+        with_summaries = max(int(device_bytes * _SUMMARIES_SHARE) // page_summary_bytes, 2)
+        host_bytes = min(host_bytes, with_summaries * g.page_bytes)
     num_pages = host_bytes // g.page_bytes - 1  # page 0 is padding
     if max_total_tokens is not None:
         num_pages = min(num_pages, max_total_tokens // g.page_size)
@@ -133,9 +140,8 @@ def plan_memory(
         )
 
     num_dense = len(config.dense_layers)
-    table_bytes = 4 * g.num_layers * num_heads
     dense_bytes = (num_pages + 1) * num_dense * num_heads * g.block_bytes
-    summaries_bytes = (num_pages + 1) * (g.summary_bytes + table_bytes)
+    summaries_bytes = (num_pages + 1) * page_summary_bytes
     arena_bytes = 2 * config.arena_tokens * 2 * num_heads * g.head_dim * g.dtype.itemsize
     last_q_bytes = g.num_layers * g.num_qo_heads * g.head_dim * g.dtype.itemsize
     window_bytes = 2 * g.num_layers * num_heads * config.max_budget_pages * 4 + last_q_bytes  # of one request

@@ -26,6 +26,7 @@ class Rule:
     pooling: str  # "softmax", "scaled", "max" or "mean"
     scale: float  # of attention's logits
     page_size: int
+    key_bits: int  # pages are scored by their keys in this many bits; 0: by their minimum and maximum
     dense_layers: tuple[int, ...] = ()
 
 
@@ -115,12 +116,8 @@ class ReferenceRequest:
     def scores(self, layer: int, kv_head: int, q: torch.Tensor, candidates: range) -> dict[int, float]:
         """Pooled score of each candidate page; that of a softmax is its logarithm."""
         group = q[kv_head * self.group_size : (kv_head + 1) * self.group_size].double()
-        bounds = []
-        for page in candidates:
-            keys = self.page_keys(layer, kv_head, page)
-            low, high = keys.amin(dim=0), keys.amax(dim=0)
-            bounds.append(torch.maximum(group * low, group * high).sum(dim=1))
-        raw = torch.stack(bounds, dim=1)  # [group_size, candidates]
+        pages = [self.page_keys(layer, kv_head, page) for page in candidates]
+        raw = torch.stack([self.page_scores(group, keys) for keys in pages], dim=1)  # [group_size, candidates]
         if self.rule.pooling == "mean":
             pooled = raw.mean(dim=0)
         else:
@@ -129,6 +126,14 @@ class ReferenceRequest:
             is_max = self.rule.pooling == "max"
             pooled = shares.amax(dim=0) if is_max else shares.logsumexp(dim=0) - math.log(self.group_size)
         return dict(zip(candidates, pooled.tolist(), strict=True))
+
+    def page_scores(self, group: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+        """Score of a page of keys `[tokens, D]` for each query of `group [group_size, D]`."""
+        low, high = keys.amin(dim=0), keys.amax(dim=0)
+        if self.rule.key_bits == 0:
+            return torch.maximum(group * low, group * high).sum(dim=1)
+        assert len(keys) == self.rule.page_size, "a page that is not full is no candidate"
+        return (group @ coarse(keys, low, high, 2**self.rule.key_bits).T).amax(dim=1)
 
     def similarity(self, q: torch.Tensor, previous: torch.Tensor, kv_head: int) -> float:
         """Mean over the query heads of a KV head of the cosine between two queries `[Hq, D]`."""
@@ -153,6 +158,16 @@ class ReferenceRequest:
     def group_size(self) -> int:
         """Query heads per KV head."""
         return self.rule.num_qo_heads // self.rule.num_kv_heads
+
+
+def coarse(keys: torch.Tensor, low: torch.Tensor, high: torch.Tensor, num_levels: int) -> torch.Tensor:
+    """Keys `[tokens, D]` moved to the middle of their interval, of `num_levels` between `low` and `high` `[D]`.
+
+    Which interval is defined in float32: a key on the border of two would be in either, if it were computed otherwise.
+    """
+    step = (high.float() - low.float()) / num_levels
+    level = torch.where(step > 0, (keys.float() - low.float()) / step, 0.0).floor().clamp(max=num_levels - 1)
+    return low + (level.double() + 0.5) * (high - low) / num_levels
 
 
 def explain_difference(

@@ -7,11 +7,12 @@ against `reference_decoder`: windows, outputs, device blocks, host pages, summar
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from freekv_kernels import Count, KeyList, Ops
+from op_tables import decode_keys
 from random_traces import Trace
 from reference_decoder import Expected, ReferenceRequest, Rule, explain_difference
 from sglang_freekv.config import FreeKVConfig
@@ -22,6 +23,9 @@ from sglang_freekv.kv_memory import KVMemory
 PAGE = Geometry.page_size  # tokens, where a test does not say otherwise
 OUTPUT_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}  # bf16: 8 bits of a result of magnitude <= 4
 SCORE_TOLERANCE = {torch.float32: 0.0, torch.bfloat16: 1e-3}  # scores are of magnitude 10 to 100
+CODES_TOLERANCE = 2e-2  # instead of 1e-3: a GPU rounds what codes stand for to 11 bits
+ROUNDING = 1e-6  # of a code, relative to a step
+UNWRITTEN_CODE = 255  # every element is at its maximum
 
 
 @dataclass(eq=False)  # one request is never another
@@ -54,6 +58,8 @@ class SimulatedEngine:
 
     Parameters
     ----------
+    geometry : Geometry
+        Its `key_bits` are those of the config, as in a server.
     num_blocks : int, optional
         Device blocks per layer; by default as few as can work.
     ops : Ops, optional
@@ -78,7 +84,7 @@ class SimulatedEngine:
         ops: Ops | None = None,
         device: str = "cpu",
     ) -> None:
-        g = geometry
+        g = replace(geometry, key_bits=config.key_bits)
         if num_blocks is None:
             num_blocks = 2 * config.max_budget_pages * g.num_kv_heads * max_requests
         self.geometry, self.config, self.scale = g, config, 1 / math.sqrt(g.head_dim)
@@ -97,6 +103,9 @@ class SimulatedEngine:
         host, blocks = self.memory.host, self.memory.blocks
         for tensor in (host.kv, host.summary, self.memory.arena, *blocks.kv):
             tensor.fill_(math.nan)  # what is read before it is written shows
+        host.codes.fill_(UNWRITTEN_CODE)
+        has_rounded_scores = g.key_bits > 0 and g.dtype != torch.float32
+        self.score_tolerance = CODES_TOLERANCE if has_rounded_scores else SCORE_TOLERANCE[g.dtype]
         self.retrieval, self.prefiller = build_engine(self.memory)
         self.rule = Rule(
             num_layers=g.num_layers,
@@ -108,6 +117,7 @@ class SimulatedEngine:
             pooling=config.group_pooling,
             scale=self.scale,
             page_size=g.page_size,
+            key_bits=g.key_bits,
             dense_layers=config.dense_layers,
         )
         self.req_to_token = torch.zeros((max_requests + 1, num_pages * g.page_size), dtype=torch.int32, device=device)
@@ -278,14 +288,15 @@ class SimulatedEngine:
 
     def _check_windows(self, token: DecodedToken) -> None:
         """Front and back windows follow the rule, their blocks hold the pages, and attention read them."""
-        request, tolerance = token.request, SCORE_TOLERANCE[self.geometry.dtype]
+        request = token.request
         for layer, (expected, out) in enumerate(zip(token.expected, token.outputs, strict=True)):
             q = request.trace.q[layer, request.length - 1]
             windows = expected.windows
             if layer not in self.rule.dense_layers:
                 windows = self.window(self.front(layer), request)
                 for head, choice in enumerate(zip(expected.windows, expected.scores, strict=True)):
-                    assert not explain_difference(windows[head], *choice, tolerance)
+                    difference = explain_difference(windows[head], *choice, self.score_tolerance)
+                    assert not difference, difference
                 self._check_back_windows(request, layer, q)
             self._check_blocks(request, layer, windows)
             self._assert_output(out, request.reference.attend(layer, q, windows, self.scale))
@@ -296,7 +307,8 @@ class SimulatedEngine:
             expected, scores = request.reference.window(layer, head, q.double(), request.length + 1)
             # The page that the next token opens may be listed now or when it is opened.
             back, expected = ([page for page in x if page < len(request.pages)] for x in (back, expected))
-            assert not explain_difference(back, expected, scores, SCORE_TOLERANCE[self.geometry.dtype])
+            difference = explain_difference(back, expected, scores, self.score_tolerance)
+            assert not difference, difference
 
     def window(self, windows: torch.Tensor, request: Request) -> list[list[int]]:
         """The pages of a request's window per KV head, of `windows [max_requests + 1, H, W]`."""
@@ -329,7 +341,10 @@ class SimulatedEngine:
         self.kept += rows - corrected
 
     def _check_host_pages(self, request: Request) -> None:
-        """The host store holds every token of a request, and the summaries their minimum and maximum."""
+        """The host store holds every token of a request, the summaries their minimum and maximum.
+
+        And the codes of a full page stand for what is less than half a step from its keys.
+        """
         host, trace = self.memory.host, request.trace
         for logical, page in enumerate(request.pages):
             tokens = slice(logical * self.page_size, min((logical + 1) * self.page_size, request.length))
@@ -341,3 +356,6 @@ class SimulatedEngine:
             summary = host.summary[:, page].cpu()
             assert summary[:, :, 0].equal(keys.amin(dim=2))
             assert summary[:, :, 1].equal(keys.amax(dim=2))
+            if self.geometry.key_bits and num_tokens == self.page_size:
+                decoded, step = decode_keys(summary, host.codes[:, page])
+                assert ((decoded - keys).abs() <= step * (0.5 + ROUNDING)).all(), f"codes of page {page}"

@@ -42,6 +42,9 @@ def parse(*argv: str) -> dict:
         ({"dense_layers": (-1,)}, "--freekv-dense-layers"),
         ({"dense_layers": (1, 1)}, "--freekv-dense-layers"),
         ({"group_pooling": "median"}, "--freekv-group-pooling"),
+        ({"key_bits": 3}, "--freekv-key-bits"),
+        ({"key_bits": 2.0}, "--freekv-key-bits"),
+        ({"key_bits": True}, "--freekv-key-bits"),
         ({"page_size": 8}, "--page-size"),
         ({"page_size": 16.0}, "--page-size"),
         ({"page_size": 64, "sink_tokens": 96}, "--freekv-sink"),
@@ -85,7 +88,8 @@ def test_flags_and_keywords_give_the_same_config():
     argv = shlex.split(
         "--kv-retrieval freekv --freekv-budget 1024 --freekv-max-budget 4096 --freekv-sink 64 "
         "--freekv-recent 96 --freekv-tau 0.5 --freekv-host-memory 2.5 --freekv-device-blocks-memory 0.5 "
-        "--freekv-arena 4096 --freekv-dense-layers 0,1 --freekv-group-pooling mean --freekv-audit"
+        "--freekv-arena 4096 --freekv-dense-layers 0,1 --freekv-group-pooling mean --freekv-key-bits 4 "
+        "--freekv-audit"
     )
     expected = FreeKVConfig(
         budget_tokens=1024,
@@ -98,6 +102,7 @@ def test_flags_and_keywords_give_the_same_config():
         arena_tokens=4096,
         dense_layers=(0, 1),
         group_pooling="mean",
+        key_bits=4,
         audit=True,
     )
     defaults = asdict(FreeKVConfig())
@@ -115,6 +120,7 @@ def test_flags_and_keywords_give_the_same_config():
         "freekv_arena": 4096,
         "freekv_dense_layers": [0, 1],
         "freekv_group_pooling": "mean",
+        "freekv_key_bits": 4,
         "freekv_audit": True,
     }
     assert take_options(parse(*argv)) == (expected, {})
@@ -145,7 +151,7 @@ def test_every_flag_has_a_help_text_that_names_its_default():
     parser = argparse.ArgumentParser()
     add_cli_args(parser)
     flags = [action for action in parser._actions if action.dest != "help"]
-    assert len(flags) == 12
+    assert len(flags) == 13
     assert all("(default: " in action.help for action in flags)
 
 

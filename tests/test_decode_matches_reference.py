@@ -33,22 +33,23 @@ def make_config(page_size: int = PAGE, **changes: object) -> FreeKVConfig:
         "tau": 0.9,
         "arena_tokens": 16 * page_size,
         "page_size": page_size,
+        "key_bits": 0,
     }
     return FreeKVConfig(**(defaults | changes))
 
 
 CASES = {
     "speculation-only": (make_geometry(group_size=4), make_config(tau=-1.0)),
-    "corrected": (make_geometry(group_size=3, head_dim=16), make_config(recent_tokens=PAGE)),
+    "corrected": (make_geometry(group_size=3, head_dim=16), make_config(recent_tokens=PAGE, key_bits=2)),
     "exact": (make_geometry(group_size=8, num_kv_heads=1, head_dim=64), make_config(tau=1.01)),
     "one-query-head-per-kv-head": (make_geometry(1, 4), make_config(sink_tokens=2 * PAGE, recent_tokens=PAGE)),
     "mean-pooling": (make_geometry(group_size=4), make_config(group_pooling="mean")),
     "mean-pooling-speculation-only": (make_geometry(3), make_config(tau=-1.0, group_pooling="mean")),
-    "pages-of-16-scaled-pooling": (make_geometry(page_size=16), make_config(16, group_pooling="scaled")),
-    "pages-of-64-max-pooling": (make_geometry(page_size=64), make_config(64, group_pooling="max")),
+    "pages-of-16-scaled-pooling": (make_geometry(page_size=16), make_config(16, group_pooling="scaled", key_bits=1)),
+    "pages-of-64-max-pooling": (make_geometry(page_size=64), make_config(64, group_pooling="max", key_bits=4)),
     "no-sink": (make_geometry(group_size=3), make_config(sink_tokens=0)),
-    "dense-layer": (make_geometry(group_size=3), make_config(dense_layers=(0,))),
-    "bf16": (make_geometry(4, 2, 64, torch.bfloat16), make_config()),
+    "dense-layer": (make_geometry(group_size=3), make_config(dense_layers=(0,), key_bits=2)),
+    "bf16": (make_geometry(4, 2, 64, torch.bfloat16), make_config(key_bits=2)),
     "bf16-exact-mean-pooling": (
         make_geometry(8, 2, 32, torch.bfloat16),
         make_config(tau=1.01, group_pooling="mean"),
@@ -129,7 +130,7 @@ def make_shared(engine: SimulatedEngine, prefix_pages: int, num_requests: int) -
 
 def recalls_on_shared_prefix(num_requests: int) -> int:
     """Number of recalls while requests decode over one prefix that no block holds at the start."""
-    engine = SimulatedEngine(make_geometry(), make_config(), num_blocks=1000)
+    engine = SimulatedEngine(make_geometry(), make_config(key_bits=2), num_blocks=1000)
     requests = make_shared(engine, prefix_pages=12, num_requests=num_requests)
     prefix = requests[0].pages[:12]
     assert all(request.pages[:12] == prefix for request in requests)
@@ -151,7 +152,7 @@ def test_requests_that_share_a_prefix_share_its_blocks_and_recalls() -> None:
 
 @pytest.mark.parametrize("budget_tokens", [BUDGET, MAX_BUDGET], ids=["over-budget", "within-budget"])
 def test_pages_that_are_replaced_between_steps_are_fetched_on_demand(budget_tokens: int) -> None:
-    engine = SimulatedEngine(make_geometry(), make_config(tau=-1.0))
+    engine = SimulatedEngine(make_geometry(), make_config(tau=-1.0, key_bits=1))
     trace = make_trace(engine.geometry, 9 * PAGE + 40, seed=8)
     in_tree = engine.start(trace, 9 * PAGE)
     engine.prefill_whole(in_tree)

@@ -27,7 +27,7 @@ def make_engine(
     kind: type[SimulatedEngine] = SimulatedEngine, page_size: int = PAGE, **settings: object
 ) -> SimulatedEngine:
     in_pages = {"budget_tokens": 5, "sink_tokens": 1, "recent_tokens": 1, "arena_tokens": 4}
-    defaults = {name: pages * page_size for name, pages in in_pages.items()}
+    defaults = {name: pages * page_size for name, pages in in_pages.items()} | {"key_bits": 0}
     geometry = Geometry(NUM_LAYERS, num_qo_heads=6, num_kv_heads=2, page_size=page_size, **SHAPE)
     device = "cuda" if ON_GPU else "cpu"
     config = FreeKVConfig(page_size=page_size, **(defaults | settings))
@@ -35,11 +35,11 @@ def make_engine(
 
 
 CASES = {
-    "corrected": {"tau": 0.9},
+    "corrected": {"tau": 0.9, "key_bits": 2},
     "exact-mean-pooling": {"tau": 1.01, "group_pooling": "mean"},
     "speculation-only-no-sink": {"tau": -1.0, "sink_tokens": 0},
     "dense-layer": {"dense_layers": (0,)},
-    "pages-of-16-scaled-pooling": {"page_size": 16, "group_pooling": "scaled"},
+    "pages-of-16-scaled-pooling": {"page_size": 16, "group_pooling": "scaled", "key_bits": 1},
     "pages-of-64-max-pooling": {"page_size": 64, "group_pooling": "max"},
 }
 
@@ -67,7 +67,7 @@ def test_chunks_and_steps_of_a_changing_batch_match_the_reference(settings: dict
 
 
 def test_a_prefix_that_lost_its_blocks_is_fetched_on_demand_once_for_all() -> None:
-    engine = make_engine(tau=-1.0)
+    engine = make_engine(tau=-1.0, key_bits=2)
     trace = make_trace(engine.geometry, 9 * PAGE + 40, seed=5)
     first = engine.start(trace, 9 * PAGE)
     engine.prefill_whole(first)
@@ -87,7 +87,7 @@ def test_a_prefix_that_lost_its_blocks_is_fetched_on_demand_once_for_all() -> No
 @pytest.mark.skipif(ON_GPU, reason="a GPU replays real graphs, in the test of the server")
 def test_a_recorded_step_can_be_replayed_for_other_batches_and_lengths() -> None:
     """Nothing of a step, but what lies in tensors, is decided between plan and the last layer."""
-    engine = make_engine(RecordingEngine, tau=0.9)
+    engine = make_engine(RecordingEngine, tau=0.9, key_bits=2)
     engine.record()
     assert not any(engine.memory.counters.as_dict().values()), "warm-up leaves no trace"
     first = engine.start(make_trace(engine.geometry, 31 * PAGE, 1), 30 * PAGE - 2)

@@ -29,6 +29,7 @@ CONFIG = FreeKVConfig(
     sink_tokens=PAGE,
     recent_tokens=PAGE,
     arena_tokens=4 * PAGE,
+    key_bits=1,
 )
 MAX_TOKENS = 20 * PAGE
 MAX_REQUESTS = 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import types
 
 import pytest
@@ -9,13 +10,16 @@ import torch
 
 from sglang_freekv import sizing
 from sglang_freekv.attention_torch import DecodeAttention
-from sglang_freekv.config import FreeKVConfig
+from sglang_freekv.config import KEY_BITS, PAGE_SIZES, FreeKVConfig
 from sglang_freekv.geometry import Geometry
+from sglang_freekv.host_store import HostStore
 from sglang_freekv.kv_memory import KVMemory
 from sglang_freekv.memory_plan import GIB, plan_memory, workspace_bytes
 
-LLAMA_8B = Geometry(num_layers=32, num_qo_heads=32, num_kv_heads=8, head_dim=128, dtype=torch.bfloat16)
 CONFIG = FreeKVConfig()
+LLAMA_8B = Geometry(
+    num_layers=32, num_qo_heads=32, num_kv_heads=8, head_dim=128, dtype=torch.bfloat16, key_bits=CONFIG.key_bits
+)
 CONTEXT = 131072
 
 
@@ -86,6 +90,27 @@ def test_the_workspace_is_what_the_memory_and_the_attention_allocate(dense_layer
         attention = DecodeAttention(LLAMA_8B, max_requests, width)
         tensors += [attention.kv_indptr[1:], attention.kv_indices, attention.last_page_len]
     assert workspace_bytes(LLAMA_8B, config, CONTEXT, max_requests) == sum(tensor.nbytes for tensor in tensors)
+
+
+@pytest.mark.parametrize("key_bits", KEY_BITS)
+@pytest.mark.parametrize("page_size", PAGE_SIZES)
+def test_what_is_planned_for_a_page_is_what_pages_are_selected_by(page_size, key_bits):
+    geometry = Geometry(3, 6, 2, 24, torch.bfloat16, page_size, key_bits)
+    host = HostStore(geometry, 5, "cpu")
+    assert host.summary.nbytes + host.codes.nbytes == 5 * geometry.summary_bytes
+
+
+def test_the_codes_of_a_key_must_be_whole_bytes():
+    with pytest.raises(ValueError, match=r"^--freekv-key-bits is 1, .* 20 elements of a key; give "):
+        dataclasses.replace(LLAMA_8B, head_dim=20, key_bits=1)
+
+
+@pytest.mark.parametrize("changes", [{"key_bits": 0}, {"page_size": 16}], ids=str)
+def test_a_geometry_that_differs_from_the_config_is_refused(changes):
+    (name,) = changes
+    sizes = {"num_pages": 2, "num_blocks": 2, "max_requests": 1, "max_context": 1024}
+    with pytest.raises(ValueError, match=f"^{name} is {changes[name]} in the geometry and "):
+        KVMemory(dataclasses.replace(LLAMA_8B, **changes), CONFIG, **sizes)
 
 
 def test_a_gpu_that_cannot_run_one_request_is_refused_with_the_flags_to_change():

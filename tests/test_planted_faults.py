@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from freekv_kernels import Count
+from random_traces import make_trace
 from sglang_freekv.audit import AuditError, audit_blocks, audit_summaries, audit_windows
 from sglang_freekv.config import FreeKVConfig
 from sglang_freekv.geometry import Geometry
@@ -85,6 +86,10 @@ def corrupt_summary(engine: SimulatedEngine) -> None:
     engine.memory.host.summary[0, engine.requests[0].pages[2], 0, 1, 5] += 1
 
 
+def corrupt_code(engine: SimulatedEngine) -> None:
+    engine.memory.host.codes[0, engine.requests[0].pages[2], 1, 4, 3] ^= 1
+
+
 def run_with_absent_page(engine: SimulatedEngine) -> None:
     engine.memory.counters.values[Count.ABSENT_PAGES] += 1
 
@@ -101,6 +106,7 @@ AUDIT_FAULTS = (
     lose_page_within_budget,
     select_another_page,
     corrupt_summary,
+    corrupt_code,
     run_with_absent_page,
 )
 
@@ -113,6 +119,39 @@ def test_the_audit_is_silent_until_a_fault_is_planted(
     plant(engine)
     with pytest.raises(AuditError):
         audit(engine)
+
+
+def skip_encoding(engine: SimulatedEngine) -> None:
+    engine.memory.ops = engine.memory.ops._replace(encode_pages=lambda *_: None)
+
+
+def test_codes_that_prefill_leaves_to_the_last_owner_of_a_page_are_noticed(
+    engine: SimulatedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = engine.requests[0]
+    engine.leave(old)
+    newcomer = engine.start(make_trace(GEOMETRY, 10 * PAGE, seed=2), 8 * PAGE + 1)
+    skip_encoding(engine)
+    with pytest.raises(AssertionError, match="codes of page"):
+        engine.prefill_whole(newcomer)
+    assert set(newcomer.pages) <= set(old.pages)
+    with pytest.raises(AuditError, match="wrong codes"):
+        audit_summaries(engine.memory, torch.tensor(newcomer.pages))
+    monkeypatch.setattr(engine, "_check_host_pages", lambda request: None)
+    with pytest.raises(AssertionError, match="worse by"):  # the windows alone give it away
+        for _ in range(20):
+            engine.decode()
+
+
+def test_codes_that_no_step_writes_when_it_fills_a_page_are_noticed(engine: SimulatedEngine) -> None:
+    request = engine.requests[0]
+    skip_encoding(engine)
+    while (request.length + 1) % PAGE:
+        engine.decode()
+    with pytest.raises(AssertionError, match="codes of page"):
+        engine.decode()
+    with pytest.raises(AuditError, match="wrong codes"):
+        audit_summaries(engine.memory, torch.tensor(request.pages))
 
 
 def test_the_audit_ignores_what_lies_behind_the_last_token(engine: SimulatedEngine) -> None:

@@ -28,7 +28,7 @@ from sglang_freekv.kv_memory import KVMemory
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs the engine itself")
 
 PAGE, NUM_LAYERS = 32, 3
-GEOMETRY = Geometry(NUM_LAYERS, num_qo_heads=6, num_kv_heads=2, head_dim=64, dtype=torch.bfloat16)
+GEOMETRY = Geometry(NUM_LAYERS, num_qo_heads=6, num_kv_heads=2, head_dim=64, dtype=torch.bfloat16, key_bits=2)
 IN_CPU_MEMORY = {"host_kv"}  # arguments that kernels read over the link
 
 

@@ -45,6 +45,7 @@ MODEL = ROOT / "benchmarks" / "accuracy" / "model"
 BUILD = ROOT / "build" / "accuracy"
 _DECODE_COST = 8  # a generated token takes about as long as so many of a prompt; for the time left only
 _STREAM_INTERVAL = 8  # tokens; streaming costs the client's and the tokenizer's share of the cores
+_SPARE_REQUESTS = 4  # SGLang counts some twice; a retrieval server runs as many as its device blocks hold
 _STEP_SECONDS = 3600  # a long prompt takes minutes on a CPU
 
 Start = Callable[[Setting], AbstractContextManager[Client]]
@@ -191,13 +192,14 @@ class Launcher:
 
     def flags(self, setting: Setting) -> list[str]:
         """All flags of a setting's server; those that the user adds come last, and win."""
-        tokens = -(-self.longest // 64) * 64  # whole pages of every size
+        batch = self.concurrency * -(-self.longest // 64) * 64  # tokens of a batch, in whole pages of every size
         flags = f"--model-path {self.model} --device cpu --dtype float32 --sampling-backend pytorch"
-        flags += f" --max-running-requests {self.concurrency} --random-seed {self.seed} --sleep-on-idle"
-        # The sessions of a batch, and as much again of those before: documents that are shared stay in the cache.
-        flags += f" --max-total-tokens {2 * self.concurrency * tokens + 64} --mem-fraction-static 0.8"
-        # In one piece: plain SGLang's attention computes the prefix again for every chunk.
-        flags += f" --chunked-prefill-size {tokens} --watchdog-timeout {_STEP_SECONDS}"
+        flags += f" --max-running-requests {self.concurrency + _SPARE_REQUESTS} --random-seed {self.seed}"
+        # As much again for the batches before: documents that are shared stay in the cache.
+        flags += f" --max-total-tokens {2 * batch + 64} --mem-fraction-static 0.8"
+        # Prompts in one piece: plain SGLang's attention computes the prefix again for every chunk.
+        flags += f" --chunked-prefill-size {batch} --max-prefill-tokens {batch}"
+        flags += f" --sleep-on-idle --watchdog-timeout {_STEP_SECONDS}"
         flags += f" --stream-interval {_STREAM_INTERVAL} --incremental-streaming-output"
         return [*flags.split(), *setting.flags(Geometry.read(self.model), self.concurrency), *self.more_flags]
 

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
-from freekv_kernels import Batch, Read, compare_queries, score_pages, select_pages, summarize_pages
+from freekv_kernels import Batch, Read, compare_queries, encode_pages, score_pages, select_pages, summarize_pages
 from freekv_kernels.select_pages import pool_group
 
 EXACT, SPECULATION = 2.0, -1.0  # values of tau
@@ -21,7 +22,7 @@ class Rule:
     """What a decode step attends to. The defaults are the engine's, with this step's query."""
 
     page_size: int = 32  # tokens
-    summary: str = "min-max"  # of SUMMARIES
+    summary: str = "2-bit keys"  # of SUMMARIES
     parts: int = 1  # a page has a summary per part and counts by the best of them
     pooling: str = "softmax"  # of POOLINGS
     tau: float = EXACT
@@ -35,22 +36,23 @@ class Rule:
 # -> float32 [num_kv_heads, group_size, steps, full parts], in the unit of unscaled logits
 
 
-def _min_max(q: torch.Tensor, k: torch.Tensor, part_size: int, slack: float = 1.0) -> torch.Tensor:
-    """The engine's bound; with `slack` below 1, a box that has shrunk around its middle."""
-    num_parts = k.shape[1] // part_size
-    summary = k.new_empty(num_parts, len(k), 2, k.shape[-1])
+def _op(q: torch.Tensor, k: torch.Tensor, part_size: int, *, bits: int = 0, slack: float = 1.0) -> torch.Tensor:
+    """The engine's score, by codes or by the bound; `slack` below 1 shrinks the box around its middle."""
+    num_parts, head_dim = k.shape[1] // part_size, k.shape[-1]
+    summary = k.new_empty(num_parts, len(k), 2, head_dim)
     slots = torch.arange(num_parts * part_size)
     summarize_pages(summary, k[:, : len(slots)].transpose(0, 1), slots, part_size)
     middle = summary.mean(2, keepdim=True)
     summary = middle + slack * (summary - middle)
+    codes = None
+    if bits:
+        codes = torch.empty(num_parts, len(k), part_size, head_dim * bits // 8, dtype=torch.uint8)
+        keys = k[:, : len(slots)].unflatten(1, (num_parts, part_size)).transpose(0, 1)
+        encode_pages(slots[part_size - 1 :: part_size], keys[:, :, None], summary, codes)
     # To the op, the steps are query heads of one request that is over its budget.
     one = torch.ones(1, dtype=torch.int64)
     batch = Batch(0 * one, 0 * one, torch.arange(num_parts)[None], num_parts * one, num_parts * one, 0 * one, one)
-    return score_pages(q.flatten(1, 2)[None], summary, batch, Read.FRONT).view(*q.shape[:3], num_parts)
-
-
-def _half_box(q: torch.Tensor, k: torch.Tensor, part_size: int) -> torch.Tensor:
-    return _min_max(q, k, part_size, slack=0.5)
+    return score_pages(q.flatten(1, 2)[None], summary, batch, Read.FRONT, codes=codes).view(*q.shape[:3], num_parts)
 
 
 def _mean_key(q: torch.Tensor, k: torch.Tensor, part_size: int) -> torch.Tensor:
@@ -64,22 +66,6 @@ def _largest_logit(q: torch.Tensor, k: torch.Tensor, part_size: int) -> torch.Te
     return logits.unflatten(-1, (-1, part_size)).amax(-1)
 
 
-def _low_bits(bits: int) -> Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]:
-    """Every key, each channel as one of ``2 ** bits`` equal parts of its page's range; the page counts by its best key.
-
-    Needs the minimum and maximum, and ``bits * head_dim`` bits per key.
-    """
-
-    def score(q: torch.Tensor, k: torch.Tensor, part_size: int) -> torch.Tensor:
-        pages = k[:, : k.shape[1] // part_size * part_size].unflatten(1, (-1, part_size))
-        low, high = pages.amin(2, keepdim=True), pages.amax(2, keepdim=True)
-        step = ((high - low) / 2**bits).clamp(min=1e-9)
-        rounded = low + step * (((pages - low) / step).floor().clamp(max=2**bits - 1) + 0.5)
-        return _largest_logit(q, rounded.flatten(1, 2), part_size)
-
-    return score
-
-
 def _sum_of_weights(q: torch.Tensor, k: torch.Tensor, part_size: int) -> torch.Tensor:
     """Reads every key: the logarithm of a page's attention weight, up to a constant."""
     scale = q.shape[-1] ** -0.5
@@ -88,10 +74,10 @@ def _sum_of_weights(q: torch.Tensor, k: torch.Tensor, part_size: int) -> torch.T
 
 
 SUMMARIES: dict[str, Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]] = {
-    "min-max": _min_max,
-    "half box": _half_box,
+    "min-max": _op,
+    "half box": partial(_op, slack=0.5),
     "mean key": _mean_key,
-    **{f"{bits}-bit keys": _low_bits(bits) for bits in (1, 2, 4)},
+    **{f"{bits}-bit keys": partial(_op, bits=bits) for bits in (1, 2, 4)},
     "largest logit": _largest_logit,
     "sum of weights": _sum_of_weights,
 }
@@ -172,22 +158,17 @@ def _scores(rule: Rule, q: torch.Tensor, k: torch.Tensor, steps: torch.Tensor) -
 
 
 _ENGINE = Rule()
-_FINE = replace(_ENGINE, pooling="scaled softmax")
-_LOW_BITS = replace(_ENGINE, summary="2-bit keys")
+_MIN_MAX = replace(_ENGINE, summary="min-max")
 RULES: dict[str, Rule] = {
     "engine": _ENGINE,
+    **{name: replace(_ENGINE, summary=name) for name in SUMMARIES if name != _ENGINE.summary},
+    **{f"min-max, parts {n}": replace(_MIN_MAX, parts=n) for n in (2, 4, 8)},
+    "min-max, page 16": replace(_MIN_MAX, page_size=16),
+    "min-max, dense layer 0": replace(_MIN_MAX, dense_layers=(0,)),
+    **{f"min-max, {name}": replace(_MIN_MAX, pooling=name) for name in POOLINGS if name != _ENGINE.pooling},
     **{f"page {n}": replace(_ENGINE, page_size=n) for n in (16, 64)},
-    **{f"parts {n}": replace(_ENGINE, parts=n) for n in (2, 4, 8)},
-    "page 16, parts 2": replace(_ENGINE, page_size=16, parts=2),
-    **{name: replace(_ENGINE, summary=name) for name in SUMMARIES if name != "min-max"},
-    **{name: replace(_ENGINE, pooling=name) for name in POOLINGS if name != "softmax"},
-    **{f"parts {n}, scaled softmax": replace(_FINE, parts=n) for n in (2, 4)},
-    "half box, parts 2": replace(_ENGINE, summary="half box", parts=2),
-    "largest logit, scaled softmax": replace(_FINE, summary="largest logit"),
-    "sum of weights, scaled softmax": replace(_FINE, summary="sum of weights"),
-    **{f"{n}-bit keys, scaled softmax": replace(_FINE, summary=f"{n}-bit keys") for n in (1, 2)},
-    **{f"2-bit keys, tau {tau}": replace(_LOW_BITS, tau=tau) for tau in (0.9, 0.8, 0.7, 0.5)},
-    "2-bit keys, speculation": replace(_LOW_BITS, tau=SPECULATION),
+    **{name: replace(_ENGINE, pooling=name) for name in POOLINGS if name != _ENGINE.pooling},
+    **{f"sink {n}, recent {n}": replace(_ENGINE, sink=n, recent=n) for n in (32, 64, 192)},
     "dense layer 0": replace(_ENGINE, dense_layers=(0,)),
     **{f"tau {tau}": replace(_ENGINE, tau=tau) for tau in (0.9, 0.8, 0.7, 0.5)},
     "speculation": replace(_ENGINE, tau=SPECULATION),

@@ -80,7 +80,7 @@ def make_requests(runner, batch_size: int, context: int, max_steps: int, num_pag
 
 
 def fill_host_store(memory: KVMemory) -> None:
-    """Random keys and values in every page, and their summaries. Keys of a page have a mean in common."""
+    """Random keys and values in every page, their summaries and codes. Keys of a page have a mean in common."""
     g, device = memory.geometry, memory.device
     flat, per_piece = memory.host.kv.flatten(), _PIECE_BYTES // g.dtype.itemsize
     page_elements = g.page_bytes // g.dtype.itemsize
@@ -91,7 +91,13 @@ def fill_host_store(memory: KVMemory) -> None:
         kv = torch.randn((count, *shape), dtype=g.dtype, device=device)
         kv[:, :, :, 0] += _PAGE_STD * torch.randn((count, *shape[:2], 1, g.head_dim), dtype=g.dtype, device=device)
         low, high = kv[:, :, :, 0].amin(3), kv[:, :, :, 0].amax(3)
-        memory.host.summary[:, first : first + count] = torch.stack((low, high), 3).transpose(0, 1)
+        filled = slice(first, first + count)
+        memory.host.summary[:, filled] = torch.stack((low, high), 3).transpose(0, 1)
+        if g.key_bits:
+            last_slots = torch.arange(1, count + 1, device=device) * g.page_size - 1
+            for number in range(g.num_layers):
+                written = memory.host.summary[number, filled], memory.host.codes[number, filled]
+                memory.ops.encode_pages(last_slots, kv[:, number], *written)
         begin, kv = first * page_elements, kv.flatten()
         end = begin + len(kv)
         bounds = [begin, *range((begin // per_piece + 1) * per_piece, end, per_piece), end]

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from sglang_freekv.config import FreeKVConfig
 from sglang_freekv.geometry import Geometry
 from sglang_freekv.tiny_model import TinyModel, build_tokenizer
 
@@ -33,6 +34,7 @@ class ModelShape:
             num_kv_heads=self.kv_heads,
             head_dim=self.head_dim,
             dtype=torch.bfloat16,
+            key_bits=FreeKVConfig.key_bits,
         )
 
     def write(self, folder: Path) -> Path:

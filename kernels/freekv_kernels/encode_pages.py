@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
 BITS = (1, 2, 4)
@@ -31,6 +33,8 @@ def encode_pages(slots: torch.Tensor, host_kv: torch.Tensor, summary: torch.Tens
     """
     page_size, head_dim = host_kv.shape[3:]
     pages = slots[slots % page_size == page_size - 1] // page_size
+    if len(pages) == 0:  # most steps of a decode
+        return
     bits = codes.shape[-1] * 8 // head_dim
     low, step = code_steps(summary[pages], bits)
     k = host_kv[pages, :, 0].float()
@@ -50,4 +54,14 @@ def code_steps(summary: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Te
 
 def unpack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
     """uint8 ``[..., bytes]`` -> uint8 ``[..., head_dim]``, in the order of the channels."""
-    return torch.cat([(codes >> (i * bits)) & (2**bits - 1) for i in range(8 // bits)], -1)
+    return torch.cat(list(unpack_parts(codes, bits)), -1)
+
+
+def unpack_parts(codes: torch.Tensor, bits: int) -> Iterator[torch.Tensor]:
+    """uint8 ``[..., bytes]`` -> the codes at the same bits of all bytes, which are of neighbouring channels.
+
+    For one part after the other; together a multiple of 4 bytes, as pages are.
+    """
+    words = codes.flatten().view(torch.int32)  # four bytes at a time: the mask drops what comes from the next byte
+    for i in range(8 // bits):
+        yield ((words >> (i * bits)) & (0x01010101 * (2**bits - 1))).view(torch.uint8).view(codes.shape)

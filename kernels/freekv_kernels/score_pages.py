@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from freekv_kernels.encode_pages import code_steps, unpack_codes
+from freekv_kernels.encode_pages import code_steps, unpack_parts
 from freekv_kernels.tables import Batch, FlagList, Read
 
 
@@ -82,9 +82,12 @@ def _score_codes(q: torch.Tensor, bounds: torch.Tensor, codes: torch.Tensor, rec
     low, step = code_steps(bounds, bits)  # [n, max_pages, head_dim]
     scores = q @ (low + step / 2).transpose(-1, -2)
     for row, row_scores in enumerate(scores):  # a row's tokens fit a cache
-        tokens = unpack_codes(codes[records[row]], bits).float()  # [max_pages, page_size, head_dim]
-        by_step = q[row] * step[row, :, None]  # [max_pages, group_size, head_dim]
-        row_scores += torch.bmm(by_step, tokens.transpose(1, 2)).amax(-1).T
+        parts = unpack_parts(codes[records[row]], bits)  # [max_pages, page_size, bytes] each
+        by_step = (q[row] * step[row, :, None]).chunk(8 // bits, -1)  # [max_pages, group_size, bytes] each
+        products = by_step[0] @ next(parts).float().transpose(1, 2)
+        for of_part, part in zip(by_step[1:], parts, strict=True):
+            products.baddbmm_(of_part, part.float().transpose(1, 2))
+        row_scores += products.amax(-1).T
     return scores
 
 

@@ -128,12 +128,8 @@ def score_pages(
     if out is None:
         out = queries.new_empty((num_rows, group_size, max_pages), dtype=torch.float32)
     block_d = triton.next_power_of_2(head_dim)
-    page_size, num_bytes = (0, 0) if codes is None else codes.shape[2:]
-    if codes is None:
-        block_p, num_warps = 8192 // block_d, 4  # 16 KiB of minima, and of maxima, at 2 bytes
-    else:
-        block_p = max(1, 8192 // (page_size * block_d))
-        num_warps = max(4, page_size * block_d // 2048)  # at most 64 elements of keys a thread
+    page_size, num_bytes = (1, 0) if codes is None else codes.shape[2:]
+    block_p = max(1, 8192 // (page_size * block_d))  # 16 KiB of minima, and of maxima, at 2 bytes; or 32 KiB of decoded keys
     num_programs = min(num_rows * triton.cdiv(max_pages, block_p), max(num_rows, NUM_PROGRAMS))
     _score_pages_kernel[(num_programs,)](
         queries,
@@ -162,6 +158,6 @@ def score_pages(
         NUM_BYTES=num_bytes,
         # The products of 16-bit numbers are exact in tf32, and summed in fp32; decoded keys are rounded to 11 bits.
         PRECISION="ieee" if queries.dtype == torch.float32 else "tf32",
-        num_warps=num_warps,
+        num_warps=max(4, page_size * block_d // 2048),  # 64 elements of decoded keys a thread
     )
     return out

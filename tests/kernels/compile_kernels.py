@@ -21,8 +21,8 @@ from freekv_kernels import Ops, triton_ops
 from sglang_freekv.config import FreeKVConfig
 from sglang_freekv.geometry import Geometry
 
-LLAMA_8B = Geometry(num_layers=32, num_qo_heads=32, num_kv_heads=8, head_dim=128, dtype=torch.bfloat16)
-ODD = Geometry(num_layers=2, num_qo_heads=9, num_kv_heads=3, head_dim=96, dtype=torch.float16, page_size=64)
+LLAMA_8B = Geometry(num_layers=32, num_qo_heads=32, num_kv_heads=8, head_dim=128, dtype=torch.bfloat16, key_bits=2)
+ODD = Geometry(num_layers=2, num_qo_heads=9, num_kv_heads=3, head_dim=96, dtype=torch.float16, page_size=64, key_bits=4)
 TARGETS = [
     ("llama-3.1-8b", LLAMA_8B, 80),
     ("llama-3.1-8b", LLAMA_8B, 90),
@@ -88,7 +88,7 @@ def main() -> None:
     triton.knobs.compilation.always_compile = True  # ptxas does not speak when a kernel comes from the cache
     compile_without_launch()
     for number, (shape, geometry, capability) in enumerate(TARGETS):
-        config = FreeKVConfig(page_size=geometry.page_size)
+        config = FreeKVConfig(page_size=geometry.page_size, key_bits=geometry.key_bits)
         first, *others = (
             KernelInputs(geometry, **sizes, config=config, max_context=131072, device="cpu") for sizes in SIZES
         )

@@ -74,16 +74,16 @@ def test_a_score_with_codes_is_the_largest_product_with_a_decoded_key(impl, grou
 
 @pytest.mark.parametrize("page_size", [16, 32])
 def test_with_codes_a_score_is_as_near_to_the_largest_logit_as_its_steps_are_short(impl, page_size):
-    keys = torch.randn(8, 2, page_size, 32) + 5 * torch.randn(32)
+    keys = torch.randn(4, 2, page_size, 32) + 5 * torch.randn(32)
     host = impl.host(torch.stack((keys, keys), 2))
     summary = torch.stack((keys.amin(2), keys.amax(2)), 2).to(impl.device)
     q = torch.randn(2, 2, 4, 32)
-    batch = batch_of(torch.arange(8, device=impl.device)[None], [8], [4])
+    batch = batch_of(torch.arange(4, device=impl.device)[None], [4], [2])
     largest = torch.einsum("hgd,phtd->hgpt", q[1], keys).amax(-1)
     errors = []
     for bits in (1, 2, 4):
         codes = codes_for(summary, bits, page_size)
-        impl.ops.encode_pages(torch.arange(8, device=impl.device) * page_size + page_size - 1, host, summary, codes)
+        impl.ops.encode_pages(torch.arange(4, device=impl.device) * page_size + page_size - 1, host, summary, codes)
         scores = impl.ops.score_pages(q.to(impl.device), summary, batch, Read.FRONT, codes=codes).cpu()
         step = (summary[:, :, 1] - summary[:, :, 0]).cpu() / 2**bits
         bound = torch.einsum("hgd,phd->hgp", q[1].abs(), step / 2)
@@ -168,7 +168,7 @@ def test_a_wider_output_is_written_up_to_the_pages_of_the_table(impl, bits):
 @pytest.mark.parametrize("listed", [None, [2, 1]], ids=str)
 def test_programs_share_all_pages_of_long_requests(impl, bits, monkeypatch, num_programs, listed):
     monkeypatch.setattr("freekv_kernels.score_pages_triton.NUM_PROGRAMS", num_programs)
-    queries, summary, table = inputs(impl, heads=1, group=1, dim=128, pages=300, batch=3)
+    queries, summary, table = inputs(impl, heads=1, group=1, dim=16 if bits else 128, pages=300, batch=3)
     codes = codes_for(summary, bits)
     batch = batch_of(table, [300, 129, 64], [4, 4, 4])
     out = free(3, 1, 300, impl.device)
