@@ -23,7 +23,7 @@ class MemoryPlan:
     max_requests: int  # running at the same time
     host_bytes: int
     device_blocks_bytes: int
-    summaries_bytes: int  # page summaries and block table
+    summaries_bytes: int  # page summaries, key codes and block table
     arena_bytes: int
     windows_bytes: int
     workspace_bytes: int  # buffers of a step on a GPU; on a CPU they are small, and not counted
@@ -56,7 +56,7 @@ class MemoryPlan:
                 f"  host store        {self.host_bytes / GIB:8.3f} GiB  {self.num_tokens:,} tokens of "
                 f"{full:,} bytes, all layers: what all requests and the prefix cache may hold together",
                 f"  device blocks     {self.device_blocks_bytes / GIB:8.3f} GiB  {self.num_blocks:,} per layer",
-                f"  page summaries    {self.summaries_bytes / GIB:8.3f} GiB  and block table",
+                f"  page summaries    {self.summaries_bytes / GIB:8.3f} GiB  with key codes and block table",
                 f"  prefill arena     {self.arena_bytes / GIB:8.3f} GiB  2 x {c.arena_tokens:,} tokens of one layer",
                 f"  windows           {self.windows_bytes / GIB:8.3f} GiB",
                 f"  running requests  {self.max_requests:8,}      at most, each with up to {c.max_budget_tokens:,} "

@@ -43,13 +43,14 @@ def accuracy(model: Qwen3ForCausalLM, context: int, samples: int, seed: str, bar
         for label in _LABELS:
             right[label].append(hit[batch.labels[:, -tail:] == label])
         bar.update()
-    return {label.name.lower(): torch.cat(hits).float().mean().item() for label, hits in right.items()}
+    shares = {label.name.lower(): torch.cat(hits).float() for label, hits in right.items()}
+    return {label: share.mean().item() for label, share in shares.items() if len(share)}
 
 
-def sharpen(model: Qwen3ForCausalLM, contexts: Sequence[int] = (16384, 32768), samples: int = 2) -> dict[str, float]:
+def sharpen(model: Qwen3ForCausalLM, contexts: Sequence[int] = (16384, 32768), samples: int = 1) -> dict[str, float]:
     """Scale the queries behind the first layer so that attention stays sharp at lengths beyond the training's.
 
-    Softmax spreads as the context grows. Of a few factors the best one is kept; it becomes a part of the norm's weights.
+    Softmax spreads as the context grows. The best of a few factors is kept, as a part of the norms' weights.
 
     Returns
     -------

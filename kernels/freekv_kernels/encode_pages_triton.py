@@ -1,4 +1,4 @@
-"""Kernel of encode_pages: a fixed number of programs walk the (slot, KV head) records and encode those of full pages."""
+"""Kernel of encode_pages: a fixed number of programs walk the (slot, KV head) records; some complete a page."""
 
 from __future__ import annotations
 

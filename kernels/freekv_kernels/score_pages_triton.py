@@ -129,7 +129,7 @@ def score_pages(
         out = queries.new_empty((num_rows, group_size, max_pages), dtype=torch.float32)
     block_d = triton.next_power_of_2(head_dim)
     page_size, num_bytes = (1, 0) if codes is None else codes.shape[2:]
-    block_p = max(1, 8192 // (page_size * block_d))  # 16 KiB of minima, and of maxima, at 2 bytes; or 32 KiB of decoded keys
+    block_p = max(1, 8192 // (page_size * block_d))  # 16 KiB of minima at 2 bytes, or 32 KiB of keys
     num_programs = min(num_rows * triton.cdiv(max_pages, block_p), max(num_rows, NUM_PROGRAMS))
     _score_pages_kernel[(num_programs,)](
         queries,

@@ -279,7 +279,8 @@ class TestMatrix:
     def test_turns_never_see_what_another_budget_has_decoded(self, file: Path):
         servers = FakeServers()
         matrix(file, servers).run(two_methods(), batches(turns=2))
-        caches = {(budget, cache) for *_, budget, cache in servers.started["exact-32-softmax-128-128-2"].asked}
+        _, exact = servers.started.values()
+        caches = {(budget, cache) for *_, budget, cache in exact.asked}
         assert caches == {(512, "512"), (1024, "1024")}
 
     def test_counters_are_of_decoding_only(self, file: Path):

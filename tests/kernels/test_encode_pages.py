@@ -95,7 +95,7 @@ def test_more_pages_than_programs_are_all_encoded(impl):
 
 @pytest.mark.parametrize("bits", [1, 2, 4])
 def test_the_kernel_equals_the_reference(impl, bits):
-    memory = make(impl, bits, heads=3, dim=32, dtype=torch.bfloat16)
+    memory = make(impl, bits, dtype=torch.bfloat16)
     expected = SimpleNamespace(**{name: tensor.cpu().clone() for name, tensor in vars(memory).items()})
     for slots in ([8, 16, 17], [31, 127, 50, 79]):
         encode(impl.ops, slots, memory)
