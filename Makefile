@@ -67,6 +67,7 @@ test: $(INSTALLED)
 
 accuracy: $(INSTALLED)
 	$(RUN) -m benchmarks.accuracy.matrix $(ACCURACY_FLAGS)
+	$(RUN) -m benchmarks.accuracy.report benchmarks/README.md
 
 accuracy-quick: $(INSTALLED)
 	$(RUN) -m pytest -q tests/server/test_accuracy_quick.py
@@ -110,7 +111,7 @@ endef
 define WATCH_INSTALL
 log=$(VENV)/install.log; \
 echo "Installing SGLang and PyTorch into $(VENV): about 11 GB, some minutes (messages in $$log)"; \
-$(RUN) -m pip install --progress-bar off -e '.[test,bench]' >$$log 2>&1 & pip=$$!; \
+$(RUN) -m pip install --progress-bar off -e '.[test]' >$$log 2>&1 & pip=$$!; \
 trap 'kill $$pip 2>/dev/null || true' INT TERM; \
 start=$$SECONDS; before=$$(df --output=avail -m $(VENV) | tail -1); \
 if [ -t 1 ]; then end='\r'; every=1; else end='\n'; every=15; fi; \
