@@ -67,7 +67,7 @@ test: $(INSTALLED)
 
 accuracy: $(INSTALLED)
 	$(RUN) -m benchmarks.accuracy.matrix $(ACCURACY_FLAGS)
-	$(RUN) -m benchmarks.accuracy.report benchmarks/README.md
+	$(RUN) -m benchmarks.accuracy.report benchmarks/README.md README.md
 
 accuracy-quick: $(INSTALLED)
 	$(RUN) -m pytest -q tests/server/test_accuracy_quick.py
