@@ -51,7 +51,7 @@ define READY
 
 Ready at $(URL), until Ctrl-C. In another terminal, hide a fact in a long text and ask for it:
 
-  (cat DESIGN.md; echo '@ secret harbor 48213;'; cat README.md benchmarks/README.md; echo '? secret harbor =') | \
+  (cat DESIGN.md; echo '@ secret harbor 48213;'; cat README.md; echo '? secret harbor =') | \
     $(RUN) -c 'import sys; from openai import OpenAI
   client = OpenAI(base_url="$(URL)/v1", api_key="none")
   answer = client.chat.completions.create(model="needle", messages=[{"role": "user", "content": sys.stdin.read()}])
