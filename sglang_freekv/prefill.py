@@ -24,6 +24,7 @@ class PrefillPlan:
 
     slots: torch.Tensor  # int64 [num_tokens], of the new tokens
     page_starts: torch.Tensor  # int64 [num_runs + 1], index of the first token of each page, and num_tokens
+    last_slots: torch.Tensor  # int64 [num_runs], of the last token that the chunk writes to each page
     opened: KeyList  # of the pages whose first token the chunk writes, the newest pages first
     groups: list[list[PrefixPiece]]  # the pieces of a group fit the arena together
     group_pages: list[torch.Tensor]  # int64, the host pages of each group
@@ -80,9 +81,11 @@ class Prefill:
         page_table = snapshot_page_table(rows, req_to_token, max(lens), page_size)
         groups = list(cut_prefixes(page_table, prefix_lens, memory.config.arena_pages, page_size))
         completed, last_tokens = self._completed(rows, slots, rows_cpu, page_table, lens, extend_lens, is_final)
+        page_starts = to_device(_page_starts(prefix_lens, extend_lens, page_size), memory.device)
         self._plan = PrefillPlan(
             slots=slots,
-            page_starts=to_device(_page_starts(prefix_lens, extend_lens, page_size), memory.device),
+            page_starts=page_starts,
+            last_slots=slots[page_starts[1:] - 1],
             opened=self._opened(page_table, rows_cpu, prefix_lens, lens),
             groups=groups,
             group_pages=[torch.cat([piece.pages for piece in group]) for group in groups],
@@ -95,8 +98,8 @@ class Prefill:
         self._attention.plan(extend_lens, groups)
         self._num_fills = 0
         with self._side.fork():
-            self._side.keep(slots, self._plan.page_starts, *self._plan.opened, *self._plan.group_pages, *completed)
-            self._side.keep(last_tokens)
+            self._side.keep(slots, page_starts, self._plan.last_slots, last_tokens)
+            self._side.keep(*self._plan.opened, *self._plan.group_pages, *completed)
             self._fill_next()
         return self._plan
 
@@ -183,8 +186,7 @@ class Prefill:
         written = (layer.host_kv, layer.summary, layer.block_kv, layer.blocks.table)
         ops.store_pages(k, v, plan.slots, plan.page_starts, *written)
         if layer.codes is not None:
-            last_slots = plan.slots[plan.page_starts[1:] - 1]
-            ops.encode_pages(last_slots, layer.host_kv, layer.summary, layer.codes)
+            ops.encode_pages(plan.last_slots, layer.host_kv, layer.summary, layer.codes)
 
     def _start_windows(self, layer: Layer, q: torch.Tensor, scale: float) -> None:
         """Select the first windows with the last prompt token's query."""

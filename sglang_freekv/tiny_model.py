@@ -90,13 +90,9 @@ class TinyModel:
 
     def write(self, out: Path) -> None:
         """Write config.json, model.safetensors and the tokenizer files into the folder `out`."""
-        out.mkdir(parents=True, exist_ok=True)
-        save_file(self.weights(), out / "model.safetensors", metadata={"format": "pt"})
-        tokenizer, tokenizer_config = build_tokenizer(self.vocab, self.max_position)
-        tokenizer.save(str(out / "tokenizer.json"))
-        _write_json(out / "tokenizer_config.json", tokenizer_config)
-        _write_json(out / "config.json", self.hf_config())
-        _write_json(out / "generation_config.json", {"eos_token_id": _special_id("<|end|>")})
+        generation_config = {"eos_token_id": _special_id("<|end|>")}
+        tokenizer = build_tokenizer(self.vocab, self.max_position)
+        write_checkpoint(out, self.weights(), self.hf_config(), tokenizer, generation_config)
 
     def hf_config(self) -> dict:
         """The model's config.json."""
@@ -252,7 +248,23 @@ def _is_generated(vocab_size: int) -> torch.Tensor:
     return torch.tensor(printable + [False] * (vocab_size - 256))
 
 
-def _write_json(path: Path, content: dict) -> None:
+def write_checkpoint(
+    out: Path,
+    weights: dict[str, torch.Tensor],
+    config: dict,
+    tokenizer: tuple[Tokenizer, dict],
+    generation_config: dict,
+) -> None:
+    """Write the files of a checkpoint into the folder `out`, made if missing; the tokenizer comes with its config."""
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
+    tokenizer[0].save(str(out / "tokenizer.json"))
+    write_json(out / "tokenizer_config.json", tokenizer[1])
+    write_json(out / "config.json", config)
+    write_json(out / "generation_config.json", generation_config)
+
+
+def write_json(path: Path, content: dict) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 

@@ -9,13 +9,13 @@ from pathlib import Path
 from random import Random
 
 import torch
-from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import Qwen3ForCausalLM
 
 from benchmarks.accuracy import language as lang
 from benchmarks.accuracy.samples import Label, draw_batch
 from benchmarks.records import describe_commit, describe_environment
+from sglang_freekv.tiny_model import write_checkpoint, write_json
 
 _SHARPER = (1.0, 1.2, 1.4, 1.7)
 _JUDGED = {"ask": 3, "ask_several": 1, "scattered": 1}
@@ -84,24 +84,17 @@ def write(model: Qwen3ForCausalLM, out: Path, max_context: int, record: dict) ->
     record : dict
         What is known of the training; accuracy by context, commit and environment are added.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    model.to(torch.bfloat16)
-    save_file(
-        {name: p.contiguous() for name, p in model.state_dict().items()}, out / "model.safetensors", {"format": "pt"}
-    )
-    model.to(torch.float32)
-    tokenizer, tokenizer_config = lang.build_tokenizer(max_context)
-    tokenizer.save(str(out / "tokenizer.json"))
     config = {**model.config.to_dict(), "architectures": ["Qwen3ForCausalLM"], "dtype": "bfloat16"}
     config |= {"torch_dtype": "bfloat16", "rope_theta": config["rope_parameters"]["rope_theta"]}
-    _write_json(out / "config.json", config)
-    _write_json(out / "tokenizer_config.json", tokenizer_config)
-    _write_json(out / "generation_config.json", {"eos_token_id": lang.END, "temperature": 0.0})
+    generation_config = {"eos_token_id": lang.END, "temperature": 0.0}
+    model.to(torch.bfloat16)
+    write_checkpoint(out, model.state_dict(), config, lang.build_tokenizer(max_context), generation_config)
+    model.to(torch.float32)
     samples = {4096: 8, 8192: 6, 16384: 4, 32768: 2}
     with tqdm(total=sum(samples.values()), desc="judge") as bar:
         judged = {context: accuracy(model, context, n, "judge", bar) for context, n in samples.items()}
     record |= {"accuracy": judged, "commit": describe_commit(), "environment": describe_environment()}
-    _write_json(out / "training.json", record)
+    write_json(out / "training.json", record)
 
 
 def draw_curves(curve: Path, out: Path, points: int = 200) -> None:
@@ -133,7 +126,3 @@ def draw_curves(curve: Path, out: Path, points: int = 200) -> None:
     axes[1].set(ylabel="share of right tokens", xlabel="minutes", ylim=(0, 1.02))
     axes[1].legend(ncols=6, fontsize=8, frameon=False)
     figure.savefig(out / "training.png", dpi=110)
-
-
-def _write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n")

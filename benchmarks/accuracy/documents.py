@@ -6,6 +6,7 @@ Everything is drawn from the `random.Random` that is passed in, so a seed determ
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from random import Random
 from typing import NamedTuple
 
@@ -31,6 +32,11 @@ class Record(NamedTuple):
 def chain(keys: Sequence[tuple[int, ...]], values: Sequence[tuple[int, ...]]) -> list[Record]:
     """Records that point from each to the next; the last one ends."""
     return [Record(*pair) for pair in zip(keys, values, [*keys[1:], None], strict=True)]
+
+
+def links(words: Sequence[int]) -> list[Line]:
+    """Lines without values: each word of a passage points to the next."""
+    return [Record((a,), (), (b,)).line() for a, b in pairwise(words)]
 
 
 def question(keys: Sequence[tuple[int, ...]]) -> Line:

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from benchmarks.accuracy.capture import Layer, load_model, prefill, run_tail
 from benchmarks.accuracy.rules import EXACT, SPECULATION, Rule, select
 from benchmarks.accuracy.transcripts import FAMILIES, Transcript, draw_transcript
-from benchmarks.records import RESULTS, RecordWriter
+from benchmarks.records import RESULTS, RecordWriter, render_lines
 from freekv_kernels import compare_queries
 
 TAUS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
@@ -97,7 +97,7 @@ def render(drifts: Sequence[Drift]) -> str:
     for number in sorted({d.layer for d in drifts}):
         cosine = torch.cat([d.cosine for d in drifts if d.layer == number], -1).mean(-1)
         per_head.append([f"layer {number}", *(f"{x:.2f}" for x in cosine)])
-    return "\n\n".join("\n".join(f"| {' | '.join(line)} |" for line in table) for table in (lines, per_head))
+    return "\n".join(render_lines(table) for table in (lines, per_head))
 
 
 def records(drifts: Sequence[Drift]) -> Iterator[tuple[str, float, dict[str, int | float | str]]]:

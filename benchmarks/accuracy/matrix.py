@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 from benchmarks.accuracy import results
 from benchmarks.accuracy.client import Client, ServerClient, play, read_documents, scores
-from benchmarks.accuracy.methods import METHODS, Geometry, Layout, Setting, parse_method, settings
+from benchmarks.accuracy.methods import METHODS, Layout, Setting, parse_method, read_geometry, settings
 from benchmarks.accuracy.results import Result, make_key
 from benchmarks.accuracy.tasks import TASKS
 from benchmarks.accuracy.tasks.session import Session, Task
@@ -201,11 +201,11 @@ class Launcher:
         flags += f" --chunked-prefill-size {batch} --max-prefill-tokens {batch}"
         flags += f" --sleep-on-idle --watchdog-timeout {_STEP_SECONDS}"
         flags += f" --stream-interval {_STREAM_INTERVAL} --incremental-streaming-output"
-        return [*flags.split(), *setting.flags(Geometry.read(self.model), self.concurrency), *self.more_flags]
+        return [*flags.split(), *setting.flags(read_geometry(self.model), self.concurrency), *self.more_flags]
 
     def digest(self, setting: Setting) -> str:
         """Of what answers and counters depend on: the weights, and the flags but those of memory and logs."""
-        flags = [*setting.flags(Geometry.read(self.model), self.concurrency), *self.more_flags]
+        flags = [*setting.flags(read_geometry(self.model), self.concurrency), *self.more_flags]
         text = json.dumps([self._weights, self.concurrency, self.seed, *flags])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -10,15 +10,17 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from sglang_freekv.config import FreeKVConfig
+from sglang_freekv.geometry import Geometry
 
 # The engine selects at least one page, so a window has one, chosen by the step before and never corrected.
 WINDOW_SELECTED_PAGES = 1
-_FLOAT32 = 4  # bytes
 
 
 @dataclass(frozen=True)
@@ -71,17 +73,16 @@ class Layout(NamedTuple):
     key_bits: int = FreeKVConfig.key_bits
 
 
-class Geometry(NamedTuple):
-    """What a model's config says about its KV."""
-
-    layers: int
-    kv_heads: int
-    head_dim: int
-
-    @classmethod
-    def read(cls, model: Path) -> Geometry:
-        config = json.loads((model / "config.json").read_text())
-        return cls(config["num_hidden_layers"], config["num_key_value_heads"], config["head_dim"])
+def read_geometry(model: Path) -> Geometry:
+    """Shape of a model's KV, computed in float32."""
+    config = json.loads((model / "config.json").read_text())
+    return Geometry(
+        num_layers=config["num_hidden_layers"],
+        num_qo_heads=config["num_attention_heads"],
+        num_kv_heads=config["num_key_value_heads"],
+        head_dim=config["head_dim"],
+        dtype=torch.float32,
+    )
 
 
 @dataclass(frozen=True)
@@ -116,9 +117,9 @@ class Setting:
         largest = self.budgets[-1]
         if self.method.is_window:
             recent = largest - sink - WINDOW_SELECTED_PAGES * page_size
-        num_cached = geometry.layers - len([layer for layer in dense_layers.split(",") if layer])
-        block_bytes = 2 * page_size * geometry.head_dim * _FLOAT32
-        blocks = concurrency * 2 * (largest // page_size) * geometry.kv_heads + 1  # one more, for rounding
+        num_cached = geometry.num_layers - len([layer for layer in dense_layers.split(",") if layer])
+        block_bytes = replace(geometry, page_size=page_size).block_bytes
+        blocks = concurrency * 2 * (largest // page_size) * geometry.num_kv_heads + 1  # one more, for rounding
         flags += ["--kv-retrieval", "freekv", "--freekv-budget", largest]
         flags += ["--freekv-sink", sink, "--freekv-recent", recent, "--freekv-group-pooling", pooling]
         flags += ["--freekv-key-bits", key_bits]

@@ -87,15 +87,11 @@ SUMMARIES: dict[str, Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]] 
 POOLINGS: dict[str, Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]] = {
     "softmax": lambda scores, is_candidate, scale: pool_group(scores, is_candidate, "softmax"),
     "mean": lambda scores, is_candidate, scale: pool_group(scores, is_candidate, "mean"),
-    "scaled softmax": lambda scores, is_candidate, scale: pool_group(scale * scores, is_candidate, "softmax"),
-    "max of softmax": lambda scores, is_candidate, scale: _log_softmax(scores, is_candidate).amax(1),
-    "max of scaled softmax": lambda scores, is_candidate, scale: _log_softmax(scale * scores, is_candidate).amax(1),
+    "scaled softmax": lambda scores, is_candidate, scale: pool_group(scores, is_candidate, "scaled", scale),
+    "max of softmax": lambda scores, is_candidate, scale: pool_group(scores, is_candidate, "max"),
+    "max of scaled softmax": lambda scores, is_candidate, scale: pool_group(scores, is_candidate, "max", scale),
     "max": lambda scores, is_candidate, scale: scores.amax(1),
 }
-
-
-def _log_softmax(scores: torch.Tensor, is_candidate: torch.Tensor) -> torch.Tensor:
-    return scores.masked_fill(~is_candidate[:, None], float("-inf")).log_softmax(-1)
 
 
 def select(rule: Rule, budget: int, q: torch.Tensor, k: torch.Tensor, steps: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,6 @@ No label, weight or position knows of pages, summaries or windows: nothing here 
 from __future__ import annotations
 
 import enum
-from itertools import pairwise
 from random import Random
 from typing import NamedTuple
 
@@ -51,6 +50,21 @@ class Tail:
             self.add(record.value[:1], value_label or Label.JUMP)
             self.add(record.value[1:], value_label or Label.COPY)
         self.add([lang.END], Label.COPY)
+
+    def ask(self, records: list[doc.Record]) -> None:
+        """A question for the first of a chain of records, its answer, and the end of the line."""
+        self.add(doc.question([records[0].key]), Label.NONE)
+        self.add_answer(records)
+        self.add([lang.NEWLINE], Label.NONE)
+
+    def ask_links(self, words: list[int]) -> None:
+        """A question for the first of `words`, answered by following `documents.links`."""
+        self.add(doc.question([words[:1]]), Label.NONE)
+        self.add(words[:1], Label.KEY)
+        for word in words[1:]:
+            self.add([lang.POINTER], Label.COPY)
+            self.add([word], Label.JUMP)
+        self.add([lang.NEWLINE], Label.NONE)
 
 
 class Batch(NamedTuple):
@@ -118,9 +132,7 @@ def ask(rng: Random, document: int, tail_length: int) -> tuple[list[doc.Line], T
     tail = Tail()
     while len(tail.tokens) < tail_length:
         for records in rng.sample(chains, len(chains)):
-            tail.add(doc.question([records[0].key]), Label.NONE)
-            tail.add_answer(records)
-            tail.add([lang.NEWLINE], Label.NONE)
+            tail.ask(records)
     return _lines_within(rng, [r.line() for records in chains for r in records], document), tail
 
 
@@ -144,9 +156,7 @@ def pasted(rng: Random, document: int, tail_length: int) -> tuple[list[doc.Line]
     tail = Tail()
     while len(tail.tokens) < tail_length:
         for record in rng.sample(records, len(records)):
-            tail.add(doc.question([record.key]), Label.NONE)
-            tail.add_answer([record])
-            tail.add([lang.NEWLINE], Label.NONE)
+            tail.ask([record])
     return doc.mix(rng, [record.line() for record in records], document, text), tail
 
 
@@ -170,17 +180,11 @@ def ask_several(rng: Random, document: int, tail_length: int) -> tuple[list[doc.
 def scattered(rng: Random, document: int, tail_length: int) -> tuple[list[doc.Line], Tail]:
     """A passage whose words lie in the document one by one: each points to the next."""
     words = rng.sample(range(lang.FIRST_WORD, lang.VOCAB_SIZE), min(len(lang.WORDS), document // 6))
-    lines = [[lang.RECORD, a, lang.POINTER, b, lang.NEWLINE] for a, b in pairwise(words)]
     tail = Tail()
     while len(tail.tokens) < tail_length:
         start = rng.randrange(len(words) - 1)
-        tail.add([lang.QUESTION, words[start], lang.ANSWER], Label.NONE)
-        tail.add([words[start]], Label.KEY)
-        for word in words[start + 1 : start + 1 + tail_length // 2]:
-            tail.add([lang.POINTER], Label.COPY)
-            tail.add([word], Label.JUMP)
-        tail.add([lang.NEWLINE], Label.NONE)
-    return _lines_within(rng, lines, document), tail
+        tail.ask_links(words[start : start + 1 + tail_length // 2])
+    return _lines_within(rng, doc.links(words), document), tail
 
 
 def invent(rng: Random, document: int, tail_length: int) -> tuple[list[doc.Line], Tail]:
@@ -192,22 +196,16 @@ def invent(rng: Random, document: int, tail_length: int) -> tuple[list[doc.Line]
             known.append(record)
             tail.add([lang.INVENT, *record.key, lang.ANSWER], Label.NONE)
             tail.add_answer([record], Label.INVENT)
+            tail.add([lang.NEWLINE], Label.NONE)
         else:
-            record = rng.choice(known)
-            tail.add(doc.question([record.key]), Label.NONE)
-            tail.add_answer([record])
-        tail.add([lang.NEWLINE], Label.NONE)
+            tail.ask([rng.choice(known)])
     return _lines_within(rng, [], document), tail
 
 
 def common(rng: Random, document: int, tail_length: int) -> tuple[list[doc.Line], Tail]:
     """A text in which four words are common."""
     words = rng.sample(range(lang.FIRST_WORD, lang.VOCAB_SIZE), 4)
-    share = rng.choice((0.1, 0.2, 0.4))
-
-    def filler(rng: Random) -> doc.Line:
-        return [rng.choice(words) if rng.random() < share else t for t in doc.word_filler(rng)[:-1]] + [lang.NEWLINE]
-
+    filler = doc.filler_with(words, rng.choice((0.1, 0.2, 0.4)))
     tail = Tail()
     while len(tail.tokens) < tail_length:
         tail.add([lang.COMMON, lang.ANSWER], Label.NONE)

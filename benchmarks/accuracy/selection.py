@@ -23,6 +23,7 @@ from benchmarks.accuracy.capture import Capture, Visible, causal, load_model, pr
 from benchmarks.accuracy.rules import RULES, Rule, select
 from benchmarks.accuracy.samples import Label
 from benchmarks.accuracy.transcripts import FAMILIES, Transcript, draw_transcript
+from benchmarks.records import render_lines
 
 
 def visible_by(rule: Rule, budget: int, steps: torch.Tensor) -> Visible:
@@ -127,7 +128,7 @@ def render(results: Sequence[Result]) -> str:
                 " ".join(f"{x:.3f}" for x in top),
             ]
         )
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return render_lines(lines)
 
 
 def _share(right: Sequence[torch.Tensor]) -> str:

@@ -114,7 +114,6 @@ class Trainer:
         }
         self.step = 0
         self.seconds = 0.0
-        self._folder = state
         self._file = state / "state.pt"
         self._curve = state / "curve.jsonl"
         self._saved = time.monotonic()

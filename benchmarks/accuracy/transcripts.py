@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
 from random import Random
 from typing import NamedTuple
 
@@ -36,12 +35,6 @@ def _keys(rng: Random, lines: int, tokens_per_line: int, pool: int | None = None
     return doc.draw_keys(rng, lines // tokens_per_line, pool)
 
 
-def _ask(tail: Tail, records: list[doc.Record]) -> None:
-    tail.add(doc.question([records[0].key]), Label.NONE)
-    tail.add_answer(records)
-    tail.add([lang.NEWLINE], Label.NONE)
-
-
 def lookup(rng: Random, room: int, tail: Tail) -> list[doc.Line]:
     """Values of a few words among filler."""
     return _lookup(rng, _keys(rng, room // 3, 8), tail)
@@ -55,7 +48,7 @@ def look_alike(rng: Random, room: int, tail: Tail) -> list[doc.Line]:
 def _lookup(rng: Random, keys: list[tuple[int, int]], tail: Tail) -> list[doc.Line]:
     records = [doc.Record(key, doc.draw_words(rng, rng.randint(1, 4))) for key in keys]
     for record in rng.sample(records, 24):
-        _ask(tail, [record])
+        tail.ask([record])
     return [record.line() for record in records]
 
 
@@ -64,7 +57,7 @@ def walk(rng: Random, room: int, tail: Tail) -> list[doc.Line]:
     keys = _keys(rng, room // 2, 10)
     chains = [doc.chain(part, [doc.draw_words(rng, 2) for _ in part]) for part in zip(*[iter(keys)] * 16, strict=False)]
     for chain in rng.sample(chains, min(2, len(chains))):
-        _ask(tail, chain)
+        tail.ask(chain)
     return [record.line() for chain in chains for record in chain]
 
 
@@ -73,20 +66,15 @@ def scattered(rng: Random, room: int, tail: Tail) -> list[doc.Line]:
     words = rng.sample(range(lang.FIRST_WORD, lang.VOCAB_SIZE), min(len(lang.WORDS), room // 12))
     for _ in range(2):
         start = rng.randrange(len(words) - 48)
-        tail.add(doc.question([(words[start],)]), Label.NONE)
-        tail.add([words[start]], Label.KEY)
-        for word in words[start + 1 : start + 48]:
-            tail.add([lang.POINTER], Label.COPY)
-            tail.add([word], Label.JUMP)
-        tail.add([lang.NEWLINE], Label.NONE)
-    return [doc.Record((a,), (), (b,)).line() for a, b in pairwise(words)]
+        tail.ask_links(words[start : start + 48])
+    return doc.links(words)
 
 
 def passage(rng: Random, room: int, tail: Tail) -> list[doc.Line]:
     """Long values: reading on, word by word."""
     records = [doc.Record(key, doc.draw_words(rng, 96)) for key in _keys(rng, room // 2, 101)]
     for record in rng.sample(records, 2):
-        _ask(tail, [record])
+        tail.ask([record])
     return [record.line() for record in records]
 
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import torch
 
-BITS = (1, 2, 4)
 LEAST_STEP = 1e-30  # where a channel is constant
 
 

@@ -1,4 +1,4 @@
-"""The accuracy harness: every method meets the same sessions, results are kept, intervals and tables are right."""
+"""The accuracy harness: every method meets the same sessions, results are kept, tables are right."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import pytest
+import torch
 
-from benchmarks.accuracy import intervals, pictures, report, results
+from benchmarks.accuracy import pictures, report, results
 from benchmarks.accuracy.client import COUNTERS, Generation, collect, play
 from benchmarks.accuracy.matrix import Matrix, draw_batches
-from benchmarks.accuracy.methods import METHODS, Geometry, Layout, Method, Setting, parse_method, settings
+from benchmarks.accuracy.methods import METHODS, Layout, Method, Setting, parse_method, settings
 from benchmarks.accuracy.tasks.session import Session, Turn
 from benchmarks.records import RecordWriter, fill_marked, read_records
 from benchmarks.server import Chunk
 from sglang_freekv.config import FreeKVConfig
+from sglang_freekv.geometry import Geometry
 
-GEOMETRY = Geometry(layers=3, kv_heads=2, head_dim=64)
+GEOMETRY = Geometry(num_layers=3, num_qo_heads=8, num_kv_heads=2, head_dim=64, dtype=torch.float32)
 BUDGETS = (512, 1024)
 SIZES = (*(Layout(page_size=size, sink=64, recent=64) for size in (16, 32, 64)), Layout(pooling="mean"))
 
@@ -104,66 +105,6 @@ def two_methods() -> list[Setting]:
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     return tmp_path / "sessions.jsonl"
-
-
-class TestIntervals:
-    def test_score_is_the_mean_over_references(self):
-        assert intervals.score([[1, 0, 0], [1]]).value == 0.5
-
-    @pytest.mark.parametrize(("mean", "references"), [(0.5, 8), (0.85, 1)])
-    def test_nineteen_of_twenty_intervals_cover_the_truth(self, mean: float, references: int):
-        """References of a session are alike, which an interval over references would take for certainty."""
-        rng = np.random.default_rng(0)
-        covered = 0
-        for trial in range(200):
-            level = rng.beta(mean * 3, (1 - mean) * 3, size=40)
-            found = intervals.score((rng.random((references, 40)) < level).T.astype(float).tolist(), seed=trial)
-            covered += found.low <= mean <= found.high
-        assert 0.9 <= covered / 200 <= 0.985
-
-    def test_all_right_is_not_certain(self):
-        few, many = intervals.score([[1.0]] * 5), intervals.score([[1.0]] * 100)
-        assert few.value == few.high == many.high == 1
-        assert few.low < 0.7 < 0.95 < many.low < 1
-
-    def test_all_wrong_is_not_certain(self):
-        found = intervals.score([[0.0, 0.0]] * 10)
-        assert found.value == found.low == 0
-        assert 0.2 < found.high < 0.4
-
-    def test_one_session_has_a_wide_interval(self):
-        found = intervals.score([[0.5, 0.5]])
-        assert found.low < 0.2 < 0.8 < found.high
-
-    def test_the_same_sessions_give_the_same_interval(self):
-        sessions = [[float(i % 3 == 0)] for i in range(20)]
-        assert intervals.score(sessions) == intervals.score(sessions)
-        assert intervals.score(sessions).low != intervals.score(sessions[:10]).low
-
-    def test_sessions_without_references_do_not_count(self):
-        assert intervals.score([[], [1.0], []]) == intervals.score([[1.0]])
-        with pytest.raises(ValueError, match="no session"):
-            intervals.score([[], []])
-
-    def test_a_share_pairs_the_sessions(self):
-        """Sessions differ in how hard they are, a method loses a tenth on each: the share is known far better."""
-        whole = [[i / 20] for i in range(1, 21)]
-        part = [[0.9 * value] for (value,) in whole]
-        share, score = intervals.share(part, whole), intervals.score(part)
-        assert share.value == pytest.approx(0.9)
-        assert share.high - share.low < 1e-6 < 0.1 < score.high - score.low
-
-    def test_a_share_of_nothing_is_none(self):
-        assert intervals.share([[1.0]], [[0.0]]) is None
-
-    def test_a_share_where_both_are_right_is_not_certain(self):
-        found = intervals.share([[1.0]] * 10, [[1.0]] * 10)
-        assert found.value == found.high == 1
-        assert 0.6 < found.low < 0.8
-
-    def test_other_sessions_than_the_baseline_are_refused(self):
-        with pytest.raises(ValueError, match="differ from the baseline"):
-            intervals.share([[1.0], [1.0]], [[1.0]])
 
 
 class TestMethods:

@@ -5,7 +5,6 @@ Each reference is a word of the passage; the score is the share of words that co
 
 from __future__ import annotations
 
-from itertools import pairwise
 from random import Random
 
 from benchmarks.accuracy import documents as doc
@@ -39,7 +38,7 @@ def scattered(rng: Random, context: int) -> list[Session]:
     length = min(_SCATTERED_WORDS, context // 64)
     different = _different_words(rng, len(lang.WORDS))
     passage, other_passage = different[: length + 1], different[length + 1 :]
-    lines, others = ([_link(*pair) for pair in pairwise(words)] for words in (passage, other_passage))
+    lines, others = doc.links(passage), doc.links(other_passage)
     answer = passage[:1] + [token for word in passage[1:] for token in (lang.POINTER, word)]
     question = doc.question([(passage[0],)])
     rng.shuffle(lines)
@@ -48,10 +47,6 @@ def scattered(rng: Random, context: int) -> list[Session]:
     others = take([[line] for line in others], _OTHERS * (room - sum(map(len, lines))))
     document = doc.place(rng, lines, depths, room, others)
     return [one_turn(document, question, Expected(answer, steps, in_order=True), ignore_eos=True)]
-
-
-def _link(word: int, next_word: int) -> doc.Line:
-    return [lang.RECORD, word, lang.POINTER, next_word, lang.NEWLINE]
 
 
 def _different_words(rng: Random, count: int) -> list[int]:
