@@ -8,21 +8,23 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields
+from reprlib import repr as shorten
 from typing import Any, Literal
 
 METHOD_OPTION = "kv_retrieval"
 OPTION_PREFIX = "freekv_"
-BUDGET_PARAM = "freekv_budget"  # key of a request's `custom_params`
+BUDGET_PARAM, DUMP_PARAM = "freekv_budget", "freekv_dump"  # keys of a request's `custom_params`
 PAGE_SIZES = (16, 32, 64)
 KEY_BITS = (0, 1, 2, 4)
 GROUP_POOLINGS = ("softmax", "scaled", "max", "mean")
+_MAX_GIB = 1 << 20
 
 
 class UnsupportedConfiguration(ValueError):
     """A setting, or a combination with SGLang's settings or the model, that FreeKV cannot serve."""
 
 
-def _layers(text: str) -> tuple[int, ...]:
+def layer_numbers(text: str) -> tuple[int, ...]:
     """Parse "0,1" to (0, 1)."""
     return tuple(int(layer) for layer in text.split(",") if layer.strip())
 
@@ -78,7 +80,7 @@ class FreeKVConfig:
         "dense-layers",
         (),
         'layers that attend to every token, for example "0,1" (default: none)',
-        _layers,
+        layer_numbers,
         metavar="LAYERS",
     )
     group_pooling: Literal["softmax", "scaled", "max", "mean"] = _flag(
@@ -98,6 +100,14 @@ class FreeKVConfig:
         choices=KEY_BITS,
     )
     audit: bool = _flag("audit", False, "check every resident block and window after each step (slow)", bool)
+    debug_dump: str | None = _flag(
+        "debug-dump",
+        None,
+        f'folder for dumps of the windows of requests that ask for it with custom_params {{"{DUMP_PARAM}": true}}, or '
+        "N for every N-th step (default: no dumps)",
+        str,
+        metavar="DIR",
+    )
     page_size: int = 32  # tokens; SGLang's --page-size
 
     def __post_init__(self) -> None:
@@ -112,10 +122,10 @@ class FreeKVConfig:
         _require(self.arena_tokens >= self.page_size, "--freekv-arena", self.arena_tokens, one_page)
         fixed = self.sink_tokens + self.recent_tokens
         _require(
-            fixed < self.budget_tokens,
+            fixed <= self.budget_tokens,
             "--freekv-budget",
             self.budget_tokens,
-            f"more than sink + recent ({fixed} tokens), so that pages can be selected",
+            f"at least sink + recent ({fixed} tokens)",
         )
         _require(
             self.budget_tokens <= self.max_budget_tokens,
@@ -129,10 +139,13 @@ class FreeKVConfig:
             ("--freekv-host-memory", self.host_memory_gib),
             ("--freekv-device-blocks-memory", self.device_blocks_memory_gib),
         ):
-            _require(gib is None or (_is_number(gib) and gib > 0), name, gib, "GiB, more than 0")
+            is_size = gib is None or (_is_number(gib) and 0 < gib <= _MAX_GIB)
+            _require(is_size, name, gib, f"GiB, more than 0 and at most {_MAX_GIB:,}")
         layers = self.dense_layers
         _require(
-            all(_is_int(layer) and layer >= 0 for layer in layers) and len(set(layers)) == len(layers),
+            isinstance(layers, tuple)
+            and all(_is_int(layer) and layer >= 0 for layer in layers)
+            and len(set(layers)) == len(layers),
             "--freekv-dense-layers",
             layers,
             'distinct layer numbers from 0, for example "0,1"',
@@ -142,12 +155,20 @@ class FreeKVConfig:
         is_known = _is_int(self.key_bits) and self.key_bits in KEY_BITS
         _require(is_known, "--freekv-key-bits", self.key_bits, _or(KEY_BITS))
         _require(isinstance(self.audit, bool), "--freekv-audit", self.audit, "True or False")
+        is_folder = self.debug_dump is None or (isinstance(self.debug_dump, str) and self.debug_dump != "")
+        _require(is_folder, "--freekv-debug-dump", self.debug_dump, "the path of a folder")
 
     def _check_tokens(self, name: str) -> None:
         tokens = getattr(self, name)
         flag = f"--freekv-{_flags()[name].metadata['flag']}"
         whole_pages = _is_int(tokens) and tokens >= 0 and tokens % self.page_size == 0
         _require(whole_pages, flag, tokens, f"tokens, a multiple of the page size ({self.page_size})")
+
+    def keywords(self) -> dict[str, Any]:
+        """The settings as `sgl.Engine` takes them, and as JSON shows them."""
+        values = {OPTION_PREFIX + f.metadata["flag"].replace("-", "_"): getattr(self, n) for n, f in _flags().items()}
+        as_json = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        return as_json | {"page_size": self.page_size}
 
     @property
     def budget_pages(self) -> int:
@@ -186,18 +207,52 @@ class FreeKVConfig:
         if custom_params is None:
             return self.budget_tokens
         if not isinstance(custom_params, Mapping):
-            raise ValueError(f'custom_params is {custom_params!r}; give {{"{BUDGET_PARAM}": tokens}}.')
+            raise ValueError(f'custom_params is {shorten(custom_params)}; give {{"{BUDGET_PARAM}": tokens}}.')
         for key in custom_params:
-            if str(key).startswith(OPTION_PREFIX) and key != BUDGET_PARAM:
-                raise ValueError(f"custom_params has the unknown key {key!r}; did you mean {BUDGET_PARAM!r}?")
+            if str(key).startswith(OPTION_PREFIX) and key not in (BUDGET_PARAM, DUMP_PARAM):
+                raise ValueError(f"custom_params has the unknown key {shorten(key)}; did you mean {BUDGET_PARAM!r}?")
         tokens = custom_params.get(BUDGET_PARAM, self.budget_tokens)
         fixed = self.sink_tokens + self.recent_tokens
-        if not _is_int(tokens) or not fixed < tokens <= self.max_budget_tokens or tokens % self.page_size:
+        if not _is_int(tokens) or not fixed <= tokens <= self.max_budget_tokens or tokens % self.page_size:
             raise ValueError(
-                f"custom_params.{BUDGET_PARAM} is {tokens!r}; give tokens, a multiple of {self.page_size}, "
-                f"over {fixed} (sink + recent), at most {self.max_budget_tokens} (--freekv-max-budget)."
+                f"custom_params.{BUDGET_PARAM} is {shorten(tokens)}; give tokens, a multiple of {self.page_size}, "
+                f"at least {fixed} (sink + recent), at most {self.max_budget_tokens} (--freekv-max-budget)."
             )
         return tokens
+
+    def request_dump_interval(self, custom_params: Mapping[str, Any] | None) -> int | None:
+        """Every how many decode steps a request's windows are dumped; None: never.
+
+        Raises
+        ------
+        ValueError
+            If ``custom_params["freekv_dump"]`` is no such number, or the server has no folder for it.
+        """
+        every = (custom_params or {}).get(DUMP_PARAM, False)
+        if every is False:
+            return None
+        if every is not True and not (_is_int(every) and every > 0):
+            raise ValueError(f"custom_params.{DUMP_PARAM} is {shorten(every)}; give true, or a number of steps from 1.")
+        if self.debug_dump is None:
+            raise ValueError(f"custom_params.{DUMP_PARAM} needs a server started with --freekv-debug-dump DIR.")
+        return int(every)
+
+
+def check_custom_params_fit(custom_params: Mapping[str, Any] | None) -> None:
+    """Refuse what SGLang 0.5.17 does not carry to its scheduler, which ends where it cannot read a message.
+
+    Raises
+    ------
+    ValueError
+        If a value, of anybody's key, is neither plain nor a list or a mapping of plain ones.
+    """
+    for key, value in (custom_params or {}).items():
+        parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else [value]
+        if not all(part is None or isinstance(part, (bool, int, float, str)) for part in parts):
+            raise ValueError(
+                f"custom_params.{shorten(key)} is {shorten(value)}; give a number, a text, true, false, null, or a "
+                "list or an object of those."
+            )
 
 
 def add_cli_args(parser: argparse.ArgumentParser) -> None:
@@ -249,10 +304,16 @@ def take_options(options: Mapping[str, Any]) -> tuple[FreeKVConfig | None, dict[
 
 
 def _parse(flag: Field, value: Any) -> Any:
-    """Accept what the command line gives, and from Python also its text form or a list."""
-    if isinstance(value, str):
-        return flag.metadata["parse"](value)
-    return tuple(value) if isinstance(value, Iterable) else value
+    """Accept what the command line gives, and from Python also its text form or a list; the config checks the rest."""
+    parse = flag.metadata["parse"]
+    if not isinstance(value, str):
+        return tuple(value) if isinstance(value, Iterable) else value
+    try:
+        return value if parse is bool else parse(value)
+    except ValueError:
+        raise UnsupportedConfiguration(
+            f"--freekv-{flag.metadata['flag']} is {value!r}; give {flag.metadata['help']}."
+        ) from None
 
 
 def _flags() -> dict[str, Field]:

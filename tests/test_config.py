@@ -24,7 +24,7 @@ def parse(*argv: str) -> dict:
     ("settings", "flag"),
     [
         ({"budget_tokens": 2047}, "--freekv-budget"),
-        ({"budget_tokens": 256}, "--freekv-budget"),
+        ({"budget_tokens": 224}, "--freekv-budget"),
         ({"budget_tokens": 2048.0}, "--freekv-budget"),
         ({"budget_tokens": 2048, "max_budget_tokens": 1024}, "--freekv-max-budget"),
         ({"max_budget_tokens": 2049}, "--freekv-max-budget"),
@@ -49,6 +49,8 @@ def parse(*argv: str) -> dict:
         ({"page_size": 16.0}, "--page-size"),
         ({"page_size": 64, "sink_tokens": 96}, "--freekv-sink"),
         ({"audit": 1}, "--freekv-audit"),
+        ({"debug_dump": ""}, "--freekv-debug-dump"),
+        ({"debug_dump": True}, "--freekv-debug-dump"),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(f"{k}={v}" for k, v in value.items()),
 )
@@ -57,9 +59,9 @@ def test_a_value_that_does_not_fit_is_refused_by_the_name_of_its_flag(settings, 
         FreeKVConfig(**settings)
 
 
-def test_no_sink_and_one_selected_page_is_a_valid_budget():
-    config = FreeKVConfig(budget_tokens=64, sink_tokens=0, recent_tokens=32)
-    assert (config.budget_pages, config.sink_pages, config.recent_pages) == (2, 0, 1)
+def test_recent_pages_alone_are_a_valid_budget():
+    config = FreeKVConfig(budget_tokens=64, sink_tokens=0, recent_tokens=64)
+    assert (config.budget_pages, config.sink_pages, config.recent_pages) == (2, 0, 2)
 
 
 def test_the_window_is_as_wide_as_the_budget_where_no_maximum_is_given():
@@ -89,7 +91,7 @@ def test_flags_and_keywords_give_the_same_config():
         "--kv-retrieval freekv --freekv-budget 1024 --freekv-max-budget 4096 --freekv-sink 64 "
         "--freekv-recent 96 --freekv-tau 0.5 --freekv-host-memory 2.5 --freekv-device-blocks-memory 0.5 "
         "--freekv-arena 4096 --freekv-dense-layers 0,1 --freekv-group-pooling mean --freekv-key-bits 4 "
-        "--freekv-audit"
+        "--freekv-audit --freekv-debug-dump dumps"
     )
     expected = FreeKVConfig(
         budget_tokens=1024,
@@ -104,6 +106,7 @@ def test_flags_and_keywords_give_the_same_config():
         group_pooling="mean",
         key_bits=4,
         audit=True,
+        debug_dump="dumps",
     )
     defaults = asdict(FreeKVConfig())
     untested = {name for name, value in asdict(expected).items() if value == defaults[name]} - {"page_size"}
@@ -122,6 +125,7 @@ def test_flags_and_keywords_give_the_same_config():
         "freekv_group_pooling": "mean",
         "freekv_key_bits": 4,
         "freekv_audit": True,
+        "freekv_debug_dump": "dumps",
     }
     assert take_options(parse(*argv)) == (expected, {})
     assert take_options(keywords) == (expected, {})
@@ -151,7 +155,7 @@ def test_every_flag_has_a_help_text_that_names_its_default():
     parser = argparse.ArgumentParser()
     add_cli_args(parser)
     flags = [action for action in parser._actions if action.dest != "help"]
-    assert len(flags) == 13
+    assert len(flags) == 14
     assert all("(default: " in action.help for action in flags)
 
 
@@ -177,3 +181,26 @@ def test_a_request_gets_what_it_asks_for_or_a_sentence(tokens):
 def test_parameters_that_would_be_ignored_are_refused(custom_params):
     with pytest.raises(ValueError, match="custom_params"):
         FreeKVConfig().request_budget_tokens(custom_params)
+
+
+@pytest.mark.parametrize(
+    ("asked", "interval"), [(None, None), ({}, None), ({"freekv_dump": False}, None), ({"freekv_dump": True}, 1)]
+)
+def test_a_request_is_dumped_where_it_asks_for_it(asked, interval):
+    assert FreeKVConfig(debug_dump="dumps").request_dump_interval(asked) == interval
+
+
+@given(every=st.one_of(st.integers(-3, 100), st.floats(), st.text(max_size=3), st.none()))
+def test_steps_between_dumps_are_counted_from_one(every):
+    try:
+        assert FreeKVConfig(debug_dump="dumps").request_dump_interval({"freekv_dump": every}) == every
+    except ValueError as error:
+        assert not (type(every) is int and every > 0)
+        assert repr(every) in str(error) and "a number of steps from 1" in str(error)
+    else:
+        assert every > 0
+
+
+def test_a_dump_without_a_folder_is_refused_with_the_flag_to_add():
+    with pytest.raises(ValueError, match="--freekv-debug-dump DIR"):
+        FreeKVConfig().request_dump_interval({"freekv_dump": True})

@@ -113,6 +113,17 @@ def test_every_step_of_a_changing_batch_matches_the_reference(
     assert (engine.memory.counters[Count.RECALLS] > 0) != plentiful
 
 
+def test_sink_and_recent_may_be_the_whole_budget() -> None:
+    config = make_config(budget_tokens=3 * PAGE, max_budget_tokens=3 * PAGE, key_bits=2)
+    engine = SimulatedEngine(make_geometry(), config, max_requests=1)
+    request = engine.start(make_trace(engine.geometry, 12 * PAGE, seed=1), 9 * PAGE + 30)
+    engine.prefill_whole(request)
+    for _ in range(6):
+        engine.decode()
+        last = len(request.pages) - 1
+        assert engine.window(engine.front(0), request) == [[0, last - 1, last]] * 2
+
+
 def make_shared(engine: SimulatedEngine, prefix_pages: int, num_requests: int) -> list[Request]:
     """Start requests with equal tokens on one copy of their prefix."""
     trace = make_trace(engine.geometry, prefix_pages * PAGE + 60, seed=7)

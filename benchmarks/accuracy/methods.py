@@ -19,9 +19,6 @@ import torch
 from sglang_freekv.config import FreeKVConfig
 from sglang_freekv.geometry import Geometry
 
-# The engine selects at least one page, so a window has one, chosen by the step before and never corrected.
-WINDOW_SELECTED_PAGES = 1
-
 
 @dataclass(frozen=True)
 class Method:
@@ -30,7 +27,7 @@ class Method:
     name: str
     flags: tuple[str, ...] = ()
     is_full: bool = False  # plain SGLang: no budget, no layout
-    is_window: bool = False  # sink and recent take the whole budget
+    is_window: bool = False  # sink and recent take the whole budget: nothing is selected
 
 
 METHODS = {
@@ -116,7 +113,7 @@ class Setting:
             return [str(flag) for flag in flags]
         largest = self.budgets[-1]
         if self.method.is_window:
-            recent = largest - sink - WINDOW_SELECTED_PAGES * page_size
+            recent = largest - sink
         num_cached = geometry.num_layers - len([layer for layer in dense_layers.split(",") if layer])
         block_bytes = replace(geometry, page_size=page_size).block_bytes
         blocks = concurrency * 2 * (largest // page_size) * geometry.num_kv_heads + 1  # one more, for rounding
@@ -151,7 +148,7 @@ def settings(methods: Sequence[Method], layouts: Iterable[Layout], budgets: Iter
             if method.is_full:
                 found.append(Setting(method, layouts[0], (None,)))
             elif method.is_window:
-                # Its page is not chosen by any pooling worth comparing.
+                # Nothing is scored or pooled.
                 one = layout._replace(pooling=layouts[0].pooling, key_bits=layouts[0].key_bits)
                 found += [Setting(method, one, (budget,)) for budget in budgets]
             else:

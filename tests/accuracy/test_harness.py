@@ -130,13 +130,13 @@ class TestMethods:
         assert not any("freekv" in flag for flag in setting.flags(GEOMETRY, 4))
         assert setting.budgets == (None,)
 
-    def test_a_window_has_a_server_per_budget_and_selects_one_page_at_most(self):
+    def test_a_window_has_a_server_per_budget_and_selects_nothing(self):
         found = settings([METHODS["window"]], [Layout(), Layout(pooling="mean")], BUDGETS)
         assert [setting.budgets for setting in found] == [(512,), (1024,)]
         for setting in found:
             flags = setting.flags(GEOMETRY, 4)
             sink, recent = (int(flags[flags.index(f"--freekv-{name}") + 1]) for name in ("sink", "recent"))
-            assert setting.budgets[0] - sink - recent <= Layout().page_size
+            assert setting.budgets[0] == sink + recent
 
     def test_a_new_method_is_a_name_and_flags(self):
         method = parse_method("late=--freekv-tau 0.5 --freekv-new 3")

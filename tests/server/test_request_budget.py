@@ -42,7 +42,7 @@ def test_requests_of_different_budgets_share_a_batch(
 REFUSED = {
     "not a multiple of the page size": 100,
     "more than the width": 288,
-    "only sink and recent": 64,
+    "less than sink and recent": 32,
     "negative": -128,
     "a word": "many",
     "nothing": None,
@@ -66,7 +66,7 @@ def test_a_budget_that_does_not_fit_is_refused_with_a_sentence(narrow: Server, e
         assert reply.status == 400
         message = reply.body.get("error", reply.body)["message"]
         assert repr(budget) in message
-        assert "a multiple of 32, over 64 (sink + recent), at most 256 (--freekv-max-budget)" in message
+        assert "a multiple of 32, at least 64 (sink + recent), at most 256 (--freekv-max-budget)" in message
     accepted = narrow.request(endpoint, ENDPOINTS[endpoint]({"custom_params": {"freekv_budget": 256}}))
     assert accepted.status == 200
 
