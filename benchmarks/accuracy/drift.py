@@ -21,12 +21,14 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from benchmarks.accuracy.capture import Layer, load_model, prefill, run_tail
+from benchmarks.accuracy.pivot import pivot
 from benchmarks.accuracy.rules import EXACT, SPECULATION, Rule, select
 from benchmarks.accuracy.transcripts import FAMILIES, Transcript, draw_transcript
-from benchmarks.records import RESULTS, RecordWriter, render_lines
+from benchmarks.records import RESULTS, RecordWriter, read_records
 from freekv_kernels import compare_queries
 
 TAUS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
+TABLES = ("cosine+cosine_p10+flagged_share+page_turnover:family,layer", "head_cosine:family,layer")
 
 
 class Drift(NamedTuple):
@@ -82,30 +84,15 @@ def merge(drifts: Sequence[Drift]) -> list[Drift]:
     return merged
 
 
-def render(drifts: Sequence[Drift]) -> str:
-    """Two markdown tables: by family and layer, and by layer and query head."""
-    header = ["family", "layer", "cosine", "its p10", "below 0.8", "below 0.9"]
-    header += [*(f"flagged at {tau}" for tau in TAUS), "pages that change"]
-    lines = [header, ["---"] * len(header)]
-    for d in drifts:
-        below = [(d.cosine < x).float().mean() for x in (0.8, 0.9)]
-        values = [d.cosine.mean(), d.cosine.quantile(0.1), *below, *map(d.flagged, TAUS), d.turnover.mean()]
-        lines.append([d.family, str(d.layer), *(f"{x:.2f}" for x in values)])
-
-    heads = range(len(drifts[0].cosine))
-    per_head = [["mean cosine", *(f"head {head}" for head in heads)], ["---"] * (len(heads) + 1)]
-    for number in sorted({d.layer for d in drifts}):
-        cosine = torch.cat([d.cosine for d in drifts if d.layer == number], -1).mean(-1)
-        per_head.append([f"layer {number}", *(f"{x:.2f}" for x in cosine)])
-    return "\n".join(render_lines(table) for table in (lines, per_head))
-
-
 def records(drifts: Sequence[Drift]) -> Iterator[tuple[str, float, dict[str, int | float | str]]]:
     """Metric, value and parameters of what is kept of a run."""
     for d in drifts:
         of_layer = {"family": d.family, "layer": d.layer}
         yield "cosine", d.cosine.mean().item(), of_layer
+        yield "cosine_p10", d.cosine.quantile(0.1).item(), of_layer
         yield "page_turnover", d.turnover.mean().item(), of_layer
+        for head, cosine in enumerate(d.cosine):
+            yield "head_cosine", cosine.mean().item(), {**of_layer, "head": head}
         for tau in TAUS:
             yield "flagged_share", d.flagged(tau), {**of_layer, "tau": tau}
 
@@ -154,7 +141,8 @@ def main() -> None:
     for metric, value, params in records(drifts):
         writer.write(metric, value, "share", {"context": args.context, "budget": args.budget, **params})
     draw(drifts, args.out / "drift.png")
-    print(render(drifts))
+    written = read_records(writer.path)
+    print(*(pivot(written, table) for table in TABLES), sep="\n")
 
 
 if __name__ == "__main__":

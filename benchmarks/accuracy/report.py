@@ -3,7 +3,7 @@
     python -m benchmarks.accuracy.report benchmarks/README.md
 
 fills `<!-- accuracy FILE TABLE -->` ... `<!-- end -->` from benchmarks/results/FILE.jsonl; TABLE is a task's name,
-`summary` or `turns`.
+`summary` or `turns`. Tables of `pivot.py` are filled as well.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from statistics import mean
 from typing import Any, NamedTuple
 
 from benchmarks.accuracy.methods import METHODS, Layout
+from benchmarks.accuracy.pivot import pivot
 from benchmarks.accuracy.results import FULL
 from benchmarks.records import Record, fill_marked, render_lines, sources
 
@@ -164,7 +165,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Fill the marked accuracy tables of markdown files from records.")
     parser.add_argument("files", type=Path, nargs="+")
     for path in parser.parse_args().files:
-        path.write_text(fill_marked(path.read_text(), "accuracy", table))
+        text = fill_marked(path.read_text(), "accuracy", table)
+        path.write_text(fill_marked(text, "pivot", pivot))
 
 
 if __name__ == "__main__":

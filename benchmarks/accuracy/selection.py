@@ -20,10 +20,13 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from benchmarks.accuracy.capture import Capture, Visible, causal, load_model, prefill, run_tail
+from benchmarks.accuracy.pivot import pivot
 from benchmarks.accuracy.rules import RULES, Rule, select
 from benchmarks.accuracy.samples import Label
 from benchmarks.accuracy.transcripts import FAMILIES, Transcript, draw_transcript
-from benchmarks.records import render_lines
+from benchmarks.records import RESULTS, RecordWriter, read_records
+
+TABLE = "first+other+weight_kept+top_page:budget,rule"
 
 
 def visible_by(rule: Rule, budget: int, steps: torch.Tensor) -> Visible:
@@ -100,40 +103,21 @@ def measure(
         yield Result(transcript.family, budget, name, right_tokens(restricted, transcript), kept, top)
 
 
-def render(results: Sequence[Result]) -> str:
-    """A markdown table: a line per budget and rule."""
-    families = list(dict.fromkeys(result.family for result in results))
-    header = [
-        "budget",
-        "rule",
-        *(f"{name}: first" for name in families),
-        "other",
-        "weight kept",
-        "5 % below",
-        "top page",
-    ]
-    lines = [header, ["---"] * len(header)]
+def records(results: Sequence[Result]) -> Iterator[tuple[str, float, dict[str, int | float | str]]]:
+    """Metric, value and parameters of what is kept of a run: for each budget and rule, and there by family or layer."""
     for key in dict.fromkeys((result.budget, result.rule) for result in results):
         of_key = [result for result in results if (result.budget, result.rule) == key]
-        first = [[r.right["first"] for r in of_key if r.family == name] for name in families]
-        kept = [torch.cat([x.flatten() for x in layer]) for layer in zip(*(r.kept for r in of_key), strict=True)]
-        top = [sum(layer) / len(layer) for layer in zip(*(r.top for r in of_key), strict=True)]
-        lines.append(
-            [
-                *map(str, key),
-                *(_share(x) for x in first),
-                _share([r.right["other"] for r in of_key]),
-                " ".join(f"{x.mean():.3f}" for x in kept),
-                " ".join(f"{x.quantile(0.05):.2f}" for x in kept),
-                " ".join(f"{x:.3f}" for x in top),
-            ]
-        )
-    return render_lines(lines)
-
-
-def _share(right: Sequence[torch.Tensor]) -> str:
-    right = torch.cat(list(right)).float()
-    return f"{right.mean():.3f}" if len(right) else ""
+        params = {"budget": key[0], "rule": key[1]}
+        for family in dict.fromkeys(result.family for result in of_key):
+            right = torch.cat([result.right["first"] for result in of_key if result.family == family])
+            yield "first", right.float().mean().item(), {**params, "family": family}
+        yield "other", torch.cat([result.right["other"] for result in of_key]).float().mean().item(), params
+        for number, layer in enumerate(zip(*(result.kept for result in of_key), strict=True)):
+            kept = torch.cat([x.flatten() for x in layer])
+            yield "weight_kept", kept.mean().item(), {**params, "layer": number}
+            yield "weight_kept_p5", kept.quantile(0.05).item(), {**params, "layer": number}
+        for number, layer in enumerate(zip(*(result.top for result in of_key), strict=True)):
+            yield "top_page", sum(layer) / len(layer), {**params, "layer": number}
 
 
 def main() -> None:
@@ -144,6 +128,7 @@ def main() -> None:
     parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=FAMILIES)
     parser.add_argument("--rules", nargs="+", default=list(RULES), choices=RULES, metavar="RULE", help=", ".join(RULES))
     parser.add_argument("--seeds", type=int, default=1, help="transcripts per family")
+    parser.add_argument("--out", type=Path, default=RESULTS / "selection.jsonl", help="file of the records")
     args = parser.parse_args()
     model, rules = load_model(args.model), {name: RULES[name] for name in args.rules}
     results: list[Result] = []
@@ -153,7 +138,10 @@ def main() -> None:
                 results.append(result)
                 bar.set_postfix_str(f"{family} {seed}: {result.budget} {result.rule}")
                 bar.update()
-    print(f"Context {args.context}; share of right tokens, then per layer.\n\n{render(results)}")
+    writer = RecordWriter("accuracy.selection", args.out)
+    for metric, value, params in records(results):
+        writer.write(metric, value, "share", {"context": args.context, **params})
+    print(pivot(read_records(args.out), TABLE))
 
 
 if __name__ == "__main__":

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from benchmarks.accuracy.capture import Layer
-from benchmarks.accuracy.drift import TAUS, Drift, draw, measure_layer, merge, records, render
+from benchmarks.accuracy.drift import TABLES, TAUS, Drift, draw, measure_layer, merge, records
+from benchmarks.accuracy.pivot import pivot
 from benchmarks.accuracy.rules import Rule
+from benchmarks.records import RecordWriter, read_records
 
 _RULE = Rule(page_size=16, sink=16, recent=16)
 _STEPS = torch.arange(1, 9)
@@ -63,14 +65,27 @@ def test_transcripts_of_a_family_are_merged(drifts):
     ]
 
 
-def test_table_records_and_picture_show_every_family_and_layer(drifts, tmp_path):
+def test_records_tables_and_picture_show_every_family_and_layer(drifts, tmp_path):
     merged = merge(drifts)
-    table = render(merged).splitlines()
-    assert sum(line.startswith(("| walk", "| lookup")) for line in table) == 4
-    assert sum(line.startswith("| layer") for line in table) == 2
     flagged = [value for metric, value, _ in records(merged) if metric == "flagged_share"]
     assert len(flagged) == 4 * len(TAUS)
     assert flagged[: len(TAUS)] == sorted(flagged[: len(TAUS)])
+    writer = RecordWriter("accuracy.drift", tmp_path / "drift.jsonl")
+    for metric, value, params in records(merged):
+        writer.write(metric, value, "share", {"context": 512, **params})
+    layers, heads = (pivot(read_records(writer.path), table).splitlines() for table in TABLES)
+    assert layers[0] == "| family | layer | cosine | cosine p10 | " + " | ".join(
+        [*(f"flagged share {tau}" for tau in TAUS), "page turnover |"]
+    )
+    assert heads[0] == "| family | layer | " + " | ".join(f"head cosine {head}" for head in range(4)) + " |"
+    for lines in (layers, heads):
+        assert [line.split(" | ")[:2] for line in lines[2:6]] == [
+            [f"| {family}", str(layer)] for family in ("walk", "lookup") for layer in (0, 1)
+        ]
     pytest.importorskip("matplotlib")
     draw(merged, tmp_path / "drift.png")
     assert (tmp_path / "drift.png").stat().st_size > 10_000
+
+
+def test_a_table_of_records_that_do_not_exist_says_so(tmp_path):
+    assert pivot([], TABLES[0]) == "No records yet.\n"
