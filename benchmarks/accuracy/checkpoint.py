@@ -17,7 +17,7 @@ from benchmarks.accuracy.samples import Label, draw_batch
 from benchmarks.records import describe_commit, describe_environment
 from sglang_freekv.tiny_model import write_checkpoint, write_json
 
-_SHARPER = (1.0, 1.4, 1.7, 2.0, 2.4)
+_SHARPER = (1.0, 1.2, 1.4, 1.7)
 _JUDGED = {"ask": 3, "ask_several": 1, "scattered": 1}
 _LABELS = (Label.KEY, Label.JUMP, Label.COPY, Label.NEXT)
 

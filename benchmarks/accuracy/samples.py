@@ -129,18 +129,11 @@ def _chains(rng: Random, room: int) -> list[list[doc.Record]]:
 def ask(rng: Random, document: int, tail_length: int) -> tuple[list[doc.Line], Tail]:
     """Single questions, followed through their chains."""
     chains = _chains(rng, document)
-    return _lines_within(rng, _chain_lines(chains), document), _ask_all(rng, chains, Tail(), tail_length)
-
-
-def _chain_lines(chains: list[list[doc.Record]]) -> list[doc.Line]:
-    return [record.line() for records in chains for record in records]
-
-
-def _ask_all(rng: Random, chains: list[list[doc.Record]], tail: Tail, tail_length: int) -> Tail:
+    tail = Tail()
     while len(tail.tokens) < tail_length:
         for records in rng.sample(chains, len(chains)):
             tail.ask(records)
-    return tail
+    return _lines_within(rng, [r.line() for records in chains for r in records], document), tail
 
 
 def pasted(rng: Random, document: int, tail_length: int) -> tuple[list[doc.Line], Tail]:
@@ -160,8 +153,11 @@ def pasted(rng: Random, document: int, tail_length: int) -> tuple[list[doc.Line]
     while not records or room > 0:
         records.append(doc.Record(word() + word(), _value(rng, 128)))
         room -= len(records[-1].line())
-    chains = [[record] for record in records]
-    return doc.mix(rng, _chain_lines(chains), document, text), _ask_all(rng, chains, Tail(), tail_length)
+    tail = Tail()
+    while len(tail.tokens) < tail_length:
+        for record in rng.sample(records, len(records)):
+            tail.ask([record])
+    return doc.mix(rng, [record.line() for record in records], document, text), tail
 
 
 def ask_several(rng: Random, document: int, tail_length: int) -> tuple[list[doc.Line], Tail]:
@@ -207,16 +203,16 @@ def invent(rng: Random, document: int, tail_length: int) -> tuple[list[doc.Line]
 
 
 def common(rng: Random, document: int, tail_length: int) -> tuple[list[doc.Line], Tail]:
-    """Four words are common in the filler: asked for once, as an answer given before would be copied; then as `ask`."""
+    """A text in which four words are common."""
     words = rng.sample(range(lang.FIRST_WORD, lang.VOCAB_SIZE), 4)
-    chains = _chains(rng, document // 2)
-    tail = Tail()
-    tail.add([lang.COMMON, lang.ANSWER], Label.NONE)
-    tail.add(words, Label.COMMON)
-    tail.add([lang.END], Label.COPY)
-    tail.add([lang.NEWLINE], Label.NONE)
     filler = doc.filler_with(words, rng.choice((0.1, 0.2, 0.4)))
-    return doc.mix(rng, _chain_lines(chains), document, filler), _ask_all(rng, chains, tail, tail_length)
+    tail = Tail()
+    while len(tail.tokens) < tail_length:
+        tail.add([lang.COMMON, lang.ANSWER], Label.NONE)
+        tail.add(rng.sample(words, 4), Label.COMMON)
+        tail.add([lang.END], Label.COPY)
+        tail.add([lang.NEWLINE], Label.NONE)
+    return doc.fill(rng, document, filler), tail
 
 
 def repeat(rng: Random, document: int, tail_length: int) -> tuple[list[doc.Line], Tail]:

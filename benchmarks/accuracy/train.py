@@ -28,8 +28,8 @@ MAX_CONTEXT = 65_536  # tokens
 _MUON_LR, _ADAMW_LR = 0.02, 3e-3
 _WARMUP_STEPS = 50
 _SAVE_SECONDS = 60
-_LABEL_WEIGHTS = {Label.INVENT: 0.1, Label.COMMON: 3.0}  # of the loss; 1 where not named
-_MIXED = {"ask": 4, "ask_several": 2, "scattered": 1, "invent": 0.5, "common": 1.5}
+_LABEL_WEIGHTS = {Label.INVENT: 0.1}  # of the loss; 1 where not named
+_MIXED = {"ask": 5, "ask_several": 2, "scattered": 1, "invent": 0.5, "common": 0.5}
 _LATE = {**_MIXED, "pasted": 2}
 
 
