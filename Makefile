@@ -3,14 +3,21 @@
 # make accuracy        methods, budgets and tasks through the server (ACCURACY_FLAGS="--tasks single --count 4")
 # make accuracy-quick  the part of it that is in the tests
 # make train-model     train the small model again, an hour       (OUT=folder)
-# make bench-cpu       plain SGLang and FreeKV side by side       (BENCH_FLAGS=--quick)
+# make bench           traffic on plain SGLang and FreeKV, an hour (BENCH_FLAGS="--dataset-path chats.json")
+# make bench-quick     the same with small workloads, some minutes
+# make bench-cpu       decode steps of both, turn by turn         (BENCH_FLAGS=--quick)
+# make cost-model      predicted and measured decode steps, plans for other machines
+# make soak            half an hour of mixed traffic              (SOAK_FLAGS="--minutes 5")
+# make soak-quick      the part of it that is in the tests
+# make fuzz            a million steps of the memory side         (FUZZ_FLAGS="--minutes 10 --seed 7")
 # make gpu-suite       tests and numbers that need a GPU          (SUITE_FLAGS=--rehearse: without one)
 # make lint, make clean
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help serve test accuracy accuracy-quick train-model bench-cpu gpu-suite lint clean
+.PHONY: help serve test accuracy accuracy-quick train-model bench bench-quick bench-cpu cost-model soak soak-quick fuzz \
+    gpu-suite lint clean
 
 # The first that runs and is recent enough.
 PYTHON ?= $(shell for python in python3.12 python3.11 python3; do \
@@ -24,6 +31,8 @@ SERVE_FLAGS ?= --freekv-budget 768 --freekv-host-memory 0.1 --freekv-device-bloc
 PYTEST_FLAGS ?=
 BENCH_FLAGS ?=
 SUITE_FLAGS ?=
+SOAK_FLAGS ?= --minutes 30 --out benchmarks/results/soak.jsonl
+FUZZ_FLAGS ?=
 ACCURACY_FLAGS ?= --resume
 OUT ?= build/needle/model
 # The environment takes 11 GB, and the downloads as much again for a moment.
@@ -74,6 +83,26 @@ accuracy-quick: $(INSTALLED)
 
 train-model: $(INSTALLED)
 	$(RUN) -m benchmarks.accuracy.train --out $(OUT)
+
+bench: $(INSTALLED)
+	$(RUN) -m benchmarks.throughput $(BENCH_FLAGS)
+	$(RUN) -m benchmarks.throughput.report benchmarks/README.md
+
+bench-quick: $(INSTALLED)
+	$(RUN) -m benchmarks.throughput --quick $(BENCH_FLAGS)
+
+cost-model: $(INSTALLED)
+	$(RUN) -m benchmarks.cost_model
+	$(RUN) -m benchmarks.cost_model.report benchmarks/README.md
+
+soak: $(INSTALLED)
+	$(RUN) -m tests.soak $(SOAK_FLAGS)
+
+soak-quick: $(INSTALLED)
+	$(RUN) -m pytest -q -s tests/server/oracles/test_soak_quick.py
+
+fuzz: $(INSTALLED)
+	PYTHONPATH=tests $(RUN) -m stateful.fuzz $(FUZZ_FLAGS)
 
 bench-cpu: $(INSTALLED)
 	$(RUN) -m benchmarks.bench_cpu $(BENCH_FLAGS)

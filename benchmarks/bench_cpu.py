@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.records import RESULTS, ROOT, RecordWriter
-from benchmarks.server import Chunk, Server
+from benchmarks.server import Chunk, Server, device_bytes_per_request, retrieval_numbers
 from sglang_freekv.tiny_model import TinyModel
 
 BASELINE = "plain SGLang"
@@ -40,7 +40,7 @@ BUILD = ROOT / "build" / "bench_cpu"
 STREAM_INTERVAL = 8
 # Above the largest batch: the requests of the cell before may not have left when the next batch comes.
 SPARE_REQUESTS = 4
-_COUNTERS = ("recalled_bytes", "decoded_tokens", "rows", "flagged_rows", "hits", "misses", "absent_pages")
+_RECALL = ("recalled_per_token", "hit_share", "corrected_rows", "absent_pages")
 GOALS = {(32768, 8): 4.0, (1024, 8): 0.9, (1024, 1): 0.9}  # (context, batch) -> least ratio
 
 
@@ -71,7 +71,7 @@ class Turns:
     def __init__(self, server: Server, prompts: list[list[int]], max_new_tokens: int) -> None:
         self.server = server
         self._batch = len(prompts)
-        with thawed(server):
+        with server.thawed():
             self._chunks = server.decode(prompts, max_new_tokens)
             waiting = set(range(self._batch))
             while waiting:  # all of them are decoding from here on
@@ -82,7 +82,7 @@ class Turns:
         with contextlib.suppress(queue.Empty):
             while True:
                 self._chunks.get_nowait()
-        with thawed(self.server):
+        with self.server.thawed():
             self._next_of_first()  # was on its way when the server froze, or has waited for it
             start = self._next_of_first()
             while (last := self._next_of_first()).tokens < start.tokens + steps:
@@ -90,7 +90,7 @@ class Turns:
         return self._batch * (last.tokens - start.tokens) / (last.seconds - start.seconds)
 
     def end(self) -> None:
-        with thawed(self.server):
+        with self.server.thawed():
             self.server.abort()
 
     def _next_of_first(self) -> Chunk:
@@ -101,13 +101,6 @@ class Turns:
 
     def _next(self) -> Chunk:
         return self._chunks.get(timeout=1800)
-
-
-@contextlib.contextmanager
-def thawed(server: Server) -> Iterator[None]:
-    server.thaw()
-    yield
-    server.freeze()
 
 
 class Bench:
@@ -122,7 +115,7 @@ class Bench:
         if cell.batch == self.args.batches[0]:
             self._time_to_first_token("cold_first_token", cell, prompts[0])
             self._time_to_first_token("cached_first_token", cell, prompts[0][:-PAGE_SIZE] + [0] * PAGE_SIZE)
-        before = self._state(self.freekv)
+        before = self._counters()
         baseline, freekv, ratios = self._decode(prompts)
         ratio = statistics.median(ratios)
         medians = statistics.median(freekv), statistics.median(baseline)
@@ -132,14 +125,14 @@ class Bench:
             f"  decode {medians[1]:.1f} -> {medians[0]:.1f} tokens/s, ratio {ratio:.2f}"
             f" ({min(ratios):.2f} to {max(ratios):.2f})"
         )
-        if not self.args.baseline_only:
-            self._write_recall(cell, before, self._state(self.freekv))
+        if before is not None:
+            self._write_recall(cell, before, self._counters())
         return ratio
 
     def _time_to_first_token(self, metric: str, cell: Cell, prompt: list[int]) -> None:
         seconds = []
         for server in (self.freekv, self.baseline):
-            with thawed(server):
+            with server.thawed():
                 seconds.append(server.first_token_seconds(prompt))
         self._write(metric, seconds[0], "s", Cell(cell.context, 1), seconds[1])
         print(f"  {metric.replace('_', ' ')} {seconds[1]:.2f} -> {seconds[0]:.2f} s")
@@ -158,31 +151,25 @@ class Bench:
         baseline, freekv = (list(column) for column in zip(*speeds, strict=True))
         return baseline, freekv, [new / old for old, new in speeds]
 
-    def _state(self, server: Server) -> dict:
-        """What the scheduler says about itself; FreeKV's part under "freekv"."""
-        with thawed(server):
-            return server.info()["internal_states"][0]
+    def _counters(self) -> dict | None:
+        with self.freekv.thawed():
+            return self.freekv.freekv()
 
     def _write_recall(self, cell: Cell, before: dict, after: dict) -> None:
         """What retrieval did meanwhile, first selection after the prefill included."""
-        count = {name: after["freekv"][name] - before["freekv"][name] for name in _COUNTERS}
-        rows, selected = max(1, count["rows"]), max(1, count["hits"] + count["misses"])
-        recalled = count["recalled_bytes"] / max(1, count["decoded_tokens"])
-        self._write("recalled_per_token", recalled, "bytes", cell)
-        self._write("hit_share", count["hits"] / selected, "ratio", cell)
-        self._write("corrected_rows", count["flagged_rows"] / rows, "ratio", cell)
-        self._write("absent_pages", count["absent_pages"], "pages", cell)
+        numbers = retrieval_numbers(before, after)
+        for metric in _RECALL:
+            self._write(metric, *numbers[metric], cell)
+        recalled, hits, corrected, absent = (numbers[metric][0] for metric in _RECALL)
         print(
-            f"  recalled {recalled:,.0f} bytes per token, hits {count['hits'] / selected:.3f}, "
-            f"corrected rows {count['flagged_rows'] / rows:.3f}, absent pages {count['absent_pages']}"
+            f"  recalled {recalled:,.0f} bytes per token, hits {hits:.3f}, "
+            f"corrected rows {corrected:.3f}, absent pages {absent}"
         )
 
     def write_memory(self, context: int) -> None:
         """Device bytes of one request of this length: both windows and the summaries, against its complete KV."""
-        state = self._state(self.freekv)["freekv"]
-        per_token = (state["page_summaries_bytes"] + state["block_table_bytes"]) / state["host_tokens"]
-        ours = state["device_bytes_per_request"] + per_token * context
-        full = state["full_kv_bytes_per_token"] * context
+        with self.freekv.thawed():
+            ours, full = device_bytes_per_request(self.freekv.freekv(), context)
         self._write("device_memory_per_request", ours, "bytes", Cell(context, 1), full)
         print(f"device memory of a request of {context} tokens: {full:,.0f} -> {ours:,.0f} bytes, {ours / full:.3f}")
 

@@ -30,7 +30,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
-_MORE_IS_BETTER = {"tokens/s", "GB/s"}
+_MORE_IS_BETTER = {"tokens/s", "GB/s", "requests/s", "requests"}
 _LESS_IS_BETTER = {"s", "ms", "bytes"}
 
 
@@ -60,6 +60,7 @@ class RecordWriter:
     path: Path
     commit: str = field(default_factory=lambda: describe_commit())
     environment: dict = field(default_factory=lambda: describe_environment())
+    module: str = ""  # that was run, where it is not the one in `benchmarks` of that name
 
     def write(
         self,
@@ -94,7 +95,7 @@ class RecordWriter:
             ratio=ratio,
             commit=self.commit,
             environment=self.environment,
-            command=shlex.join(["python", "-m", f"benchmarks.{self.name}", *sys.argv[1:]]),
+            command=shlex.join(["python", "-m", self.module or f"benchmarks.{self.name}", *sys.argv[1:]]),
             time=datetime.now(UTC).isoformat(timespec="seconds"),
         )
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -176,7 +177,7 @@ def render_table(records: Iterable[Record]) -> str:
     for r in latest:
         cells = [str(r.params.get(name, "")) for name in columns] + [_number(r.value)]
         if baseline:
-            cells += [_number(r.baseline_value), f"{r.ratio:.2f}" if r.ratio else "", _verdict(r)]
+            cells += [_number(r.baseline_value), f"{r.ratio:.2f}" if r.ratio else "", verdict(r)]
         lines.append(cells)
     return f"{render_lines(lines)}\n{sources(latest)}"
 
@@ -200,7 +201,8 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def _verdict(record: Record) -> str:
+def verdict(record: Record) -> str:
+    """ "win" or "**loss**" against the baseline; empty where the unit does not say which it is."""
     if record.ratio in (None, 1) or record.unit not in _MORE_IS_BETTER | _LESS_IS_BETTER:
         return ""
     return "win" if (record.ratio > 1) == (record.unit in _MORE_IS_BETTER) else "**loss**"

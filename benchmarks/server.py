@@ -11,13 +11,14 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
 import requests
 
-_START_SECONDS = 300
+_START_SECONDS = 900
 _ANSWER_SECONDS = 1800
 
 
@@ -52,11 +53,10 @@ class Server:
         while time.monotonic() < deadline:
             if self._process.poll() is not None:
                 break
-            try:
+            with suppress(requests.ConnectionError):
                 if requests.get(f"{self.url}/health", timeout=60).ok:
                     return
-            except requests.ConnectionError:
-                time.sleep(0.5)
+            time.sleep(0.5)
         self.stop()
         raise RuntimeError(f"the server {self.name!r} did not start; its last messages ({self.log}):\n{self._tail()}")
 
@@ -72,6 +72,15 @@ class Server:
     def thaw(self) -> None:
         self._signal(signal.SIGCONT)
 
+    @contextmanager
+    def thawed(self) -> Iterator[None]:
+        """Let a frozen server run for a while."""
+        self.thaw()
+        try:
+            yield
+        finally:
+            self.freeze()
+
     def stop(self) -> None:
         """End every process of the server."""
         self._signal(signal.SIGKILL)
@@ -86,6 +95,14 @@ class Server:
     def info(self) -> dict:
         """Settings and state, as `/server_info` gives them."""
         return requests.get(f"{self.url}/server_info", timeout=60).json()
+
+    def freekv(self) -> dict | None:
+        """FreeKV's counters and sizes; None where the server is plain SGLang."""
+        return self.info()["internal_states"][0].get("freekv")
+
+    def flush_cache(self) -> None:
+        """Empty the prefix cache, once the requests before have left."""
+        requests.post(f"{self.url}/flush_cache", params={"timeout": 60}, timeout=120).raise_for_status()
 
     def first_token_seconds(self, prompt: list[int]) -> float:
         """Send one prompt of token ids, return the time to its first token."""
@@ -137,6 +154,30 @@ class Server:
         """End all requests, and wait until the scheduler has let them go."""
         requests.post(f"{self.url}/abort_request", json={"abort_all": True}, timeout=60).raise_for_status()
         requests.get(f"{self.url}/health_generate", timeout=60).raise_for_status()
+
+
+def retrieval_numbers(before: dict, after: dict) -> dict[str, tuple[float, str]]:
+    """What retrieval did between two answers of `Server.freekv`, as value and unit.
+
+    Bytes are per generated token: those that were copied from the host store, and those of all selected pages, which
+    would have been copied if nothing had stayed on the device. The first selection after a prompt is among them.
+    """
+    names = ("recalled_bytes", "decoded_tokens", "rows", "flagged_rows", "hits", "misses", "absent_pages")
+    count = {name: after[name] - before[name] for name in names}
+    tokens, selected = max(1, count["decoded_tokens"]), count["hits"] + count["misses"]
+    return {
+        "recalled_per_token": (count["recalled_bytes"] / tokens, "bytes"),
+        "selected_per_token": (selected * after["block_bytes"] / tokens, "bytes"),
+        "hit_share": (count["hits"] / max(1, selected), "ratio"),
+        "corrected_rows": (count["flagged_rows"] / max(1, count["rows"]), "ratio"),
+        "absent_pages": (count["absent_pages"], "pages"),
+    }
+
+
+def device_bytes_per_request(freekv: dict, context: int) -> tuple[float, float]:
+    """Device bytes of a request of `context` tokens: both windows and what pages are scored by; its complete KV."""
+    per_token = (freekv["page_summaries_bytes"] + freekv["block_table_bytes"]) / freekv["host_tokens"]
+    return freekv["device_bytes_per_request"] + per_token * context, freekv["full_kv_bytes_per_token"] * context
 
 
 def _greedy(max_new_tokens: int) -> dict:

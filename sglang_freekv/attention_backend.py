@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
-from sglang_freekv.audit import audit_blocks, audit_summaries, audit_windows
+from sglang_freekv.audit import AuditError, audit_blocks, audit_summaries, audit_windows
+from sglang_freekv.debug_dump import DebugDump
 from sglang_freekv.engine import build_engine
+from sglang_freekv.health import audited
 from sglang_freekv.kv_pool import FreeKVPool
 
 if TYPE_CHECKING:
@@ -40,6 +44,8 @@ class FreeKVAttentionBackend(AttentionBackend):
         self.req_to_token_pool.memory = pool.memory
         self.retrieval, self.prefill = build_engine(self.memory)
         self._first_layer = pool.start_layer
+        folder = self.memory.config.debug_dump
+        self._dump = DebugDump(Path(folder), self.memory, model_runner.ps.tp_rank) if folder else None
         self._rows: list[int] = []
         self._unfinished_rid: str | None = None
 
@@ -47,18 +53,35 @@ class FreeKVAttentionBackend(AttentionBackend):
         """Note what a ForwardBatch does not say: rows on the host, and which request has more prompt to come."""
         self._rows = [req.req_pool_idx for req in batch.reqs]
         self._unfinished_rid = batch.chunked_req.rid if batch.chunked_req is not None else None
+        if self._dump is not None:
+            self._dump.begin_batch(batch.reqs)
 
     def end_batch(self, forward_mode) -> None:
-        """Audit what the batch left behind, if asked to."""
+        """Dump and audit what the batch left behind, if asked to."""
         self._rows = []  # warm-up forwards have no requests
-        if not self.memory.config.audit or forward_mode.is_idle():
+        is_asked = self._dump is not None or self.memory.config.audit
+        if not is_asked or forward_mode.is_idle():
             return
         is_decode = forward_mode.is_decode()
-        slots = self.retrieval.last_plan.batch.slots if is_decode else self.prefill.last_plan.slots
-        audit_blocks(self.memory)
-        audit_summaries(self.memory, slots // self.memory.geometry.page_size)
         if is_decode:
-            audit_windows(self.retrieval)
+            plan = self.retrieval.last_plan
+            slots, requests = plan.batch.slots, (plan.batch, plan.flags)
+        else:
+            plan = self.prefill.last_plan
+            slots, requests = plan.slots, (plan.completed,)
+        if self._dump is not None:
+            self._dump.end_batch(*requests)
+        if self.memory.config.audit:
+            with audited(self.memory.counters, partial(self._save_evidence, requests)):
+                audit_blocks(self.memory)
+                audit_summaries(self.memory, slots // self.memory.geometry.page_size)
+                if is_decode:
+                    audit_windows(self.retrieval)
+
+    def _save_evidence(self, requests: tuple, error: AuditError) -> None:
+        """Dump every request of a batch whose audit failed."""
+        if self._dump is not None:
+            self._dump.write_failure(error, *requests)
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         """Plan a batch that runs without a graph."""

@@ -24,7 +24,10 @@ def audit_blocks(memory: KVMemory) -> None:
 
     The comparison runs on the CPU; reading the blocks waits for the device to have written both.
     """
-    memory.check_integrity()
+    try:
+        memory.check_integrity()
+    except RuntimeError as error:
+        raise AuditError(str(error)) from error
     g = memory.geometry
     bits = torch.int16 if g.dtype.itemsize == 2 else torch.int32
     offsets, filled = torch.arange(g.page_size), memory.host.filled.cpu()
@@ -65,7 +68,9 @@ def audit_summaries(memory: KVMemory, pages: torch.Tensor) -> None:
         if layer.codes is not None:
             full = pages[filled[pages] == g.page_size]
             low, step = code_steps(layer.summary[full.to(layer.summary.device)].cpu()[:, :, None], g.key_bits)
-            values = unpack_codes(layer.codes[full.to(layer.codes.device)].cpu(), g.key_bits) + 0.5
+            codes = layer.codes[full.to(layer.codes.device)].cpu()
+            values, units = unpack_codes(codes, g.key_bits)
+            values = values.transpose(2, 3) * units + 0.5
             keys = layer.host_kv[full, :, 0].float()
             error = (low + values * step - keys).abs()
             is_wrong = (error > step / 2 + _ROUNDING * (low.abs() + step * 2**g.key_bits)).flatten(1).any(1)

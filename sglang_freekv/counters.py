@@ -15,11 +15,16 @@ class Counters:
     values : int64, ``[len(Count)]``, device
         Advanced by the ops.
     steps, decoded_tokens : int
+        Of decode.
+    arena_filled_bytes : int
+        Prefix laid out for prefill, all layers.
+    audited_batches, audit_failures : int
     """
 
     def __init__(self, block_bytes: int, device: str) -> None:
         self.values = torch.zeros(len(Count), dtype=torch.int64, device=device)
-        self.steps = self.decoded_tokens = 0
+        self.steps = self.decoded_tokens = self.arena_filled_bytes = 0
+        self.audited_batches = self.audit_failures = 0
         self._block_bytes = block_bytes
 
     def __getitem__(self, count: Count) -> int:
@@ -33,4 +38,7 @@ class Counters:
             "decoded_tokens": self.decoded_tokens,
             **totals,
             "recalled_bytes": recalled_bytes,
+            "arena_filled_bytes": self.arena_filled_bytes,
+            "audited_batches": self.audited_batches,
+            "audit_failures": self.audit_failures,
         }

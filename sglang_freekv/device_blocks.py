@@ -98,6 +98,11 @@ class DeviceBlocks:
         return sum(self.num_blocks[i] - num_free[i] for i in layers if i not in self.dense_layers)
 
     @property
+    def capacity(self) -> int:
+        """Blocks over all layers but the dense ones, used or not."""
+        return sum(n for layer, n in enumerate(self.num_blocks) if layer not in self.dense_layers)
+
+    @property
     def nbytes(self) -> int:
         return sum(kv.nbytes for kv in self.kv)
 

@@ -17,6 +17,8 @@ from typing import NamedTuple
 import psutil
 import torch
 
+from sglang_freekv.sizes import in_words
+
 logger = logging.getLogger(__name__)
 
 GIB = 1 << 30
@@ -170,14 +172,13 @@ class PinnedMemory:
     def __init__(self, num_bytes: int, driver: CudaDriver | None = None, piece_bytes: int = GIB) -> None:
         self._driver = CudaDriver() if driver is None else driver
         self._registered: list[int] = []
-        if num_bytes > (free := free_host_bytes()):
-            raise MemoryError(f"{_asked(num_bytes)}, but {free / GIB:.3f} GiB are free; {_ADVICE}")
+        _check_free(num_bytes)
         start = time.perf_counter()
         try:
             # Private: shared memory gets no huge pages by default.
             memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as error:
-            raise MemoryError(f"{_asked(num_bytes)}, which the system refused ({error}); {_ADVICE}") from error
+            raise _refused(num_bytes, str(error)) from error
         with contextlib.suppress(OSError):  # a kernel without huge pages
             memory.madvise(mmap.MADV_HUGEPAGE)
         # A fork would make the pages copy-on-write, and the next write here would leave the GPU with the old page.
@@ -185,7 +186,10 @@ class PinnedMemory:
         self.tensor = torch.frombuffer(memory, dtype=torch.uint8)
         begin = self.tensor.data_ptr()
         pieces = [(begin + i, min(piece_bytes, num_bytes - i)) for i in range(0, num_bytes, piece_bytes)]
-        self._populate(pieces)
+        try:
+            self._populate(pieces)
+        except OSError as error:
+            raise _refused(num_bytes, str(error)) from error
         populated = time.perf_counter()
         try:
             self._register(pieces)
@@ -222,9 +226,10 @@ class PinnedMemory:
     def _register(self, pieces: list[tuple[int, int]]) -> None:
         for address, num_bytes in pieces:
             if (error := self._driver.register(address, num_bytes)) is not None:
-                done = (address - pieces[0][0]) / GIB
+                done = in_words(address - pieces[0][0])
                 raise MemoryError(
-                    f"{_asked(self.tensor.nbytes)}, but CUDA pinned only the first {done:.1f} GiB ({error}); {_ADVICE}"
+                    f"{_asked(self.tensor.nbytes)}, but CUDA pinned only the first {done} of them ({error}), and "
+                    f"{in_words(free_host_bytes())} more are free; {_ADVICE}"
                 )
             self._registered.append(address)
         for address, _ in (pieces[0], pieces[-1]):
@@ -235,11 +240,36 @@ class PinnedMemory:
                 )
 
 
+def allocate(num_bytes: int) -> torch.Tensor:
+    """Return CPU memory that no GPU reads: uint8, ``[num_bytes]``, with undefined contents.
+
+    Raises
+    ------
+    MemoryError
+        If there is not that much. What the system promises and cannot keep, it takes back by ending the process.
+    """
+    _check_free(num_bytes)
+    try:
+        return torch.empty(num_bytes, dtype=torch.uint8)
+    except RuntimeError as error:  # of torch's allocator
+        raise _refused(num_bytes, str(error).splitlines()[0]) from error
+
+
 _ADVICE = "lower --freekv-host-memory"
 
 
+def _check_free(num_bytes: int) -> None:
+    if num_bytes > (free := free_host_bytes()):
+        raise MemoryError(f"{_asked(num_bytes)}, but {in_words(free)} are free; {_ADVICE}")
+
+
+def _refused(num_bytes: int, why: str) -> MemoryError:
+    free = in_words(free_host_bytes())
+    return MemoryError(f"{_asked(num_bytes)}, which the system refused ({why}), though {free} look free; {_ADVICE}")
+
+
 def _asked(num_bytes: int) -> str:
-    return f"FreeKV: the host store takes {num_bytes / GIB:.3f} GiB of CPU memory"
+    return f"FreeKV: the host store takes {in_words(num_bytes)} of CPU memory"
 
 
 def _split(address: int, num_bytes: int, parts: int) -> Iterator[tuple[int, int]]:
@@ -257,5 +287,5 @@ def _touch(part: tuple[int, int]) -> None:
     if libc.madvise(ctypes.c_void_p(address), ctypes.c_size_t(num_bytes), _MADV_POPULATE_WRITE) == 0:
         return
     if (code := ctypes.get_errno()) != errno.EINVAL:  # EINVAL: a kernel that does not know it
-        raise MemoryError(f"FreeKV: the system could not provide the host store's memory: {os.strerror(code)}")
+        raise OSError(code, os.strerror(code))
     ctypes.memset(address, 0, num_bytes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from sglang_freekv.geometry import Geometry
-from sglang_freekv.host_memory import PinnedMemory
+from sglang_freekv.host_memory import PinnedMemory, allocate
 
 
 class HostStore:
@@ -32,10 +32,11 @@ class HostStore:
         shape = (num_pages, g.num_layers, g.num_kv_heads, 2, g.page_size, g.head_dim)
         self._memory: PinnedMemory | None = None
         if device == "cpu":
-            self.kv = torch.empty(shape, dtype=g.dtype)
+            memory = allocate(num_pages * g.page_bytes)
         else:
             self._memory = PinnedMemory(num_pages * g.page_bytes)
-            self.kv = self._memory.tensor.view(g.dtype).view(shape)
+            memory = self._memory.tensor
+        self.kv = memory.view(g.dtype).view(shape)
         self.summary = torch.empty(
             (g.num_layers, num_pages, g.num_kv_heads, 2, g.head_dim), dtype=g.dtype, device=device
         )

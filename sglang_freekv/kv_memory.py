@@ -107,7 +107,9 @@ class KVMemory:
         self._batch = Batch(*per_request[:2], page_table, *per_request[2:], self.blocks.step)
         self._counts = zeros(3, g.num_layers, 1, dtype=torch.int32)  # of flags, front and back misses
         self._flag_counts = list(self._counts[0])
-        self._flags = zeros(num_rows, dtype=torch.int32), zeros(num_rows, dtype=torch.bool)
+        # A debug dump tells the flags of every layer; otherwise one after the other uses the same memory.
+        num_kept = g.num_layers if self.config.debug_dump else 1
+        self._flags = zeros(num_rows, dtype=torch.int32), zeros(num_kept, num_rows, dtype=torch.bool)
         self._misses = [
             (zeros(num_entries), zeros(num_entries, dtype=torch.int32), zeros(num_entries, dtype=torch.int32))
             for _ in ("front", "back")
@@ -145,8 +147,9 @@ class KVMemory:
     def flags(self, batch_size: int) -> list[FlagList]:
         """The lists of flagged rows of all layers, for a batch; one after the other uses the same memory."""
         num_rows = batch_size * self.geometry.num_kv_heads
-        rows, is_flagged = (tensor[:num_rows] for tensor in self._flags)
-        return [FlagList(rows, count, is_flagged) for count in self._flag_counts]
+        rows, is_flagged = (tensor[..., :num_rows] for tensor in self._flags)
+        per_layer = is_flagged.expand(self.geometry.num_layers, -1)
+        return [FlagList(rows, *of_layer) for of_layer in zip(self._flag_counts, per_layer, strict=True)]
 
     def admit(self, row: int, budget_tokens: int | None = None) -> None:
         """A request takes `row` of the request table; its budget is the configured one unless given (tokens)."""

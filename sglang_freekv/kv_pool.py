@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from sglang.srt.mem_cache.memory_pool import KVCache, ReqToTokenPool
 
@@ -52,15 +52,16 @@ class FreeKVPool(KVCache):
     def get_kv_size_bytes(self) -> int:
         return sum(self.memory.device_bytes().values())
 
-    def report(self) -> dict[str, int | float]:
-        """What `/server_info` and the metrics publish, sizes in bytes."""
+    def report(self) -> dict[str, Any]:
+        """What `/server_info` publishes, sizes in bytes: JSON only."""
         g, memory = self.plan.geometry, self.memory
         return {
+            **self.plan.report(),
             **memory.counters.as_dict(),
             **memory.device_bytes(),
             "host_bytes": memory.host.nbytes,
             "host_tokens": self.plan.num_tokens,
-            "device_blocks": self.plan.num_blocks * (g.num_layers - len(memory.blocks.dense_layers)),
+            "device_blocks": memory.blocks.capacity,
             "device_blocks_used": memory.blocks.num_resident,
             "max_running_requests": self.plan.max_requests,
             "full_kv_bytes_per_token": g.token_bytes,

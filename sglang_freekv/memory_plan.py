@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 from sglang_freekv.config import FreeKVConfig
 from sglang_freekv.geometry import Geometry
+from sglang_freekv.sizes import in_words
 
 GIB = 1 << 30
 # Of the device memory, where the user does not size the host store: the rest is for device blocks.
@@ -38,32 +40,51 @@ class MemoryPlan:
         """Longest prompt that SGLang ever schedules: it rounds up to pages, reserves one, and decodes a token."""
         return self.num_tokens - 2 * self.geometry.page_size
 
+    @property
+    def cached_blocks_bytes(self) -> int:
+        """Device blocks of the layers that have windows: what ``--freekv-device-blocks-memory`` sizes."""
+        g = self.geometry
+        return self.num_blocks * (g.num_layers - len(self.config.dense_layers)) * g.block_bytes
+
     def describe(self) -> str:
-        """One line per pool, in GiB and tokens, for the log."""
+        """One line per pool, for the log."""
         c = self.config
-        full = self.geometry.token_bytes
-        on_gpu = []
+        on_gpu = {}
         if self.workspace_bytes:
             resident = min(self.num_blocks // self.geometry.num_kv_heads * self.geometry.page_size, self.num_tokens)
-            on_gpu = [
-                f"  step workspace    {self.workspace_bytes / GIB:8.3f} GiB  page table, scores, lists, FlashInfer",
-                f"  {resident:,} of the {self.num_tokens:,} tokens fit on the device, in all heads; as long as no more "
-                f"are in use, nothing is recalled from CPU memory",
-            ]
-        return "\n".join(
-            [
-                "FreeKV memory plan",
-                f"  host store        {self.host_bytes / GIB:8.3f} GiB  {self.num_tokens:,} tokens of "
-                f"{full:,} bytes, all layers: what all requests and the prefix cache may hold together",
-                f"  device blocks     {self.device_blocks_bytes / GIB:8.3f} GiB  {self.num_blocks:,} per layer",
-                f"  page summaries    {self.summaries_bytes / GIB:8.3f} GiB  with key codes and block table",
-                f"  prefill arena     {self.arena_bytes / GIB:8.3f} GiB  2 x {c.arena_tokens:,} tokens of one layer",
-                f"  windows           {self.windows_bytes / GIB:8.3f} GiB",
-                f"  running requests  {self.max_requests:8,}      at most, each with up to {c.max_budget_tokens:,} "
-                f"tokens on the device (front and back window: {self.request_bytes / GIB:.4f} GiB)",
-                *on_gpu,
-            ]
+            on_gpu = {"step workspace": (self.workspace_bytes, "page table, scores, lists, FlashInfer")}
+        pools = {
+            "host store": (
+                self.host_bytes,
+                f"{self.num_tokens:,} tokens of {in_words(self.geometry.token_bytes)}, all layers: what all requests "
+                f"and the prefix cache may hold together",
+            ),
+            "device blocks": (self.device_blocks_bytes, f"{self.num_blocks:,} per layer"),
+            "page summaries": (self.summaries_bytes, "with key codes and block table"),
+            "prefill arena": (self.arena_bytes, f"2 x {c.arena_tokens:,} tokens of one layer"),
+            "windows": (self.windows_bytes, "page lists and latest queries"),
+            **on_gpu,
+        }
+        lines = [f"  {name:<17}{in_words(size):>10}  {what}" for name, (size, what) in pools.items()]
+        lines.append(
+            f"  running requests {self.max_requests:>10,}  at most, each with up to {c.max_budget_tokens:,} tokens on "
+            f"the device (front and back window: {in_words(self.request_bytes)})"
         )
+        if on_gpu:
+            lines.append(
+                f"  {resident:,} of the {self.num_tokens:,} tokens fit on the device, in all heads; as long as no more "
+                f"are in use, nothing is recalled from CPU memory"
+            )
+        return "\n".join(["FreeKV memory plan", *lines])
+
+    def report(self) -> dict[str, Any]:
+        """The settings as resolved, by keyword, and the sizes of the plan, for `/server_info`: JSON only."""
+        sizes = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("geometry", "config")}
+        resolved = {
+            "freekv_host_memory": self.host_bytes / GIB,
+            "freekv_device_blocks_memory": self.cached_blocks_bytes / GIB,
+        }
+        return {"config": self.config.keywords() | resolved, "memory_plan": sizes | {"num_tokens": self.num_tokens}}
 
 
 def workspace_bytes(geometry: Geometry, config: FreeKVConfig, max_context: int, max_requests: int) -> int:
@@ -135,8 +156,8 @@ def plan_memory(
         num_pages = min(num_pages, max_total_tokens // g.page_size)
     if num_pages < 1:
         raise ValueError(
-            f"FreeKV: the host store of {host_bytes:,} bytes holds no page (one page of all layers takes "
-            f"{g.page_bytes:,} bytes, and one more is padding); raise --freekv-host-memory"
+            f"FreeKV: the host store of {in_words(host_bytes)} holds no page (one page of all layers takes "
+            f"{in_words(g.page_bytes)}, and one more is padding); raise --freekv-host-memory"
         )
 
     num_dense = len(config.dense_layers)
@@ -154,8 +175,17 @@ def plan_memory(
 
     left = device_bytes - dense_bytes - summaries_bytes - arena_bytes - attention_bytes - window_bytes
     per_request = window_bytes + workspace(1)
-    blocks_bytes = None if config.device_blocks_memory_gib is None else int(config.device_blocks_memory_gib * GIB)
+    blocks_bytes = None
+    if config.device_blocks_memory_gib is not None:  # more than everything would not be used
+        blocks_bytes = min(int(config.device_blocks_memory_gib * GIB), num_keys * layer_blocks_bytes)
     if max_context is not None:
+        if blocks_bytes is not None and blocks_bytes > left - per_request:
+            raise ValueError(
+                f"FreeKV: device blocks take {in_words(blocks_bytes)}, but {in_words(max(left - per_request, 0))} of "
+                f"the device are left for them after page summaries ({in_words(summaries_bytes)}), prefill arena "
+                f"({in_words(arena_bytes)}) and the buffers of a step; lower --freekv-device-blocks-memory, "
+                f"--freekv-host-memory or --freekv-arena, or raise --mem-fraction-static"
+            )
         # SGLang proposes thousands; buffers of requests that could never run would take the blocks' memory.
         if blocks_bytes is not None:
             fitting = (left - blocks_bytes) // per_request
@@ -171,8 +201,8 @@ def plan_memory(
         max_requests = min(max_requests, num_blocks // blocks_per_request)
     if max_requests < 1:
         raise ValueError(
-            f"FreeKV: {max(blocks_bytes, 0) / GIB:.3f} GiB of device blocks cannot hold one request, whose front and "
-            f"back window take {blocks_per_request * layer_blocks_bytes / GIB:.3f} GiB at a budget of "
+            f"FreeKV: {in_words(max(blocks_bytes, 0))} of device blocks cannot hold one request, whose front and "
+            f"back window take {in_words(blocks_per_request * layer_blocks_bytes)} at a budget of "
             f"{config.max_budget_tokens:,} tokens; raise --freekv-device-blocks-memory or --mem-fraction-static, or "
             f"lower --freekv-max-budget, --freekv-budget or --freekv-host-memory (page summaries take "
             f"{g.summary_bytes / g.page_bytes:.1%} of it)"

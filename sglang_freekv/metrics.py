@@ -1,31 +1,19 @@
-"""Counters on SGLang's log line and on its Prometheus endpoint."""
+"""Counters on SGLang's log line and on its Prometheus endpoint; what they mean is said in `operations.catalog`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING
 
 from sglang.srt.managers.scheduler_components.pool_stats_observer import PoolStats
+
+from sglang_freekv.operations.catalog import METRICS, PREFIX
+from sglang_freekv.sizes import in_words
 
 if TYPE_CHECKING:
     from sglang.srt.observability.metrics_collector import SchedulerStats
 
     from sglang_freekv.kv_memory import KVMemory
-
-# name -> (kind, help); the names are published with the prefix "sglang:freekv_"
-METRICS = {
-    "host_pages_used": ("gauge", "Pages of the host store held by requests and by the prefix cache"),
-    "host_pages_free": ("gauge", "Free pages of the host store"),
-    "device_blocks_used": ("gauge", "Device blocks that hold a (page, KV head), over all layers"),
-    "recalled_bytes": ("counter", "Bytes copied from the host store to device blocks"),
-    "hits": ("counter", "Selected (page, KV head) pairs that were resident"),
-    "misses": ("counter", "Selected (page, KV head) pairs that were not resident"),
-    "demand_misses": ("counter", "Pairs of a window that had lost their block before attention read them"),
-    "rows": ("counter", "(request, KV head, layer) rows of requests over their budget"),
-    "flagged_rows": ("counter", "Rows corrected because their query had moved"),
-    "absent_pages": ("counter", "Window entries without a block when attention ran: must stay 0"),
-}
 
 
 @dataclass
@@ -41,12 +29,16 @@ class FreeKVPoolStats(PoolStats):
 
     def freekv(self) -> dict[str, int]:
         """Name in METRICS -> value, counters since start-up."""
-        page_size = self.memory.geometry.page_size
+        memory, page_size = self.memory, self.memory.geometry.page_size
+        num_free = self.full_available_size // page_size
         values = {
-            **self.memory.counters.as_dict(),
-            "host_pages_used": self.memory.host.num_pages - 1 - self.full_available_size // page_size,
-            "host_pages_free": self.full_available_size // page_size,
-            "device_blocks_used": self.memory.blocks.num_resident,
+            **memory.counters.as_dict(),
+            "host_pages_used": memory.host.num_pages - 1 - num_free,
+            "host_pages_free": num_free,
+            "host_pages_evictable": self.full_evictable_size // page_size,
+            "device_blocks_used": memory.blocks.num_resident,
+            "device_blocks_total": memory.blocks.capacity,
+            "max_running_requests": memory.max_requests,
         }
         return {name: values[name] for name in METRICS}
 
@@ -54,7 +46,7 @@ class FreeKVPoolStats(PoolStats):
         f = self.freekv()
         return [
             *super().get_decode_usage_msg_parts(),
-            f"freekv: {f['device_blocks_used']} blocks used, {f['recalled_bytes'] / 2**20:.1f} MiB recalled, "
+            f"freekv: {f['device_blocks_used']} blocks used, {in_words(f['recalled_bytes'])} recalled, "
             f"hit rate {_share(f['hits'], f['hits'] + f['misses'])}, flagged {_share(f['flagged_rows'], f['rows'])}, "
             f"{f['demand_misses']} demand misses, {f['absent_pages']} absent",
         ]
@@ -68,30 +60,50 @@ def _share(part: int, whole: int) -> str:
     return f"{part / whole:.3f}" if whole else "-"
 
 
-@cache
-def _collectors(label_names: tuple[str, ...]) -> dict:
-    """Created on first use: prometheus_client reads its multiprocess directory at import."""
-    from prometheus_client import Counter, Gauge
+class Publisher:
+    """The Prometheus metrics of this process. Made on first use: prometheus_client reads its directory at import.
 
-    return {
-        name: Gauge(f"sglang:freekv_{name}", text, label_names, multiprocess_mode="mostrecent")
-        if kind == "gauge"
-        else Counter(f"sglang:freekv_{name}", text, label_names)
-        for name, (kind, text) in METRICS.items()
-    }
+    Parameters
+    ----------
+    label_names : tuple of str
+        SGLang's.
+    """
+
+    def __init__(self, label_names: tuple[str, ...]) -> None:
+        from prometheus_client import Counter, Gauge
+
+        self._collectors = {
+            name: Gauge(f"{PREFIX}{name}", metric.help, label_names, multiprocess_mode="mostrecent")
+            if metric.kind == "gauge"
+            else Counter(f"{PREFIX}{name}", metric.help, label_names)
+            for name, metric in METRICS.items()
+        }
+        self._published = dict.fromkeys(METRICS, 0)
+        self.labels: dict[str, str] = {}  # of the last report
+
+    def publish(self, values: dict[str, int], labels: dict[str, str]) -> None:
+        """Bring the metrics up to date: name in METRICS -> value, counters since start-up."""
+        self.labels = labels
+        for name, value in values.items():
+            collector = self._collectors[name].labels(**labels)
+            if METRICS[name].kind == "gauge":
+                collector.set(value)
+            else:
+                collector.inc(value - self._published[name])
+                self._published[name] = value
 
 
-@cache
-def _published() -> dict[str, int]:
-    """Counter values already published, by name."""
-    return dict.fromkeys(METRICS, 0)
+_publisher: Publisher | None = None  # SGLang has one collector in a process
 
 
-def publish(freekv: dict[str, int], labels: dict[str, str]) -> None:
+def publish(values: dict[str, int], labels: dict[str, str]) -> None:
     """Bring the Prometheus metrics of this process up to date."""
-    for name, collector in _collectors(tuple(labels)).items():
-        if METRICS[name][0] == "gauge":
-            collector.labels(**labels).set(freekv[name])
-        else:
-            collector.labels(**labels).inc(freekv[name] - _published()[name])
-            _published()[name] = freekv[name]
+    global _publisher
+    _publisher = _publisher or Publisher(tuple(labels))
+    _publisher.publish(values, labels)
+
+
+def publish_last_words(values: dict[str, int]) -> None:
+    """Publish some metrics under the labels of the last report, as no other follows."""
+    if _publisher is not None:
+        _publisher.publish(values, _publisher.labels)

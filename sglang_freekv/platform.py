@@ -15,6 +15,7 @@ logger = logging.getLogger(__name__)
 _THREADS_BIND = "SGLANG_CPU_OMP_THREADS_BIND"  # SGLang: cores of each tensor-parallel rank, "0,1|2,3"
 _NCCL_PATH = "SGLANG_NCCL_SO_PATH"
 _NO_LIBRARY = os.devnull
+_GRAMMAR_BACKEND = "outlines"  # masks with torch operations; SGLang's default, xgrammar, with a GPU's only
 
 
 def activate() -> str | None:
@@ -57,13 +58,24 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
         return torch.profiler.ProfilerActivity.CPU
 
     def apply_server_args_defaults(self, server_args) -> None:
-        """Replace the default that needs SGLang's CPU kernel library, and give each rank its cores.
+        """Replace the defaults that need a GPU or SGLang's CPU kernel library, and give each rank its cores.
 
         Runs in the process that parses the arguments; spawned ranks inherit the environment.
+
+        Raises
+        ------
+        ValueError
+            If the user chose a grammar backend whose first constrained request would end the server.
         """
         if server_args.attention_backend == "intel_amx":
             logger.info("Attention backend torch_native: intel_amx needs SGLANG_USE_CPU_ENGINE=1.")
             server_args.attention_backend = self.get_default_attention_backend()
+        if server_args.grammar_backend == "xgrammar":
+            raise ValueError(
+                "--grammar-backend xgrammar masks tokens on a GPU only, and this machine has none; "
+                f"give {_GRAMMAR_BACKEND}, which is the default here, or none."
+            )
+        server_args.grammar_backend = server_args.grammar_backend or _GRAMMAR_BACKEND
         if os.environ.get(_THREADS_BIND) == CpuPlatform._dealt_cores:  # not the user's choice
             os.environ.pop(_THREADS_BIND, None)
             CpuPlatform._dealt_cores = None

@@ -55,6 +55,24 @@ def activate() -> None:
         ATTENTION_BACKENDS[name] = _attention_factory(ATTENTION_BACKENDS[name])
 
 
+def patch_status() -> tuple[int, list[str]]:
+    """How many places of SGLang are patched, and, in words, those that the installed release does not have so."""
+    from freekv_patches import ALL_PATCHES
+
+    return len(ALL_PATCHES), [mismatch for patch in ALL_PATCHES if (mismatch := patch.mismatch()) is not None]
+
+
+def check_release() -> str | None:
+    """Say why the installed SGLang is refused; None where it is not."""
+    from freekv_patches.patch import IncompatibleSGLang, check_version
+
+    try:
+        check_version()
+    except IncompatibleSGLang as error:
+        return str(error)
+    return None
+
+
 @contextmanager
 def announced_to_children(is_freekv: bool) -> Iterator[None]:
     """Make processes that start meanwhile activate FreeKV, or not."""

@@ -92,6 +92,8 @@ class Prefill:
             completed=completed,
             last_tokens=last_tokens,
         )
+        num_pages = sum(map(len, self._plan.group_pages))
+        memory.counters.arena_filled_bytes += num_pages * memory.geometry.page_bytes
         memory.clear_lists()
         memory.blocks.release(self._plan.opened)
         memory.host.mark_filled(slots)

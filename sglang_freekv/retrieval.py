@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from freekv_kernels import Batch, FlagList, Read
+from freekv_kernels import REFERENCE, Batch, FlagList, Read, lookup_keys
 from sglang_freekv.kv_memory import KVMemory, Layer
 from sglang_freekv.page_table import num_pages_of
 from sglang_freekv.side_stream import SideStream
@@ -23,6 +23,8 @@ class DecodePlan:
     batch: Batch
     flags: list[FlagList]  # per layer
     may_be_over: bool  # False: every request is within its budget in the next step, so nothing is selected
+    ends_page: bool  # False: no token is the last one of its page, so no page is encoded
+    every_key: torch.Tensor | None  # int64, what each layer reads, in order, where that is every page of every request
 
 
 class Retrieval:
@@ -41,6 +43,8 @@ class Retrieval:
         self.memory, self._side = memory, side
         self._window_attention, self._dense_attention = window_attention, dense_attention
         self._plan: DecodePlan | None = None
+        # The references wait for what they compute, so on a CPU what a step does not need is left out.
+        self._may_skip = memory.ops is REFERENCE
         self.scales = [1.0] * memory.geometry.num_layers  # of each layer's logits, noted when it runs
 
     @property
@@ -107,9 +111,24 @@ class Retrieval:
         self._window_attention.plan([*map(min, num_pages, budgets), *padding])
         if self._dense_attention is not None:
             self._plan_dense(batch, [*num_pages, *padding])
+        # A graph, and a warm-up, which compiles for it, hold everything.
+        is_complete = in_graph or not seq_lens_cpu
         is_over = any(n // page_size >= budget for n, budget in zip(seq_lens_cpu, budgets, strict=True))
-        self._plan = DecodePlan(batch, memory.flags(batch_size), may_be_over=is_over or in_graph)
+        is_simple = self._may_skip and not (is_over or is_complete)
+        self._plan = DecodePlan(
+            batch=batch,
+            flags=memory.flags(batch_size),
+            may_be_over=is_over or in_graph,
+            ends_page=is_complete or any(n % page_size == 0 for n in seq_lens_cpu),
+            every_key=self._every_key(batch, num_pages) if is_simple else None,
+        )
         return self._plan
+
+    def _every_key(self, batch: Batch, num_pages: list[int]) -> torch.Tensor:
+        """The keys of every page of every request, in the order of the window attention's lists."""
+        num_kv_heads = self.memory.geometry.num_kv_heads
+        keys = batch.page_table[:, None] * num_kv_heads + torch.arange(num_kv_heads)[:, None]
+        return torch.cat([own[:, :n].flatten() for own, n in zip(keys, num_pages, strict=True)])
 
     def _plan_dense(self, batch: Batch, num_pages: list[int]) -> None:
         """Dense layers read the same blocks in the same order, so their list is written once."""
@@ -144,16 +163,19 @@ class Retrieval:
         memory.ops.append_tokens(
             q, k, v, batch, memory.config.tau, *written, None if is_dense else flags, memory.counters.values
         )
-        if layer.codes is not None:
+        if layer.codes is not None and self._plan.ends_page:
             memory.ops.encode_pages(batch.slots, layer.host_kv, layer.summary, layer.codes)
         may_be_over = self._plan.may_be_over and not is_dense
+        scores = None
         if may_be_over:
-            select_windows(memory, layer, batch, Read.FRONT, scale, flags)
+            if self._may_skip:  # to score twice: what correction reads is among what the next step needs
+                scores = score_windows(memory, layer, batch, Read.BACK)
+            select_windows(memory, layer, batch, Read.FRONT, scale, flags, scores)
         if not is_dense:
             self._make_front_resident(layer, flags)
         if may_be_over:
             with self._side.fork():
-                select_windows(memory, layer, batch, Read.BACK, scale)
+                select_windows(memory, layer, batch, Read.BACK, scale, scores=scores)
                 make_resident(memory, layer, batch, Read.BACK)
         out = attention.run(q, layer.block_kv, scale)
         if number == g.num_layers - 1:
@@ -163,7 +185,9 @@ class Retrieval:
     def _make_front_resident(self, layer: Layer, flags: FlagList) -> None:
         """Fetch what correction selected, and what has lost its block since it was selected."""
         memory, attention, ops = self.memory, self._window_attention, self.memory.ops
-        batch, counters = self._plan.batch, memory.counters.values
+        batch, counters, every_key = self._plan.batch, memory.counters.values, self._plan.every_key
+        if every_key is not None and lookup_keys(every_key, layer.blocks, batch.step, attention.kv_indices):
+            return
         lists = (attention.kv_indptr[: len(flags.rows) + 1], attention.kv_indices)
         ops.lookup_blocks(layer.windows, batch, Read.FRONT, layer.blocks, layer.front, counters, flags, *lists)
         # Stamped for the next step too: a request within its budget reads them again.
@@ -172,17 +196,31 @@ class Retrieval:
         ops.recall_blocks(memory.host.kv, layer.number, layer.front, *recalled, attention.kv_indices)
 
 
-def select_windows(
-    memory: KVMemory, layer: Layer, batch: Batch, read: Read, scale: float, flags: FlagList | None = None
-) -> None:
-    """Select the windows of requests over their budget with the latest queries; only of flagged rows if given."""
-    config, ops = memory.config, memory.ops
+def score_windows(
+    memory: KVMemory, layer: Layer, batch: Batch, read: Read, flags: FlagList | None = None
+) -> torch.Tensor:
+    """Score the pages of requests over their budget with the latest queries; only for flagged rows if given."""
     workspace = memory.scores[read != Read.FRONT] if read != Read.FIRST else None
     if workspace is not None:
         workspace = workspace[: len(batch.rows) * memory.geometry.num_kv_heads]
-    scores = ops.score_pages(layer.last_q, layer.summary, batch, read, flags, workspace, layer.codes)
+    return memory.ops.score_pages(layer.last_q, layer.summary, batch, read, flags, workspace, layer.codes)
+
+
+def select_windows(
+    memory: KVMemory,
+    layer: Layer,
+    batch: Batch,
+    read: Read,
+    scale: float,
+    flags: FlagList | None = None,
+    scores: torch.Tensor | None = None,
+) -> None:
+    """Select the windows of requests over their budget; only of flagged rows if given. Scores first, if not given."""
+    config = memory.config
+    if scores is None:
+        scores = score_windows(memory, layer, batch, read, flags)
     rule = (config.sink_pages, config.recent_pages, config.group_pooling)
-    ops.select_pages(scores, batch, read, *rule, layer.windows, flags, scale)
+    memory.ops.select_pages(scores, batch, read, *rule, layer.windows, flags, scale)
 
 
 def make_resident(memory: KVMemory, layer: Layer, batch: Batch, read: Read) -> None:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import shutil
+import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from sglang_freekv.config import FreeKVConfig, UnsupportedConfiguration
 from sglang_freekv.geometry import GPU_GROUP_SIZE, GPU_HEAD_DIMS
+from sglang_freekv.sizes import in_words
 
 if TYPE_CHECKING:
     from sglang.srt.configs.model_config import ModelConfig
@@ -18,6 +22,8 @@ if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
 
 _GPU_CAPABILITY = (8, 0)
+_SHARED_MEMORY = Path("/dev/shm")
+_SHARED_BYTES = 1 << 20  # SGLang 0.5.17: 16 KiB for each scheduler, and a page for each semaphore
 
 
 class Rule(NamedTuple):
@@ -117,7 +123,16 @@ def preset(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_resolved(server_args: ServerArgs, config: FreeKVConfig) -> None:
-    """Raise UnsupportedConfiguration where the resolved settings, or the model, are not served."""
+    """Raise UnsupportedConfiguration where the resolved settings, the model, or this machine, are not served."""
+    check_settings(server_args, config)
+    check_shared_memory()
+    if server_args.device == "cuda":
+        check_gpu(server_args, server_args.get_model_config())
+    _make_folder(config.debug_dump)
+
+
+def check_settings(server_args: ServerArgs, config: FreeKVConfig) -> None:
+    """The part of `check_resolved` that does not ask the machine."""
     _apply_rules(vars(server_args))
     if server_args.page_size != config.page_size:
         raise UnsupportedConfiguration(
@@ -133,10 +148,20 @@ def check_resolved(server_args: ServerArgs, config: FreeKVConfig) -> None:
         raise UnsupportedConfiguration(
             f"--kv-retrieval freekv runs on cpu and on cuda, not on {server_args.device}; remove it, or give --device."
         )
-    model = server_args.get_model_config()
-    check_model(model, config)
-    if server_args.device == "cuda":
-        check_gpu(server_args, model)
+    check_model(server_args.get_model_config(), config)
+
+
+def _make_folder(path: str | None) -> None:
+    """Make the folder for debug dumps, where one is wanted."""
+    if path is None:
+        return
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise UnsupportedConfiguration(
+            f"--freekv-debug-dump is {path!r}, where no file can be written ({error.strerror}); give another folder."
+        ) from error
 
 
 def _check_graphs(config: CudaGraphConfig) -> None:
@@ -151,13 +176,32 @@ def _check_graphs(config: CudaGraphConfig) -> None:
             )
 
 
+def check_shared_memory(folder: Path = _SHARED_MEMORY) -> None:
+    """Raise UnsupportedConfiguration where SGLang's scheduler would be ended by SIGBUS, without a word."""
+    if folder.is_dir() and (free := shutil.disk_usage(folder).free) < _SHARED_BYTES:
+        raise UnsupportedConfiguration(
+            f"{folder} has {in_words(free)} free, and SGLang's processes share up to {in_words(_SHARED_BYTES)} there; "
+            f"remove files that are no longer used, or give a container more of it (docker run --shm-size 1g)."
+        )
+
+
 def check_gpu(server_args: ServerArgs, model: ModelConfig) -> None:
     """Raise UnsupportedConfiguration where the GPU, or the kernels, do not serve the model."""
-    if (obstacle := _gpu_obstacle(server_args, model)) is not None:
+    _refuse_on_gpu(_machine_obstacle())
+    check_kernels(server_args, model)
+
+
+def check_kernels(server_args: ServerArgs, model: ModelConfig) -> None:
+    """The part of `check_gpu` that does not ask the machine."""
+    _refuse_on_gpu(_kernel_obstacle(server_args, model))
+
+
+def _refuse_on_gpu(obstacle: str | None) -> None:
+    if obstacle is not None:
         raise UnsupportedConfiguration(f"--kv-retrieval freekv on a GPU {obstacle}; or remove --kv-retrieval.")
 
 
-def _gpu_obstacle(server_args: ServerArgs, model: ModelConfig) -> str | None:
+def _machine_obstacle() -> str | None:
     """Say what is needed and what was found; None where nothing is in the way."""
     if torch.version.cuda is None:
         return "needs one by NVIDIA, and this torch is built for another: use a CUDA build of torch"
@@ -165,9 +209,14 @@ def _gpu_obstacle(server_args: ServerArgs, model: ModelConfig) -> str | None:
         return "needs FlashInfer, which is not installed: install flashinfer-python"
     if (found := torch.cuda.get_device_capability()) < _GPU_CAPABILITY:
         return f"needs compute capability {_in_words(_GPU_CAPABILITY)}, found {_in_words(found)}: use a newer GPU"
+    return None
+
+
+def _kernel_obstacle(server_args: ServerArgs, model: ModelConfig) -> str | None:
+    """Say what of the model the kernels do not serve."""
     if model.dtype not in (torch.float16, torch.bfloat16):
         return f"needs a 16-bit model, not {model.dtype}: give --dtype bfloat16"
-    if server_args.kv_cache_dtype != "auto" and _KV_DTYPES[server_args.kv_cache_dtype] != model.dtype:
+    if kv_dtype_of(server_args, model) != model.dtype:
         return f"needs a KV cache of the model's {model.dtype}, not {server_args.kv_cache_dtype}: give --dtype the same"
     if model.head_dim > max(GPU_HEAD_DIMS):
         return f"serves head dimensions up to {max(GPU_HEAD_DIMS)}, not {model.head_dim}: use another model"
@@ -175,6 +224,11 @@ def _gpu_obstacle(server_args: ServerArgs, model: ModelConfig) -> str | None:
     if group_size > GPU_GROUP_SIZE:
         return f"serves up to {GPU_GROUP_SIZE} query heads per KV head, not {group_size}: use another model"
     return None
+
+
+def kv_dtype_of(server_args: ServerArgs, model: ModelConfig) -> torch.dtype:
+    """What the KV cache is stored in; `check_settings` refuses other names."""
+    return _KV_DTYPES.get(server_args.kv_cache_dtype, model.dtype)
 
 
 def _in_words(capability: tuple[int, int]) -> str:

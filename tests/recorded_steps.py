@@ -12,8 +12,9 @@ from contextlib import contextmanager
 import torch
 
 from freekv_kernels import Ops
+from reference_checks import Request
 from sglang_freekv.retrieval import Retrieval
-from simulated_requests import Request, SimulatedEngine
+from simulated_requests import SimulatedEngine
 
 
 class RecordingEngine(SimulatedEngine):

@@ -12,14 +12,14 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-_START_TIMEOUT_S = 240
+START_TIMEOUT_S = 240
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,7 @@ class Server:
 
     url: str
     log: Path
+    pid: int  # of the process that has started the others
 
     def request(self, path: str, body: dict | None = None, timeout_s: float = 120) -> Reply:
         """GET `path`, or POST `body` to it."""
@@ -121,19 +122,13 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-@contextmanager
-def serve(model: Path, log: Path, *flags: str, env: dict[str, str] | None = None) -> Iterator[Server]:
-    """Run ``python -m sglang.launch_server`` with `flags` until the block ends.
-
-    Raises
-    ------
-    AssertionError
-        If the server does not become healthy; shows the end of its log.
-    """
-    port = free_port()
-    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--port", str(port)]
+def launch(
+    model: Path, log: Path, port: int, *flags: str, env: dict[str, str] | None = None, prefix: Sequence[str] = ()
+) -> subprocess.Popen:
+    """Start ``python -m sglang.launch_server`` in a session of its own; `prefix` is a command that runs it."""
+    command = [*prefix, sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--port", str(port)]
     with log.open("w") as out:
-        process = subprocess.Popen(
+        return subprocess.Popen(
             [*command, "--max-running-requests", "64", "--sleep-on-idle", *flags],
             stdout=out,
             stderr=subprocess.STDOUT,
@@ -141,17 +136,38 @@ def serve(model: Path, log: Path, *flags: str, env: dict[str, str] | None = None
             env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}),
             start_new_session=True,
         )
-    server = Server(f"http://127.0.0.1:{port}", log)
+
+
+@contextmanager
+def serve(
+    model: Path, log: Path, *flags: str, env: dict[str, str] | None = None, port: int | None = None
+) -> Iterator[Server]:
+    """Run a server with `flags` until the block ends.
+
+    Raises
+    ------
+    AssertionError
+        If the server does not become healthy; shows the end of its log.
+    """
+    port = port or free_port()
+    process = launch(model, log, port, *flags, env=env)
+    server = Server(f"http://127.0.0.1:{port}", log, process.pid)
     try:
         _wait_until_healthy(server, process)
         yield server
     finally:
+        stop(process)
+
+
+def stop(process: subprocess.Popen) -> None:
+    """End a server that `launch` has started, and whatever is left of it."""
+    with suppress(ProcessLookupError):  # it has ended by itself, and none of its processes is left
         os.killpg(process.pid, signal.SIGKILL)  # at once: a graceful end takes seconds, and nothing is to be saved
-        process.wait()
+    process.wait()
 
 
 def _wait_until_healthy(server: Server, process: subprocess.Popen) -> None:
-    deadline = time.monotonic() + _START_TIMEOUT_S
+    deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline and process.poll() is None:
         try:
             if server.request("/health", timeout_s=10).status == 200:

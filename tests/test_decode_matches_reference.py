@@ -7,9 +7,10 @@ import torch
 
 from freekv_kernels import Count
 from random_traces import Trace, make_trace
+from reference_checks import DecodedToken, Request, window_of
 from sglang_freekv.config import FreeKVConfig
 from sglang_freekv.geometry import Geometry
-from simulated_requests import PAGE, DecodedToken, Request, SimulatedEngine
+from simulated_requests import PAGE, SimulatedEngine
 
 NUM_LAYERS, BUDGET, MAX_BUDGET = 2, 6 * PAGE, 7 * PAGE  # of pages of the usual size
 
@@ -121,7 +122,7 @@ def test_sink_and_recent_may_be_the_whole_budget() -> None:
     for _ in range(6):
         engine.decode()
         last = len(request.pages) - 1
-        assert engine.window(engine.front(0), request) == [[0, last - 1, last]] * 2
+        assert window_of(engine.front(0), request) == [[0, last - 1, last]] * 2
 
 
 def make_shared(engine: SimulatedEngine, prefix_pages: int, num_requests: int) -> list[Request]:
@@ -178,7 +179,7 @@ def test_pages_that_are_replaced_between_steps_are_fetched_on_demand(budget_toke
     engine.leave(in_tree)
     engine.forget_blocks(pages)
     assert counters[Count.DEMAND_MISSES] == 0
-    windows = [engine.window(engine.back(layer), request) for layer in range(NUM_LAYERS)]
+    windows = [window_of(engine.back(layer), request) for layer in range(NUM_LAYERS)]
     num_lost = sum(sum(page < 9 for page in window) for heads in windows for window in heads)
     assert num_lost > 0
 

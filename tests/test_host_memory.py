@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +16,7 @@ import pytest
 import torch
 
 from sglang_freekv import host_memory
-from sglang_freekv.host_memory import PinnedMemory, cpus_near, free_container_bytes, free_host_bytes
+from sglang_freekv.host_memory import PinnedMemory, allocate, cpus_near, free_container_bytes, free_host_bytes
 
 MIB = 1 << 20
 
@@ -110,7 +112,9 @@ def test_a_piece_that_cannot_be_unpinned_is_reported_and_the_others_are_unpinned
 @pytest.mark.parametrize("fails_at", [0, 5])
 def test_memory_that_cannot_be_pinned_ends_in_a_sentence_with_nothing_pinned(fails_at):
     driver = RecordingDriver(fails_at=fails_at)
-    with pytest.raises(MemoryError, match=r"takes 0.008 GiB.*pinned only .*out of memory.*--freekv-host-memory"):
+    with pytest.raises(
+        MemoryError, match=r"takes 8.00 MiB.*pinned only .*out of memory.* free; lower --freekv-host-memory"
+    ):
         PinnedMemory(8 * MIB, driver, piece_bytes=MIB)
     assert driver.calls == fails_at and not driver.pinned
 
@@ -124,8 +128,10 @@ def test_memory_that_the_gpu_sees_elsewhere_is_refused_with_nothing_pinned():
 
 def test_more_than_is_free_is_refused_before_anything_is_allocated(monkeypatch):
     monkeypatch.setattr(host_memory, "free_host_bytes", lambda: MIB)
-    with pytest.raises(MemoryError, match=r"takes 1024.000 GiB.*but 0.001 GiB are free; lower --freekv-host-memory"):
+    with pytest.raises(MemoryError, match=r"takes 1.00 TiB .*but 1.00 MiB are free; lower --freekv-host-memory"):
         PinnedMemory(1 << 40, RecordingDriver())
+    with pytest.raises(MemoryError, match=r"takes 1.00 TiB .*but 1.00 MiB are free; lower --freekv-host-memory"):
+        allocate(1 << 40)
 
 
 def test_what_the_system_refuses_to_map_is_a_memory_error(monkeypatch):
@@ -146,9 +152,58 @@ def test_a_system_that_runs_out_while_populating_is_a_memory_error(monkeypatch):
     monkeypatch.setattr(host_memory.ctypes, "get_errno", lambda: errno.ENOMEM)
     monkeypatch.setattr(host_memory, "_MADV_POPULATE_WRITE", 99999)
     driver = RecordingDriver()
-    with pytest.raises(MemoryError, match="could not provide the host store's memory"):
+    with pytest.raises(MemoryError, match=r"takes 1.00 MiB .*refused .*Cannot allocate memory.*--freekv-host-memory"):
         PinnedMemory(MIB, driver)
     assert not driver.pinned
+
+
+def test_a_process_that_may_not_have_so_much_is_told_what_was_asked_what_is_free_and_what_to_lower():
+    """The limit is real. The machine has the memory, so that only the system can refuse it."""
+    program = """
+import resource, sys
+sys.path.insert(0, "tests")
+from test_host_memory import RecordingDriver
+from sglang_freekv.host_memory import PinnedMemory, allocate
+
+in_use = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (in_use + (16 << 20),) * 2)
+for take in (allocate, lambda num_bytes: PinnedMemory(num_bytes, RecordingDriver())):
+    try:
+        take(64 << 20)
+    except MemoryError as error:
+        print(error)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=Path(__file__).parents[1], capture_output=True, text=True
+    )
+    refusals = done.stdout.splitlines()
+    assert len(refusals) == 2, done.stderr
+    for refusal in refusals:
+        assert re.search(r"takes 64.0 MiB of CPU memory, which the system refused \(.*annot? allocate memory", refusal)
+        assert re.search(r"though [\d.]+ [MGT]iB look free; lower --freekv-host-memory$", refusal)
+
+
+def test_a_full_dev_shm_is_refused_with_a_sentence_before_sglang_is_ended_by_it():
+    """In a mount namespace with a /dev/shm of one page, where the system lets us make one."""
+    program = """
+from sglang_freekv.config import UnsupportedConfiguration
+from sglang_freekv.support import check_shared_memory
+
+try:
+    check_shared_memory()
+except UnsupportedConfiguration as error:
+    print(error)
+"""
+    tiny = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=4k none /dev/shm && exec "$@"', "sh"]
+    if shutil.which("unshare") is None or subprocess.run([*tiny, "true"], capture_output=True).returncode:
+        pytest.skip("the system does not allow mounts here")
+    run = [sys.executable, "-c", program]
+    roomy = subprocess.run(run, capture_output=True, text=True, check=True)
+    full = subprocess.run([*tiny, *run], capture_output=True, text=True, check=True)
+    assert roomy.stdout == ""
+    assert full.stdout.startswith(
+        "/dev/shm has 4.00 KiB free, and SGLang's processes share up to 1.00 MiB there; remove"
+    )
 
 
 def test_one_line_says_how_much_was_pinned_and_how_fast(caplog):

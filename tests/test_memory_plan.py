@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
 import types
 
 import pytest
@@ -10,11 +12,12 @@ import torch
 
 from sglang_freekv import sizing
 from sglang_freekv.attention_torch import DecodeAttention
-from sglang_freekv.config import KEY_BITS, PAGE_SIZES, FreeKVConfig
+from sglang_freekv.config import KEY_BITS, PAGE_SIZES, FreeKVConfig, take_options
 from sglang_freekv.geometry import Geometry
 from sglang_freekv.host_store import HostStore
 from sglang_freekv.kv_memory import KVMemory
 from sglang_freekv.memory_plan import GIB, plan_memory, workspace_bytes
+from sglang_freekv.sizes import in_words
 
 CONFIG = FreeKVConfig()
 LLAMA_8B = Geometry(
@@ -120,13 +123,41 @@ def test_a_gpu_that_cannot_run_one_request_is_refused_with_the_flags_to_change()
         gpu_plan(device_gib=0.1)
 
 
+def test_device_blocks_that_do_not_fit_beside_the_other_pools_are_refused_with_what_is_left():
+    with pytest.raises(
+        ValueError, match=r"take 40.0 GiB, but 1\d\.\d GiB .* left .* lower --freekv-device-blocks-memory"
+    ):
+        gpu_plan(FreeKVConfig(device_blocks_memory_gib=40), host_gib=64, device_gib=24)
+
+
+def test_more_device_blocks_than_the_store_has_pages_are_not_made():
+    plan = gpu_plan(FreeKVConfig(device_blocks_memory_gib=1000), host_gib=2, device_gib=24)
+    assert plan.num_blocks == (plan.num_pages + 1) * LLAMA_8B.num_kv_heads
+    assert device_total(plan) <= 24 * GIB
+
+
 def test_the_printed_plan_of_a_gpu_says_what_stays_on_the_device():
     plan = gpu_plan()
     text = plan.describe()
     resident = plan.num_blocks // LLAMA_8B.num_kv_heads * 32
     assert f"{resident:,} of the {plan.num_tokens:,} tokens fit on the device" in text
-    assert f"step workspace    {plan.workspace_bytes / GIB:8.3f} GiB" in text
+    assert re.search(rf"step workspace +{in_words(plan.workspace_bytes)} ", text)
+    assert re.search(rf"host store +{in_words(plan.host_bytes)} ", text)
     assert all(len(line) < 160 for line in text.splitlines())
+
+
+def test_a_plan_is_reported_with_the_settings_as_resolved_and_in_json():
+    plan = gpu_plan(FreeKVConfig(dense_layers=(0, 31), host_memory_gib=8), device_gib=50)
+    report = json.loads(json.dumps(plan.report()))
+    assert report["config"]["freekv_host_memory"] == pytest.approx(8, rel=1e-3)
+    assert report["config"]["freekv_dense_layers"] == [0, 31]
+    assert report["config"]["freekv_max_budget"] == report["config"]["freekv_budget"] == 2048
+    assert report["memory_plan"]["host_bytes"] == plan.host_bytes
+    # What was resolved can be given: the same plan comes out.
+    given = {name: value for name, value in report["config"].items() if name != "page_size"}
+    config, _ = take_options({"kv_retrieval": "freekv", **given})
+    again = gpu_plan(config, device_gib=50)
+    assert (again.num_pages, again.num_blocks) == (plan.num_pages, plan.num_blocks)
 
 
 def test_a_plan_without_a_context_has_no_workspace_and_says_nothing_about_it():

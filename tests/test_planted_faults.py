@@ -137,7 +137,7 @@ def test_codes_that_prefill_leaves_to_the_last_owner_of_a_page_are_noticed(
     assert set(newcomer.pages) <= set(old.pages)
     with pytest.raises(AuditError, match="wrong codes"):
         audit_summaries(engine.memory, torch.tensor(newcomer.pages))
-    monkeypatch.setattr(engine, "_check_host_pages", lambda request: None)
+    monkeypatch.setattr(engine.checks, "host_pages", lambda request: None)
     with pytest.raises(AssertionError, match="worse by"):  # the windows alone give it away
         for _ in range(20):
             engine.decode()

@@ -82,6 +82,18 @@ def test_an_attention_backend_that_the_user_names_is_kept(model_path, no_choice)
 
 
 @needs_cpu_platform
+@pytest.mark.parametrize(("named", "chosen"), [(None, "outlines"), ("llguidance", "llguidance"), ("none", "none")])
+def test_the_grammar_backend_is_one_that_masks_on_a_cpu(named, chosen, model_path, no_choice):
+    assert ServerArgs(model_path=model_path, grammar_backend=named).grammar_backend == chosen
+
+
+@needs_cpu_platform
+def test_a_grammar_backend_for_gpus_is_refused_with_a_sentence(model_path, no_choice):
+    with pytest.raises(ValueError, match=r"--grammar-backend xgrammar masks tokens on a GPU only.*give outlines"):
+        ServerArgs(model_path=model_path, grammar_backend="xgrammar")
+
+
+@needs_cpu_platform
 def test_each_server_of_a_process_gets_its_own_cores(model_path, no_choice):
     for num_ranks in (2, 4):
         ServerArgs(model_path=model_path, tp_size=num_ranks)

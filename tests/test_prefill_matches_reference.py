@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from random_traces import make_trace
+from reference_checks import OUTPUT_TOLERANCE
 from sglang_freekv.config import FreeKVConfig
 from sglang_freekv.geometry import Geometry
-from simulated_requests import OUTPUT_TOLERANCE, PAGE, SimulatedEngine
+from simulated_requests import PAGE, SimulatedEngine
 
 NUM_LAYERS = 3  # more than the arena has halves
 GEOMETRIES = {

@@ -11,6 +11,7 @@ import dataclasses
 import gc
 import statistics
 import time
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -45,7 +46,7 @@ def run_plain(session: Session) -> None:
         with failures.kept(f"plain, {context} tokens, batch {batch}"):
             capture(runner, batch)
             requests = make_requests(runner, batch, context, _WARM_UP + _STEPS, num_pages)
-            _record_step(session, _step_times(requests), "plain", context, batch, is_aliased=int(requests.is_aliased))
+            _record_step(session, step_times(requests), "plain", context, batch, is_aliased=int(requests.is_aliased))
     # How many requests fit, with the KV capped, is arithmetic; their step is a cell above.
     capped = int(_CAP_BYTES // (32 * K * session.shape.geometry().token_bytes))
     session.record("capped_batch", capped, "requests", mode="plain", context=32 * K)
@@ -154,7 +155,7 @@ class FreeKVBench:
         self._prepare(cell, self.drifts[cell.target_mb])
         requests = self._start(cell, _WARM_UP + _STEPS)
         counters: list[list[int]] = []
-        times = _step_times(requests, lambda: counters.append(memory.counters.values.tolist()))
+        times = step_times(requests, lambda: counters.append(memory.counters.values.tolist()))
         before, steps = counters[0], len(times) - 1
         counted = {c.name.lower(): memory.counters[c] - before[c] for c in Count}
         session.check("no page was absent", counted["absent_pages"] == 0, f"{cell}")
@@ -191,9 +192,11 @@ def _load(session: Session, **keywords: object):
     return load_runner(model, session.device, **keywords)
 
 
-def _step_times(requests: Requests, after_warm_up=lambda: None) -> list[float]:
-    """Seconds of each step after the warm-up."""
-    num_warm_up, num_steps = (_WARM_UP, _STEPS) if requests.rows.is_cuda else (1, 3)
+def step_times(
+    requests: Requests, after_warm_up: Callable[[], object] = lambda: None, cpu_steps: tuple[int, int] = (1, 3)
+) -> list[float]:
+    """Seconds of each step after the warm-up; `cpu_steps` of warm-up and after it, where there is no GPU."""
+    num_warm_up, num_steps = (_WARM_UP, _STEPS) if requests.rows.is_cuda else cpu_steps
     for _ in range(num_warm_up):
         requests.step()
     after_warm_up()

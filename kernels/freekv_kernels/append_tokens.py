@@ -60,18 +60,18 @@ def append_tokens(
     kv = torch.stack((k, v), 2)  # [batch_size, num_kv_heads, 2, head_dim]
     host_kv[pages, :, :, offsets] = kv
 
-    bounds = summary[pages].where((offsets > 0)[:, None, None, None], k[:, :, None])
-    torch.minimum(bounds[:, :, 0], k, out=bounds[:, :, 0])
-    torch.maximum(bounds[:, :, 1], k, out=bounds[:, :, 1])
-    summary[pages] = bounds
+    bounds = summary.index_select(0, pages).where((offsets > 0)[:, None, None, None], k[:, :, None])
+    low, high = bounds.unbind(2)
+    torch.minimum(low, k, out=low)
+    torch.maximum(high, k, out=high)
+    summary.index_copy_(0, pages, bounds)
 
-    num_kv_heads = table.shape[1]
-    blocks = table[pages].flatten().long()  # [batch_size * num_kv_heads]
-    kv, offsets = kv.flatten(0, 1), offsets.repeat_interleave(num_kv_heads)
-    is_resident = blocks >= 0
-    if not is_resident.all():
-        blocks, kv, offsets = blocks[is_resident], kv[is_resident], offsets[is_resident]
-    block_kv[blocks, :, offsets] = kv
+    blocks = table.index_select(0, pages).long()  # [batch_size, num_kv_heads]
+    if blocks.min() >= 0:
+        block_kv[blocks, :, offsets[:, None]] = kv
+    else:
+        request, head = (blocks >= 0).nonzero(as_tuple=True)
+        block_kv[blocks[request, head], :, offsets[request]] = kv[request, head]
 
     if flags is None:
         return
@@ -83,6 +83,6 @@ def append_tokens(
         rows = flags.is_flagged.nonzero().flatten()
         flags.rows[: len(rows)] = rows.int()
         flags.count.fill_(len(rows))
-        counters[Count.ROWS] += num_over * num_kv_heads
+        counters[Count.ROWS] += num_over * table.shape[1]
         counters[Count.FLAGGED_ROWS] += len(rows)
-    last_q[batch.rows] = q
+    last_q.index_copy_(0, batch.rows, q)

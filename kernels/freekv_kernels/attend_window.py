@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 
 
@@ -42,7 +44,7 @@ def attend_window(
     """
     page_size, head_dim = block_kv.shape[2:]
     halves = block_kv.view(-1, page_size * head_dim)  # rows: K of block 0, V of block 0, K of block 1, ...
-    num_blocks = kv_indptr[::num_kv_heads].diff().tolist()
+    num_blocks = [end - start for start, end in pairwise(kv_indptr[::num_kv_heads].tolist())]
     key_rows = (kv_indices[: sum(num_blocks)] * 2).split(num_blocks)
     last_lens = last_page_len[::num_kv_heads].tolist()
     queries = q.view(-1, 1, num_kv_heads, *q.shape[1:])

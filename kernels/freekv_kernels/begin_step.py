@@ -56,24 +56,29 @@ def begin_step(
     """
     num_kv_heads = windows.shape[3]
     is_real = rows > 0
+    last = seq_lens - 1  # position of the new token
+    last_page, in_last_page = last // page_size, (last % page_size + 1).int()
     batch.rows.copy_(rows)
-    batch.slots.zero_()
     batch.slots[: len(slots)] = slots
-    batch.num_pages.copy_(((seq_lens - 1) // page_size + 1) * is_real)
-    batch.num_pages_next.copy_((seq_lens // page_size + 1) * is_real)
-    batch.budget_pages.copy_(budget_pages[rows])
+    batch.slots[len(slots) :] = 0
+    torch.mul(last_page + 1, is_real, out=batch.num_pages)
+    torch.mul(seq_lens // page_size + 1, is_real, out=batch.num_pages_next)
+    torch.index_select(budget_pages, 0, rows, out=batch.budget_pages)
+    last_page_len[: len(rows) * num_kv_heads].view(-1, num_kv_heads).copy_(in_last_page[:, None])
     width = int(batch.num_pages.max())
     known = batch.page_table[:, :width]
     is_page = torch.arange(width, device=rows.device) < batch.num_pages[:, None]
     known.copy_((req_to_token[rows, : width * page_size : page_size] // page_size).where(is_page, known))
-    last_page_len[: len(rows) * num_kv_heads] = ((seq_lens - 1) % page_size + 1).repeat_interleave(num_kv_heads)
 
-    pages, offsets = batch.slots // page_size, batch.slots % page_size
-    filled[pages] = (offsets + 1).int()
-    is_opened = is_real & (offsets == 0)
+    pages = batch.slots // page_size  # a slot lies in its page as its token does
+    filled[pages] = in_last_page
+    is_opened = is_real & (in_last_page == 1)
+    if not is_opened.any():  # most steps
+        opened.count.zero_()
+        return
     keys = (pages[is_opened, None] * num_kv_heads + torch.arange(num_kv_heads, device=rows.device)).flatten()
     opened.keys[: len(keys)] = keys
     opened.count.fill_(len(keys))
     is_within = is_opened & (batch.num_pages <= batch.budget_pages)
-    last_page = batch.num_pages[is_within] - 1
+    last_page = last_page[is_within]
     windows[:, :, rows[is_within], :, last_page] = last_page.int()[:, None, None, None]

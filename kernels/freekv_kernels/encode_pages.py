@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 
 LEAST_STEP = 1e-30  # where a channel is constant
@@ -51,16 +49,24 @@ def code_steps(summary: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Te
     return low, ((high - low) / 2**bits).clamp_min_(LEAST_STEP)
 
 
-def unpack_codes(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """uint8 ``[..., bytes]`` -> uint8 ``[..., head_dim]``, in the order of the channels."""
-    return torch.cat(list(unpack_parts(codes, bits)), -1)
+def unpack_codes(codes: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes one by one, still times the power of 2 that their place in a byte gives them.
 
+    Parameters
+    ----------
+    codes : uint8, ``[..., page_size, head_dim * bits // 8]``
+    bits : int
 
-def unpack_parts(codes: torch.Tensor, bits: int) -> Iterator[torch.Tensor]:
-    """uint8 ``[..., bytes]`` -> the codes at the same bits of all bytes, which are of neighbouring channels.
-
-    For one part after the other; together a multiple of 4 bytes, as pages are.
+    Returns
+    -------
+    uint8, ``[..., head_dim, page_size]``
+        A token is a column: what is multiplied with its channels runs along the tokens.
+    float32, ``[head_dim]``
+        The inverse of the power of 2 of each channel.
     """
-    words = codes.flatten().view(torch.int32)  # four bytes at a time: the mask drops what comes from the next byte
-    for i in range(8 // bits):
-        yield ((words >> (i * bits)) & (0x01010101 * (2**bits - 1))).view(torch.uint8).view(codes.shape)
+    *shape, page_size, num_bytes = codes.shape
+    words = codes.transpose(-1, -2).contiguous().flatten(-2).view(torch.int64).unsqueeze(-2)  # eight bytes at a time
+    masks = torch.full((8,), 2**bits - 1, dtype=torch.uint8) << torch.arange(0, 8, bits, dtype=torch.uint8)[:, None]
+    parts = (words & masks.view(torch.int64).to(codes.device)).view(torch.uint8)
+    units = (0.5 ** torch.arange(0, 8, bits, device=codes.device)).repeat_interleave(num_bytes)
+    return parts.view(*shape, num_bytes * 8 // bits, page_size), units

@@ -55,7 +55,7 @@ def lookup_blocks(
     num_entries = batch.budget_pages
     if read == Read.FRONT:
         num_entries = kv_indptr[1::num_kv_heads] - kv_indptr[:-1:num_kv_heads]
-    if read == Read.BACK:
+    if read == Read.BACK and is_within.any():
         if is_within.all():
             return
         rows, num_pages, page_table, num_entries = (x[~is_within] for x in (rows, num_pages, page_table, num_entries))
@@ -89,3 +89,30 @@ def lookup_blocks(
     if read == Read.FRONT:
         entries = kv_indptr[:-1].view(-1, num_kv_heads, 1) + torch.arange(width, device=device)
         misses.entries[:missing] = entries[is_missing].int()
+
+
+def lookup_keys(keys: torch.Tensor, blocks: BlockTables, step: torch.Tensor, kv_indices: torch.Tensor) -> bool:
+    """What `lookup_blocks` does in FRONT where every request reads all its pages, now and in the next step.
+
+    kv_indices[i] = table[keys[i]], and the block is stamped 2 * step + 1; nothing, if any key has no block.
+
+    Parameters
+    ----------
+    keys : int64, ``[n]``, device
+        In the order of kv_indices; the same for all layers, so they are listed once per step.
+    blocks : BlockTables, of one layer
+    step : int64, ``[1]``, device
+    kv_indices : int32, ``[>= n]``, device
+        Written.
+
+    Returns
+    -------
+    bool
+        Whether every key has a block.
+    """
+    found = blocks.table.view(-1).take(keys)
+    if found.min() < 0:
+        return False
+    blocks.last_used.index_fill_(0, found.long(), 2 * int(step) + 1)
+    kv_indices[: len(found)] = found
+    return True

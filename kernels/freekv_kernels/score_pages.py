@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 
-from freekv_kernels.encode_pages import code_steps, unpack_parts
+from freekv_kernels.encode_pages import code_steps, unpack_codes
 from freekv_kernels.tables import Batch, FlagList, Read
+
+_PIECE = 1 << 19  # bytes of codes that are decoded at a time; as numbers they take 16 times as much
 
 
 def score_pages(
@@ -50,45 +54,55 @@ def score_pages(
     -----
     Source: Quest's bound, FreeKV (arXiv 2505.13109); kept in fp32, where the authors' engine rounds scores to bf16.
     """
-    num_pages, num_kv_heads, _, head_dim = summary.shape
+    num_kv_heads, _, head_dim = summary.shape[1:]
     max_pages = batch.page_table.shape[1]
-    group_size = queries.shape[2]
-    shape = (len(batch.rows) * num_kv_heads, group_size, max_pages)
+    shape = (len(batch.rows) * num_kv_heads, queries.shape[2], max_pages)
+    scores = queries.new_empty(shape, dtype=torch.float32) if out is None else out
     rows = listed_rows(batch, read, num_kv_heads, flags)
     if len(rows) == 0:
-        return queries.new_empty(shape, dtype=torch.float32) if out is None else out
+        return scores
     request, head = rows // num_kv_heads, rows % num_kv_heads
-    records = batch.page_table[request] * num_kv_heads + head[:, None]  # [n, max_pages]
-    bounds = summary.view(num_pages * num_kv_heads, 2 * head_dim).index_select(0, records.flatten()).float()
     q = queries[batch.rows[request], head].float()
-    bounds = bounds.view(*records.shape, 2, head_dim)
+    records = batch.page_table[request] * num_kv_heads + head[:, None]  # [n, max_pages]
+    is_page = torch.arange(max_pages, device=records.device) < batch.num_pages[request, None]
+    summary = summary.view(-1, 2, head_dim)  # of records
     if codes is None:
         q = torch.cat((q.clamp(max=0), q.clamp(min=0)), -1)  # the halves meet lo and hi
-        scores = q @ bounds.flatten(2).transpose(-1, -2)
-    else:
-        scores = _score_codes(q, bounds, codes.flatten(0, 1), records)
-    if out is not None:
-        is_page = torch.arange(max_pages, device=out.device) < batch.num_pages[request, None]
-        out[rows, :, :max_pages] = scores.where(is_page[:, None], out[rows, :, :max_pages])
-        return out
-    if flags is None and len(rows) == shape[0]:
+        bounds = summary.index_select(0, records.flatten()).float().view(*records.shape, -1)
+        of_rows = q @ bounds.transpose(-1, -2)
+        if out is not None:
+            of_rows = of_rows.where(is_page[:, None], out[rows, :, :max_pages])
+        scores[rows, :, :max_pages] = of_rows
         return scores
-    return scores.new_empty(shape).index_copy_(0, rows, scores)
-
-
-def _score_codes(q: torch.Tensor, bounds: torch.Tensor, codes: torch.Tensor, records: torch.Tensor) -> torch.Tensor:
-    """Scores ``[n, group_size, max_pages]`` by codes ``[num_pages * num_kv_heads, page_size, bytes]``."""
-    bits = codes.shape[-1] * 8 // q.shape[-1]
-    low, step = code_steps(bounds, bits)  # [n, max_pages, head_dim]
-    scores = q @ (low + step / 2).transpose(-1, -2)
-    for row, row_scores in enumerate(scores):  # a row's tokens fit a cache
-        parts = unpack_parts(codes[records[row]], bits)  # [max_pages, page_size, bytes] each
-        by_step = (q[row] * step[row, :, None]).chunk(8 // bits, -1)  # [max_pages, group_size, bytes] each
-        products = by_step[0] @ next(parts).float().transpose(1, 2)
-        for of_part, part in zip(by_step[1:], parts, strict=True):
-            products.baddbmm_(of_part, part.float().transpose(1, 2))
-        row_scores += products.amax(-1).T
+    row, page = is_page.nonzero(as_tuple=True)
+    record = records[is_page]
+    for users in _group_equal(record):  # requests that share a page have it decoded once
+        for pairs in users.split(max(1, _PIECE // codes.shape[2:].numel())):
+            own = row[pairs]
+            of_users = q.index_select(0, own.flatten()).view(len(pairs), -1, head_dim)
+            of_pages = (x.index_select(0, record[pairs[:, 0]]) for x in (summary, codes.flatten(0, 1)))
+            scores[rows[own], :, page[pairs]] = _score_codes(of_users, *of_pages).view(*own.shape, -1)
     return scores
+
+
+def _score_codes(q: torch.Tensor, summary: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    """Scores ``[n, num_queries]`` of n pages, each for queries of its own: q ``[n, num_queries, head_dim]``.
+
+    Steps multiply the queries, which are fewer than the codes.
+    """
+    bits = codes.shape[-1] * 8 // q.shape[-1]
+    low, step = code_steps(summary, bits)
+    values, units = unpack_codes(codes, bits)
+    logits = (q * (step * units)[:, None]) @ values.float()  # [n, num_queries, page_size]
+    return logits.amax(-1) + (q @ (low + step / 2)[:, :, None]).squeeze(-1)
+
+
+def _group_equal(values: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Indices of equal values as rows, int64 ``[num_values, times]``; those that occur equally often together."""
+    order = values.argsort()
+    _, times = values[order].unique_consecutive(return_counts=True)
+    for n in times.unique().tolist():
+        yield order[times.repeat_interleave(times) == n].view(-1, n)
 
 
 def listed_rows(batch: Batch, read: Read, num_kv_heads: int, flags: FlagList | None) -> torch.Tensor:

@@ -24,7 +24,8 @@ def check_scheduler(result, self, server_args, *args, **kwargs):
 
 def report_internal_state(result, self, recv_req):
     if freekv_config(self.server_args) is not None:
-        state = self.token_to_kv_pool_allocator.get_kvcache().report()
+        allocator = self.token_to_kv_pool_allocator
+        state = allocator.get_kvcache().report() | {"host_free_tokens": allocator.available_size()}
         if hasattr(self.tree_cache, "report"):
             state |= self.tree_cache.report()
         result.internal_state["freekv"] = state

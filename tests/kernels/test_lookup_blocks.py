@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from freekv_kernels import REFERENCE, Batch, BlockTables, Count, FlagList, MissList, Read
+from freekv_kernels import REFERENCE, Batch, BlockTables, Count, FlagList, MissList, Read, lookup_keys
 
 PAGES, HEADS, REQUESTS, LAYERS = 40, 2, 4, 3
 STALE = 77
@@ -262,3 +262,20 @@ def test_the_kernel_and_the_reference_agree_on_random_windows(impl, width, read)
     assert ours.missing == reference.missing and ours.counted() == reference.counted()
     assert torch.equal(ours.kv_indices, reference.kv_indices)
     assert torch.equal(ours.last_used, reference.last_used)
+
+
+@pytest.mark.parametrize("held", [[0, 1, 2, 10, 11], [0, 1, 10, 11], [0, 1, 2, 3, 10]], ids=str)
+def test_keys_listed_once_for_all_layers_find_what_windows_find_or_nothing(held):
+    on_cpu = SimpleNamespace(ops=REFERENCE, device="cpu")
+    by_windows, by_keys = (Case(on_cpu, [[0, 1, 2], [0, 1]], [3, 2]) for _ in range(2))
+    for case in (by_windows, by_keys):
+        case.hold(held)
+    by_windows.run()
+    is_complete = by_windows.missing == []
+    keys = [page * HEADS + h for pages in ([0, 1, 2], [10, 11]) for h in range(HEADS) for page in pages]
+    blocks = BlockTables(by_keys.table, *(None,) * 5)._replace(last_used=by_keys.last_used)
+    untouched = by_keys.last_used.clone()
+    assert lookup_keys(torch.tensor(keys), blocks, by_keys.batch.step, by_keys.kv_indices) == is_complete
+    assert torch.equal(by_keys.last_used, by_windows.last_used if is_complete else untouched)
+    assert torch.equal(by_keys.kv_indices, by_windows.kv_indices) or not is_complete
+    assert is_complete == (2 in held and 11 in held)

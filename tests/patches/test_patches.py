@@ -254,10 +254,10 @@ def test_children_are_told_while_they_start_and_only_then(server_args, announced
 def test_a_request_is_checked_on_a_freekv_server_and_passed_on_a_plain_one():
     bad = types.SimpleNamespace(sampling_params={"custom_params": {"freekv_budget": 5}})
     with pytest.raises(ValueError, match="freekv_budget is 5"):
-        requests.check_budget(types.SimpleNamespace(server_args=FREEKV), bad, [1, 2])
-    assert requests.check_budget(types.SimpleNamespace(server_args=PLAIN), bad, [1, 2]) is None
+        requests.check_custom_params(types.SimpleNamespace(server_args=FREEKV), bad, [1, 2])
+    assert requests.check_custom_params(types.SimpleNamespace(server_args=PLAIN), bad, [1, 2]) is None
     unset = types.SimpleNamespace(sampling_params=None)
-    assert requests.check_budget(types.SimpleNamespace(server_args=FREEKV), unset, [1, 2]) is None
+    assert requests.check_custom_params(types.SimpleNamespace(server_args=FREEKV), unset, [1, 2]) is None
 
 
 def test_a_plain_server_in_a_patched_process_gets_the_attention_of_sglang():

@@ -14,7 +14,7 @@ from servers import Server, serve
 from sglang_freekv.tiny_model import TinyModel
 
 # Every server computes in float32: identical tokens are expected.
-_FLAGS = ("--dtype", "float32", "--chunked-prefill-size", "256")
+_FLAGS = ("--dtype", "float32", "--chunked-prefill-size", "256", "--enable-cache-report")
 _FREEKV = (*_FLAGS, "--kv-retrieval", "freekv")
 
 _STORE_TOKENS = 4096
@@ -65,7 +65,8 @@ def servers(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[d
     with ExitStack() as stack, ThreadPoolExecutor(len(FLAGS)) as pool:
 
         def start(name: str) -> Server:
-            return stack.enter_context(serve(model, logs / f"{name}.log", *FLAGS[name], env=_STRICT_CHECKS))
+            flags = (*FLAGS[name], "--freekv-debug-dump", str(logs / "dumps")) if name == "narrow" else FLAGS[name]
+            return stack.enter_context(serve(model, logs / f"{name}.log", *flags, env=_STRICT_CHECKS))
 
         yield dict(zip(FLAGS, pool.map(start, FLAGS), strict=True))
 
@@ -88,6 +89,12 @@ def narrow(servers: dict[str, Server]) -> Server:
     """FreeKV, budget shorter than most requests, with an empty prefix cache."""
     servers["narrow"].flush()
     return servers["narrow"]
+
+
+@pytest.fixture
+def dumps(narrow: Server) -> Path:
+    """Where `narrow` writes the debug dumps of requests that ask for one."""
+    return narrow.log.parent / "dumps"
 
 
 @pytest.fixture

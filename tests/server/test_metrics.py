@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 
+from server.conftest import FLAGS
 from servers import Server, random_prompt
-from sglang_freekv.metrics import METRICS
+from sglang_freekv.doctor.forecast import Machine, forecast, resolve
+from sglang_freekv.operations.__main__ import FOLDER
+from sglang_freekv.operations.catalog import METRICS, published_name
 
 NUM_STEPS = 64
-COUNTERS = {name for name, (kind, _) in METRICS.items() if kind == "counter"}
+LOG_INTERVAL = 10  # decode steps between two reports
+COUNTERS = {name for name, metric in METRICS.items() if metric.kind == "counter"}
 
 
 def decode_past_the_device_blocks(narrow: Server, rng: random.Random) -> None:
@@ -21,13 +26,16 @@ def test_counters_grow_with_the_recalls_and_no_page_is_absent(narrow: Server, rn
     before = narrow.metrics()
     decode_past_the_device_blocks(narrow, rng)
     after = narrow.metrics()
-    grown = {name: after[f"sglang:freekv_{name}_total"] - before[f"sglang:freekv_{name}_total"] for name in COUNTERS}
+    grown = {name: after[published_name(name)] - before[published_name(name)] for name in COUNTERS}
     assert grown["recalled_bytes"] > 0
     assert grown["misses"] > 0
     assert grown["hits"] > grown["misses"]
     assert 0 < grown["flagged_rows"] < grown["rows"]
-    assert grown["absent_pages"] == 0
+    assert grown["absent_pages"] == grown["audit_failures"] == 0
     assert grown["recalled_bytes"] == (grown["misses"] + grown["demand_misses"]) * narrow.freekv()["block_bytes"]
+    # Each chunk of 256 tokens lays out all that comes before it.
+    chunks = [sum(range(256, length, 256)) for length in (4000, 4032, 4064)]
+    assert grown["arena_filled_bytes"] == sum(chunks) * narrow.freekv()["full_kv_bytes_per_token"]
 
 
 def test_metrics_equal_what_server_info_says(narrow: Server, rng: random.Random):
@@ -35,20 +43,61 @@ def test_metrics_equal_what_server_info_says(narrow: Server, rng: random.Random)
     narrow.flush()
     narrow.generate_one([1, 2, 3], 2 * NUM_STEPS)  # a report is due every ten steps, and none is after the last
     published, state = narrow.metrics(), narrow.freekv()
-    for name in COUNTERS:
-        assert published[f"sglang:freekv_{name}_total"] == state[name]
-    pages = published["sglang:freekv_host_pages_used"], published["sglang:freekv_host_pages_free"]
-    assert pages[0] > 0
-    assert 32 * sum(pages) == state["host_tokens"]
-    assert 0 < published["sglang:freekv_device_blocks_used"] <= state["device_blocks"]
+    for name in COUNTERS - {"steps", "decoded_tokens"}:
+        assert published[published_name(name)] == state[name], name
+    for name in ("steps", "decoded_tokens"):
+        assert 0 <= state[name] - published[published_name(name)] < LOG_INTERVAL
+    used, free = (published[published_name(f"host_pages_{which}")] for which in ("used", "free"))
+    assert used > 0
+    assert 32 * (used + free) == state["host_tokens"]
+    assert 0 <= published[published_name("host_pages_evictable")] <= used
+    assert 0 < published[published_name("device_blocks_used")] <= state["device_blocks"]
+    assert published[published_name("device_blocks_total")] == state["device_blocks"]
+    assert published[published_name("max_running_requests")] == state["max_running_requests"]
+
+
+def test_everything_that_dashboard_and_alerts_ask_for_is_published(narrow: Server, rng: random.Random):
+    decode_past_the_device_blocks(narrow, rng)
+    files = [(FOLDER / name).read_text() for name in ("grafana_dashboard.json", "alert_rules.yml")]
+    asked = set(re.findall(r"sglang:\w+", " ".join(files)))
+    assert len(asked) > len(METRICS)
+    assert asked <= set(narrow.metrics())
+
+
+def test_rules_can_join_our_metrics_with_those_of_sglang(narrow: Server):
+    """PromQL matches samples by their labels."""
+    narrow.generate_one([1, 2, 3], 2)
+    text = narrow.request("/metrics").body
+    names = ("sglang:num_running_reqs", "sglang:num_queue_reqs", published_name("max_running_requests"))
+    first, *others = (re.findall(rf"^{name}{{(.*)}} ", text, re.MULTILINE) for name in names)
+    assert len(first) == 1
+    assert others == [first, first]
+
+
+def test_server_info_shows_the_settings_as_resolved(narrow: Server):
+    state = json.loads(json.dumps(narrow.freekv()))
+    config, plan = state["config"], state["memory_plan"]
+    assert (config["freekv_budget"], config["freekv_max_budget"], config["page_size"]) == (128, 256, 32)
+    assert (config["freekv_tau"], config["freekv_group_pooling"], config["freekv_audit"]) == (0.9, "mean", False)
+    assert 0.05 < config["freekv_host_memory"] == plan["host_bytes"] / 2**30 <= 0.06
+    assert 0.02 < config["freekv_device_blocks_memory"] <= 0.0235
+    assert plan["num_tokens"] == state["host_tokens"]
+    assert plan["max_requests"] == state["max_running_requests"]
+
+
+def test_the_doctor_foretells_the_plan_of_the_server(narrow: Server):
+    model = narrow.request("/server_info").body["model_path"]
+    server_args, config = resolve(["--model-path", model, "--max-running-requests", "64", *FLAGS["narrow"]], Machine())
+    plan = narrow.freekv()["memory_plan"]
+    assert forecast(server_args, config, Machine()).plan.report()["memory_plan"] == plan
 
 
 def test_the_decode_log_has_one_freekv_part(narrow: Server, rng: random.Random):
     decode_past_the_device_blocks(narrow, rng)
     lines = [line for line in narrow.log.read_text().splitlines() if "Decode batch" in line]
-    last = re.findall(r"freekv: (\d+) blocks used, ([\d.]+) MiB recalled, .* (\d+) absent", lines[-1])
+    last = re.findall(r"freekv: (\d+) blocks used, ([\d.]+) [KMG]iB recalled, .* (\d+) absent", lines[-1])
     assert len(last) == 1
-    blocks_used, mib_recalled, absent = last[0]
+    blocks_used, recalled, absent = last[0]
     assert 0 < int(blocks_used) <= narrow.freekv()["device_blocks"]
-    assert float(mib_recalled) > 0
+    assert float(recalled) > 0
     assert int(absent) == 0

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from server.oracles.audit_run import MODEL
+from soak.settings import MODEL
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ import freekv_kernels
 FAULT_FILE = "FREEKV_TEST_FAULT"
 STORE = "store"  # host pages hold the values of other tokens, and so do the blocks recalled from them
 BLOCK = "block"  # device blocks differ from their host pages
+GRACE_S = 5  # from a failed audit to the end of the server
 
 
 def register() -> None:
@@ -29,6 +30,9 @@ def register() -> None:
             block_kv[blocks, 1] = block_kv[blocks, 1].roll(1, 1)
 
     freekv_kernels.REFERENCE = ops._replace(store_pages=store_pages)
+    from sglang_freekv import health  # with the engine, so after the fault
+
+    health.GRACE_S = GRACE_S
 
 
 def write_plugin(folder: Path) -> None:

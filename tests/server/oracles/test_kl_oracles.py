@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from sglang.test import kl_test_utils
 
 from server.oracles import faults
-from server.oracles.audit_run import STRICT
 from servers import Server, random_prompt, serve
+from soak.settings import STRICT
 
 # In nats per token. Float32 rounding gives 5e-12 with this model, wrong values 3 and more.
 _MAX_KL = 1e-6
@@ -50,7 +52,8 @@ def server(small_model: Path, fault: Path, tmp_path_factory: pytest.TempPathFact
         "SGLANG_TEST_RETRACT": "1",
     }
     flags = "--kv-retrieval freekv --dtype float32 --chunked-prefill-size 256 --max-total-tokens 16384 --freekv-audit"
-    with serve(small_model, folder / "log", *flags.split(), env=STRICT | env) as server:
+    flags = (*flags.split(), "--enable-metrics")
+    with serve(small_model, folder / "log", *flags, env=STRICT | env) as server:
         yield server
 
 
@@ -83,13 +86,23 @@ def test_wrong_bytes_in_the_host_store_are_noticed(oracle: Callable, compare: Ca
     fault.write_text("")
 
 
-def test_a_device_block_that_differs_from_its_host_page_ends_an_audited_server(server: Server, fault: Path) -> None:
+def test_a_device_block_that_differs_from_its_host_page_turns_an_audited_server_red_and_ends_it(
+    server: Server, fault: Path
+) -> None:
     server.flush()
     assert server.generate([1] * 100).status == 200
+    assert server.request("/health").status == 200
     fault.write_text(faults.BLOCK)
-    with pytest.raises(OSError):  # the server hangs up
-        server.generate([2] * 100)
-    deadline = time.monotonic() + 30
-    while "AuditError: layer 0: block" not in server.log.read_text():
-        assert time.monotonic() < deadline, server.log.read_text()[-4000:]
-        time.sleep(0.2)
+    with ThreadPoolExecutor(1) as client:
+        answer = client.submit(server.generate, [2] * 100)
+        deadline = time.monotonic() + 30
+        while "FreeKV's audit failed: layer 0: block" not in server.log.read_text():
+            assert time.monotonic() < deadline, server.log.read_text()[-4000:]
+            time.sleep(0.2)
+        time.sleep(1)  # until the signal has arrived
+        assert server.request("/health").status == 503
+        assert server.metrics()["sglang:freekv_audit_failures_total"] == 1
+        with pytest.raises(OSError):  # the server hangs up, without a token of this step
+            answer.result()
+    end = os.waitid(os.P_PID, server.pid, os.WEXITED | os.WNOWAIT)
+    assert (end.si_code, end.si_status) == (os.CLD_KILLED, signal.SIGKILL)

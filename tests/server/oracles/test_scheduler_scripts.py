@@ -9,7 +9,7 @@ import pytest
 from sglang.test.scripted_runtime import http_server
 
 from server.oracles import scheduler_scripts as scripts
-from server.oracles.audit_run import STRICT
+from soak.settings import STRICT
 
 
 @pytest.fixture(scope="module")

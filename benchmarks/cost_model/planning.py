@@ -1,0 +1,223 @@
+"""What fits a machine, and which budget and batch serve a context fastest there. All of it is prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+
+from benchmarks.cost_model.machine import Machine
+from benchmarks.cost_model.model import Model
+from benchmarks.cost_model.step_time import Setting, step_seconds
+from sglang_freekv.config import FreeKVConfig
+from sglang_freekv.geometry import Geometry
+from sglang_freekv.memory_plan import GIB, MemoryPlan, plan_memory
+
+K = 1024
+# Smaller ones would be faster still, and nobody has measured what they lose.
+BUDGETS = (1 * K, 2 * K, 4 * K, 8 * K, 16 * K, 32 * K)
+_MOST_REQUESTS = 4096  # per replica; SGLang's own bound is of this size
+# A smaller batch with nearly the throughput answers sooner; a larger budget with nearly the throughput sees more.
+_BATCH_TOLERANCE, _BUDGET_TOLERANCE = 0.05, 0.1
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """What decides how much is recalled, and is not predicted: measure it with a model and its requests.
+
+    The defaults are assumptions. Llama-3.1-8B with a budget of 2,048 then asks for 26 MB per request and step where
+    nothing outside the windows is resident; traces of FreeKV's own code ask for 40 to 53 MB, this project aims at 13.
+    """
+
+    turnover: float = 0.11  # share of the selected pages that one step changes
+    flagged_share: float = 0.1  # of the rows, corrected
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One way to serve requests of one length on a machine, with the step that is predicted for it."""
+
+    setting: Setting  # of one replica
+    tp: int  # GPUs of a replica
+    replicas: int  # behind a router, each with requests of its own
+    step_s: float
+    worst_step_s: float  # as if every recall were waited for
+    most_requests: int  # of a replica, that fit
+    limit: str  # what the next request would not fit
+    device_request_bytes: int  # of one more request, on all GPUs of a replica
+    host_request_bytes: int
+    host_store_gib: float  # of a replica's rank, for --freekv-host-memory; 0: plain SGLang
+
+    @property
+    def throughput(self) -> float:
+        """Tokens per second of the whole machine."""
+        return self.replicas * self.setting.batch / self.step_s
+
+
+def plan_freekv(machine: Machine, model: Model, setting: Setting, tp: int) -> MemoryPlan | str:
+    """The memory of a rank that holds the requests of `setting`, or what they do not fit."""
+    g = model.geometry(setting.page_size, setting.key_bits, tp=tp)
+    host_bytes = (setting.batch * _pages(setting) + 1) * g.page_bytes
+    if host_bytes > machine.host_bytes():
+        return "host memory"
+    config = FreeKVConfig(
+        budget_tokens=setting.budget,
+        page_size=setting.page_size,
+        key_bits=setting.key_bits,
+        tau=setting.tau,
+        host_memory_gib=host_bytes / GIB,
+    )
+    try:
+        plan = plan_memory(
+            g,
+            config,
+            device_bytes=machine.device_bytes(model.weight_bytes // tp),
+            host_bytes=host_bytes,
+            max_requests=setting.batch,
+            max_context=_pages(setting) * setting.page_size,
+        )
+    except ValueError:  # not even one request
+        return "device memory"
+    return plan if plan.max_requests >= setting.batch else "device memory"
+
+
+def plain_misfit(machine: Machine, model: Model, setting: Setting, tp: int) -> str | None:
+    """What the requests of `setting` do not fit in plain SGLang; None if they do."""
+    needed = setting.batch * _pages(setting) * setting.page_size * _geometry(model, setting, tp).token_bytes
+    return None if needed <= machine.device_bytes(model.weight_bytes // tp) else "device memory"
+
+
+def best_plain(machine: Machine, model: Model, context: int, tp: int | None = None) -> Choice | None:
+    """The fastest plain SGLang; None where not one request fits. `tp`: as for `best_freekv`."""
+    found = []
+    for ranks in _ranks(machine, model, tp):
+        most, limit = _most_requests(partial(plain_misfit, machine, model, tp=ranks), Setting(context, 1))
+        for batch in _batches(most):
+            setting = Setting(context, batch)
+            request_bytes = ranks * context * _geometry(model, setting, ranks).token_bytes
+            found.append(_choice(machine, model, setting, ranks, most, limit, request_bytes, 0, 0.0))
+    return _smallest_batch(found)
+
+
+def best_freekv(
+    machine: Machine,
+    model: Model,
+    context: int,
+    traffic: Traffic,
+    key_bits: int = 2,
+    budget: int | None = None,
+    tp: int | None = None,
+) -> Choice | None:
+    """The fastest FreeKV, or None if not one request fits.
+
+    Parameters
+    ----------
+    context : int
+        Tokens of a request, answer included.
+    budget : int, optional
+        By default the largest of `BUDGETS` that is nearly as fast as any: what a budget loses is not in the model.
+    tp : int, optional
+        GPUs of a replica; by default what is fastest.
+    """
+    per_budget = []
+    for tokens in (budget,) if budget else [b for b in BUDGETS if b < context]:
+        choices = []
+        for ranks in _ranks(machine, model, tp):
+            choices += _of_budget(machine, model, Setting(context, 1, tokens, key_bits=key_bits), ranks, traffic)
+        if best := _smallest_batch(choices):
+            per_budget.append(best)
+    fastest = max((choice.throughput for choice in per_budget), default=0)
+    near = [choice for choice in per_budget if choice.throughput >= (1 - _BUDGET_TOLERANCE) * fastest]
+    return max(near, key=lambda choice: choice.setting.budget, default=None)
+
+
+def _of_budget(machine: Machine, model: Model, one: Setting, tp: int, traffic: Traffic) -> Iterator[Choice]:
+    def misfit(setting: Setting) -> str | None:
+        plan = plan_freekv(machine, model, setting, tp)
+        return plan if isinstance(plan, str) else None
+
+    most, limit = _most_requests(misfit, one)
+    for batch in _batches(most):
+        setting = replace(one, batch=batch, flagged_share=traffic.flagged_share)
+        plan = plan_freekv(machine, model, setting, tp)
+        g = plan.geometry
+        setting = replace(setting, recalled_bytes=recalled_bytes(plan, setting, traffic) * tp)
+        device = plan.request_bytes + _pages(setting) * (plan.summaries_bytes // (plan.num_pages + 1))
+        host = _pages(setting) * g.page_bytes
+        store = plan.host_bytes / GIB
+        yield _choice(machine, model, setting, tp, most, limit, tp * device, tp * host, store)
+
+
+def recalled_bytes(plan: MemoryPlan, setting: Setting, traffic: Traffic) -> float:
+    """Of one request, step and rank: pages that enter a window, as far as they are not resident.
+
+    A page that enters is taken to be resident as often as any page of the running requests.
+    """
+    g, c = plan.geometry, plan.config
+    resident = min(1.0, plan.num_blocks / (setting.batch * _pages(setting) * g.num_kv_heads))
+    selected = setting.budget - c.sink_tokens - c.recent_tokens
+    return traffic.turnover * (1 - resident) * selected * g.token_bytes
+
+
+def _choice(
+    machine: Machine,
+    model: Model,
+    setting: Setting,
+    tp: int,
+    most: int,
+    limit: str,
+    device_request_bytes: int,
+    host_request_bytes: int,
+    host_store_gib: float,
+) -> Choice:
+    return Choice(
+        setting=setting,
+        tp=tp,
+        replicas=machine.gpus // tp,
+        step_s=step_seconds(machine, model, setting, tp),
+        worst_step_s=step_seconds(machine, model, setting, tp, is_worst=True),
+        most_requests=most,
+        limit=limit,
+        device_request_bytes=device_request_bytes,
+        host_request_bytes=host_request_bytes,
+        host_store_gib=host_store_gib,
+    )
+
+
+def _ranks(machine: Machine, model: Model, wanted: int | None) -> list[int]:
+    """Numbers of GPUs that a replica may have."""
+    known = [tp for tp in (1, 2, 4, 8) if tp <= machine.gpus and model.kv_heads % tp == 0]
+    return [tp for tp in known if wanted in (None, tp)]
+
+
+def _pages(setting: Setting) -> int:
+    """Of one request, with the page that its next token may open."""
+    return -(-setting.context // setting.page_size) + 1
+
+
+def _geometry(model: Model, setting: Setting, tp: int) -> Geometry:
+    return model.geometry(setting.page_size, setting.key_bits, tp=tp)
+
+
+def _most_requests(misfit: Callable[[Setting], str | None], one: Setting) -> tuple[int, str]:
+    """The largest batch that fits, and what the next one does not fit; a larger batch never fits better."""
+    low, high = 0, _MOST_REQUESTS + 1
+    limit = "SGLang's --max-running-requests"
+    while high - low > 1:
+        middle = (low + high) // 2
+        if reason := misfit(replace(one, batch=middle)):
+            high, limit = middle, reason
+        else:
+            low = middle
+    return low, limit
+
+
+def _batches(most: int) -> list[int]:
+    return sorted({2**i for i in range(most.bit_length())} | {most}) if most else []
+
+
+def _smallest_batch(choices: list[Choice]) -> Choice | None:
+    """The smallest batch per machine that is nearly as fast as any."""
+    fastest = max((choice.throughput for choice in choices), default=0)
+    near = [choice for choice in choices if choice.throughput >= (1 - _BATCH_TOLERANCE) * fastest]
+    return min(near, key=lambda choice: (choice.setting.batch * choice.replicas, choice.step_s), default=None)

@@ -1,0 +1,1 @@
+"""For operators: what is measured, a Grafana dashboard, alert rules."""
