@@ -1,17 +1,15 @@
-"""Faults: what dies, dies whole and says why; what cannot be had is refused with a number and a flag; nobody waits
-for a client that does not read, and who outgrows the host store is retracted or ends."""
+"""Faults: what dies, dies whole and says why; nobody waits for a client that does not read, and who outgrows the host
+store ends."""
 
 from __future__ import annotations
 
 import json
 import os
-import random
 import re
 import signal
 import socket
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
@@ -20,29 +18,16 @@ from urllib.parse import urlsplit
 import psutil
 import pytest
 
-from servers import START_TIMEOUT_S, Server, assert_pages_are_whole, free_port, launch, random_prompt, serve, stop
+from servers import Server, assert_pages_are_whole, free_port, serve
 
-PLAIN = ("--dtype", "float32", "--chunked-prefill-size", "256")
-FREEKV = (*PLAIN, "--kv-retrieval", "freekv", "--freekv-audit")
+FREEKV = ("--dtype", "float32", "--chunked-prefill-size", "256", "--kv-retrieval", "freekv", "--freekv-audit")
 STORE_TOKENS = 1024
-# Few requests fit the host store, and admission is careless about it.
-SMALL_STORE = ("--max-total-tokens", str(STORE_TOKENS), "--schedule-conservativeness", "0.1")
+SMALL_STORE = ("--max-total-tokens", str(STORE_TOKENS))
 NARROW = ("--freekv-budget", "128", "--freekv-sink", "32", "--freekv-recent", "32")
 LONG = 900  # tokens of a generation that is interrupted
 UNREAD = 128  # tokens of a stream that nobody reads: with log-probabilities, more than the kernel buffers
 END_TIMEOUT_S = 60
 PROMPT = list(range(50))
-
-REFUSED = {
-    "host memory": (
-        (*FREEKV, "--freekv-host-memory", "1e6", "--freekv-device-blocks-memory", "0.1"),
-        r"FreeKV: the host store takes 977 TiB of CPU memory, but [\d.]+ [MG]iB are free; lower --freekv-host-memory",
-    ),
-    "device memory": (
-        (*FREEKV, "--freekv-host-memory", "0.05", "--freekv-device-blocks-memory", "0.0001"),
-        r"FreeKV: .* of device blocks cannot hold one request.* raise --freekv-device-blocks-memory or .* or lower",
-    ),
-}
 
 
 class Stream:
@@ -172,54 +157,9 @@ def test_a_client_that_stops_reading_and_goes_away_ends_its_generation(server: S
 
 
 def test_a_generation_that_outgrows_the_host_store_ends_with_what_fits(server: Server):
-    reply = server.generate(PROMPT, 4 * STORE_TOKENS)
+    prompt = PROMPT * 18  # most of the store: decoding is slow
+    reply = server.generate(prompt, 4 * STORE_TOKENS)
     assert reply.status == 200
     assert reply.body["meta_info"]["finish_reason"]["type"] == "length"
-    assert STORE_TOKENS - 100 < len(PROMPT) + len(reply.body["output_ids"]) <= STORE_TOKENS
+    assert STORE_TOKENS - 100 < len(prompt) + len(reply.body["output_ids"]) <= STORE_TOKENS
     assert_pages_are_whole(server)
-
-
-def test_generations_that_outgrow_the_host_store_together_are_retracted_and_lose_nothing(
-    server: Server, rng: random.Random
-):
-    prompts = [random_prompt(rng, 60) for _ in range(6)]
-    num_tokens = STORE_TOKENS // 4
-    together = server.generate_all(prompts, num_tokens)
-    assert "Retract requests" in server.log.read_text()
-    alone = []
-    for prompt in prompts:
-        server.flush()
-        alone.append(server.generate_one(prompt, num_tokens))
-    assert together == alone
-    assert_pages_are_whole(server)
-
-
-class Refusal(NamedTuple):
-    """How a start-up ended."""
-
-    left: list[psutil.Process]
-    log: str
-
-
-@pytest.fixture(scope="module")
-def refusals(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Refusal]:
-    """Servers that cannot start, side by side."""
-    logs = tmp_path_factory.mktemp("logs")
-
-    def start(case: str) -> Refusal:
-        log = logs / f"{case}.log"
-        process = launch(model, log, free_port(), *REFUSED[case][0])
-        try:
-            process.wait(START_TIMEOUT_S)
-            return Refusal(wait_until_all_have_ended(process.pid), log.read_text())
-        finally:
-            stop(process)
-
-    with ThreadPoolExecutor(len(REFUSED)) as pool:
-        return dict(zip(REFUSED, pool.map(start, REFUSED), strict=True))
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_memory_that_cannot_be_had_ends_start_up_with_sizes_and_the_flag_to_change(case, refusals):
-    assert re.search(REFUSED[case][1], refusals[case].log)
-    assert refusals[case].left == []

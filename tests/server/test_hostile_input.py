@@ -18,11 +18,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from servers import Server, assert_pages_are_whole, random_prompt
+from servers import Server, random_prompt
 from sglang_freekv.config import FreeKVConfig, UnsupportedConfiguration, add_cli_args, take_options
 from sglang_freekv.geometry import Geometry
 from sglang_freekv.memory_plan import plan_memory
 from soak.clients import assert_refused, post
+from soak.soak import assert_empty_after_flush
 from soak.wrong_requests import (
     CHAT,
     COMPLETIONS,
@@ -46,7 +47,7 @@ def servers_after(servers: dict[str, Server]) -> Iterator[dict[str, Server]]:
     yield servers
     narrow.flush()
     assert narrow.generate_one(prompt, 8) == before
-    assert_pages_are_whole(narrow)
+    assert_empty_after_flush(narrow)
 
 
 @pytest.mark.parametrize("request_", WRONG, ids=lambda r: r.name)
