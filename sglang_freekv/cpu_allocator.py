@@ -74,7 +74,8 @@ class CpuPagedAllocator(PagedTokenToKVPoolAllocator):
         self, seq_lens: torch.Tensor, seq_lens_cpu: torch.Tensor, last_loc: torch.Tensor
     ) -> torch.Tensor | None:
         """Return the token slot of each request's next token, or None where pages are short."""
-        num_new_pages = get_num_new_pages(seq_lens=seq_lens_cpu, page_size=self.page_size, decode=True)
+        # Not `decode=True`, which counts no page where a page is one token.
+        num_new_pages = get_num_new_pages(seq_lens=seq_lens_cpu, page_size=self.page_size, prefix_lens=seq_lens_cpu - 1)
         pages = self._take_pages(num_new_pages)
         if pages is None:
             return None

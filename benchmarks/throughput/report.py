@@ -53,7 +53,8 @@ class Column(NamedTuple):
         record = row.numbers.get(self.metrics[0])
         if record is None or record.ratio is None:
             return ""
-        return f"{record.ratio:.2f}" + " **loss**" * (verdict(record) == "**loss**")
+        ratio = f"{record.ratio:.2f}"
+        return ratio + " **loss**" * (ratio != "1.00" and verdict(record) == "**loss**")
 
 
 _SPEED = (

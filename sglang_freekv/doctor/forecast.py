@@ -71,7 +71,8 @@ def resolve(flags: list[str], machine: Machine) -> tuple[ServerArgs, FreeKVConfi
     """
     from sglang.srt.server_args import ServerArgs
 
-    parser = argparse.ArgumentParser(prog="doctor", add_help=False)
+    # Where the plug-in is active, SGLang adds our flags itself.
+    parser = argparse.ArgumentParser(prog="doctor", add_help=False, conflict_handler="resolve")
     ServerArgs.add_cli_args(parser)
     add_cli_args(parser)
     arguments = vars(parser.parse_args(flags)) | {"kv_retrieval": "freekv"}

@@ -33,9 +33,10 @@ def test_counters_grow_with_the_recalls_and_no_page_is_absent(narrow: Server, rn
     assert 0 < grown["flagged_rows"] < grown["rows"]
     assert grown["absent_pages"] == grown["audit_failures"] == 0
     assert grown["recalled_bytes"] == (grown["misses"] + grown["demand_misses"]) * narrow.freekv()["block_bytes"]
-    # Each chunk of 256 tokens lays out all that comes before it.
-    chunks = [sum(range(256, length, 256)) for length in (4000, 4032, 4064)]
-    assert grown["arena_filled_bytes"] == sum(chunks) * narrow.freekv()["full_kv_bytes_per_token"]
+    # Each chunk of 256 tokens lays out all that comes before it; a prompt that waits may be cut into smaller ones.
+    filled = sum(sum(range(256, length, 256)) for length in (4000, 4032, 4064))
+    filled *= narrow.freekv()["full_kv_bytes_per_token"]
+    assert filled <= grown["arena_filled_bytes"] < 2 * filled
 
 
 def test_metrics_equal_what_server_info_says(narrow: Server, rng: random.Random):
