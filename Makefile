@@ -85,7 +85,7 @@ train-model: $(INSTALLED)
 	$(RUN) -m benchmarks.accuracy.train --out $(OUT)
 
 bench: $(INSTALLED)
-	$(RUN) -m benchmarks.throughput $(BENCH_FLAGS)
+	$(RUN) -m benchmarks.throughput --ablations $(BENCH_FLAGS)
 	$(RUN) -m benchmarks.throughput.report benchmarks/README.md
 
 bench-quick: $(INSTALLED)
