@@ -99,6 +99,9 @@ class FreeKVConfig:
         int,
         choices=KEY_BITS,
     )
+    refetch: bool = _flag(
+        "refetch", False, "fetch every selected page in every step, resident or not: slow, for comparison", bool
+    )
     audit: bool = _flag("audit", False, "check every resident block and window after each step (slow)", bool)
     debug_dump: str | None = _flag(
         "debug-dump",
@@ -154,7 +157,8 @@ class FreeKVConfig:
         _require(is_pooling, "--freekv-group-pooling", self.group_pooling, _or(GROUP_POOLINGS))
         is_known = _is_int(self.key_bits) and self.key_bits in KEY_BITS
         _require(is_known, "--freekv-key-bits", self.key_bits, _or(KEY_BITS))
-        _require(isinstance(self.audit, bool), "--freekv-audit", self.audit, "True or False")
+        for name in ("refetch", "audit"):
+            _require(isinstance(getattr(self, name), bool), f"--freekv-{name}", getattr(self, name), "True or False")
         is_folder = self.debug_dump is None or (isinstance(self.debug_dump, str) and self.debug_dump != "")
         _require(is_folder, "--freekv-debug-dump", self.debug_dump, "the path of a folder")
 

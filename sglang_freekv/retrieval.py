@@ -13,6 +13,7 @@ import torch
 from freekv_kernels import REFERENCE, Batch, FlagList, Read, lookup_keys
 from sglang_freekv.kv_memory import KVMemory, Layer
 from sglang_freekv.page_table import num_pages_of
+from sglang_freekv.refetch import list_selected
 from sglang_freekv.side_stream import SideStream
 
 
@@ -229,4 +230,6 @@ def make_resident(memory: KVMemory, layer: Layer, batch: Batch, read: Read) -> N
     ops.lookup_blocks(layer.windows, batch, read, layer.blocks, layer.back, counters)
     # Between steps, nothing of what the next step reads may go; in a step, nothing of what this step reads either.
     ops.claim_blocks(layer.back, layer.blocks_of_one, batch.step, protect_back=read == Read.FIRST, stamp_back=True)
+    if memory.config.refetch and read == Read.BACK:
+        list_selected(layer, batch)
     ops.recall_blocks(memory.host.kv, layer.number, layer.back, layer.block_kv, layer.blocks.table, counters)

@@ -91,7 +91,7 @@ def test_flags_and_keywords_give_the_same_config():
         "--kv-retrieval freekv --freekv-budget 1024 --freekv-max-budget 4096 --freekv-sink 64 "
         "--freekv-recent 96 --freekv-tau 0.5 --freekv-host-memory 2.5 --freekv-device-blocks-memory 0.5 "
         "--freekv-arena 4096 --freekv-dense-layers 0,1 --freekv-group-pooling mean --freekv-key-bits 4 "
-        "--freekv-audit --freekv-debug-dump dumps"
+        "--freekv-refetch --freekv-audit --freekv-debug-dump dumps"
     )
     expected = FreeKVConfig(
         budget_tokens=1024,
@@ -105,6 +105,7 @@ def test_flags_and_keywords_give_the_same_config():
         dense_layers=(0, 1),
         group_pooling="mean",
         key_bits=4,
+        refetch=True,
         audit=True,
         debug_dump="dumps",
     )
@@ -124,6 +125,7 @@ def test_flags_and_keywords_give_the_same_config():
         "freekv_dense_layers": [0, 1],
         "freekv_group_pooling": "mean",
         "freekv_key_bits": 4,
+        "freekv_refetch": True,
         "freekv_audit": True,
         "freekv_debug_dump": "dumps",
     }
@@ -155,7 +157,7 @@ def test_every_flag_has_a_help_text_that_names_its_default():
     parser = argparse.ArgumentParser()
     add_cli_args(parser)
     flags = [action for action in parser._actions if action.dest != "help"]
-    assert len(flags) == 14
+    assert len(flags) == 15
     assert all("(default: " in action.help for action in flags)
 
 
@@ -167,7 +169,7 @@ def test_a_request_that_asks_for_nothing_gets_the_budget(custom_params):
 @given(tokens=st.one_of(st.integers(-64, 5000), st.booleans(), st.floats(), st.text(max_size=3), st.none()))
 def test_a_request_gets_what_it_asks_for_or_a_sentence(tokens):
     config = FreeKVConfig(max_budget_tokens=4096)
-    fits = type(tokens) is int and tokens in range(288, 4097, 32)
+    fits = type(tokens) is int and tokens in range(256, 4097, 32)
     try:
         assert config.request_budget_tokens({"freekv_budget": tokens}) == tokens
     except ValueError as error:

@@ -39,6 +39,7 @@ CASES = {
     "exact-mean-pooling": {"tau": 1.01, "group_pooling": "mean"},
     "speculation-only-no-sink": {"tau": -1.0, "sink_tokens": 0},
     "dense-layer": {"dense_layers": (0,)},
+    "every-page-fetched": {"refetch": True, "key_bits": 2},
     "pages-of-16-scaled-pooling": {"page_size": 16, "group_pooling": "scaled", "key_bits": 1},
     "pages-of-64-max-pooling": {"page_size": 64, "group_pooling": "max"},
 }

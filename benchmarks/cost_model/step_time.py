@@ -50,7 +50,7 @@ class Work:
     weight_bytes: float
     flops: float
     attention_bytes: float
-    scoring_bytes: float  # of summaries and codes, a corrected row's twice
+    scoring_bytes: float  # of summaries and codes, on a GPU a corrected row's twice
     selections: float  # rows that are selected, of all layers
     exposed_bytes: float  # recalled while the step waits
     hidden_bytes: float  # recalled beside it
@@ -61,6 +61,7 @@ def work_of(model: Model, setting: Setting, device: str = "cuda", tp: int = 1) -
     s, g = setting, model.geometry(setting.page_size, setting.key_bits, device, tp)
     attended = s.context if s.budget is None else min(s.context, s.budget)
     rounds = 1 + s.corrected if s.is_over else 0
+    scored = min(rounds, 1) if device == "cpu" else rounds  # a CPU corrects with the scores of the next step
     num_pages = -(-s.context // s.page_size)
     recalled = s.batch * s.recalled_bytes / tp if s.is_over else 0.0
     return Work(
@@ -69,7 +70,7 @@ def work_of(model: Model, setting: Setting, device: str = "cuda", tp: int = 1) -
         weight_bytes=model.read_params * model.weight_bits / 8 / tp,
         flops=2 * model.read_params * s.batch / tp,
         attention_bytes=s.batch * attended * g.token_bytes,
-        scoring_bytes=rounds * s.batch * num_pages * g.summary_bytes,
+        scoring_bytes=scored * s.batch * num_pages * g.summary_bytes,
         selections=rounds * s.batch * g.num_kv_heads * g.num_layers,
         exposed_bytes=recalled * s.corrected,
         hidden_bytes=recalled * (1 - s.corrected),

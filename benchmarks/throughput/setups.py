@@ -85,6 +85,7 @@ def ablations(budget: int) -> dict[str, Retrieval]:
     changed = {
         "speculation off (tau 2)": ("--freekv-tau", "2"),
         "correction off (tau -1)": ("--freekv-tau", "-1"),
+        "resident cache off (every page fetched)": ("--freekv-refetch",),
         "pages of 16": ("--page-size", "16"),
         "pages of 64": ("--page-size", "64"),
         "key bits 0": ("--freekv-key-bits", "0"),
