@@ -1,4 +1,4 @@
-"""With `--freekv-refetch` a step copies every page of the windows it selected, and computes what it computes without."""
+"""With `--freekv-refetch` a step copies all pages of the windows it selects, and computes what it does without."""
 
 from __future__ import annotations
 

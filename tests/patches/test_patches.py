@@ -251,13 +251,28 @@ def test_children_are_told_while_they_start_and_only_then(server_args, announced
     assert os.environ.get("SGLANG_KV_RETRIEVAL") == before
 
 
+def tokenizer_manager(server_args: types.SimpleNamespace, enable_lora: bool = False) -> types.SimpleNamespace:
+    server_args = types.SimpleNamespace(**vars(server_args), enable_lora=enable_lora)
+    return types.SimpleNamespace(server_args=server_args, model_config=types.SimpleNamespace(vocab_size=256))
+
+
 def test_a_request_is_checked_on_a_freekv_server_and_passed_on_a_plain_one():
     bad = types.SimpleNamespace(sampling_params={"custom_params": {"freekv_budget": 5}})
     with pytest.raises(ValueError, match="freekv_budget is 5"):
-        requests.check_custom_params(types.SimpleNamespace(server_args=FREEKV), bad, [1, 2])
-    assert requests.check_custom_params(types.SimpleNamespace(server_args=PLAIN), bad, [1, 2]) is None
+        requests.check_request(tokenizer_manager(FREEKV), bad, [1, 2])
+    assert requests.check_request(tokenizer_manager(PLAIN), bad, [1, 2]) is None
     unset = types.SimpleNamespace(sampling_params=None)
-    assert requests.check_custom_params(types.SimpleNamespace(server_args=FREEKV), unset, [1, 2]) is None
+    assert requests.check_request(tokenizer_manager(FREEKV), unset, [0, 255]) is None
+    assert requests.check_request(tokenizer_manager(FREEKV), unset, None) is None  # embeddings instead of tokens
+
+
+@pytest.mark.parametrize("token", [256, -1, 1 << 70])
+def test_a_token_that_the_model_does_not_have_is_refused(token):
+    request = types.SimpleNamespace(sampling_params=None)
+    with pytest.raises(ValueError, match=r"input_ids contains .*; give tokens of the vocabulary, 0 to 255\."):
+        requests.check_request(tokenizer_manager(FREEKV), request, [1, token])
+    assert requests.check_request(tokenizer_manager(PLAIN), request, [1, token]) is None
+    assert requests.check_request(tokenizer_manager(FREEKV, enable_lora=True), request, [1, token]) is None
 
 
 def test_a_plain_server_in_a_patched_process_gets_the_attention_of_sglang():
