@@ -69,7 +69,8 @@ def table(records: Sequence[Record], name: str) -> str:
     if len(lines) <= 1:
         return "No records yet.\n"
     header, *body = lines
-    return f"{render_lines([header, ['---'] * len(header), *body])}\n{sources(records)}"
+    shown = [record for record in records if record.params["task"] == name] or records
+    return f"{render_lines([header, ['---'] * len(header), *body])}\n{sources(shown)}"
 
 
 def _labels(row: Row, fields: Sequence[str]) -> list[str]:
