@@ -1,0 +1,139 @@
+"""Run test files of SGLang in forks of one process, plain or with the plug-in active; `__main__` starts it.
+
+SGLang is imported once: that takes longer than most of its unit tests.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import multiprocessing
+import os
+import re
+import signal
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from sglang_freekv.tiny_model import TinyModel
+from sglang_suite.files import LEFT_OUT
+from sglang_suite.table import Outcomes
+
+MODEL = TinyModel(layers=2, hidden=128, heads=4, kv_heads=2, head_dim=32, dtype="float32")
+# Of every server that a test starts; the test's own flags come after them, and win.
+FLAGS = ("--dtype", "float32", "--max-total-tokens", "32768", "--max-running-requests", "64", "--sleep-on-idle")
+FREEKV_FLAGS = ("--kv-retrieval", "freekv", "--freekv-audit")
+FILE_TIMEOUT_S = 1200
+
+_REASON_CHARACTERS = 160
+_WORST_LAST = ("passed", "skipped", "failed")
+
+
+class Tally:
+    """A pytest plug-in that keeps each test's outcome."""
+
+    def __init__(self) -> None:
+        self.outcomes: Outcomes = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when == "call" or not report.passed:
+            self._add(report)
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if not report.passed:
+            self._add(report)
+
+    def _add(self, report: pytest.TestReport | pytest.CollectReport) -> None:
+        test = report.nodeid.removeprefix("registered/")
+        before, _ = self.outcomes.get(test, ("passed", ""))  # by a subtest, or its setup
+        if _WORST_LAST.index(report.outcome) >= _WORST_LAST.index(before):
+            self.outcomes[test] = (report.outcome, _reason(report))
+
+
+def _reason(report: pytest.TestReport | pytest.CollectReport) -> str:
+    """Return the first line of what a test says about itself, without folders of this machine."""
+    if isinstance(report.longrepr, tuple):  # of a skipped test: file, line, reason
+        text = report.longrepr[2].removeprefix("Skipped: ")
+    elif crash := getattr(report.longrepr, "reprcrash", None):
+        text = crash.message
+    else:  # of a file that cannot be imported: a traceback, and the error in lines that begin with E
+        text = str(report.longrepr or "").rpartition("\nE  ")[2]
+    return re.sub(r"(?<!\w)/[^\s'\"]*/", "", text.strip().partition("\n")[0])[:_REASON_CHARACTERS]
+
+
+def prepare(side: str, model: Path) -> None:
+    """Import SGLang, activate the plug-in or not; tests get `model` and random prompts for what they would download."""
+    import sglang.srt.entrypoints.http_server  # noqa: F401  and with it nearly everything
+    from sglang.srt.plugins import load_plugins
+    from sglang.test import test_utils
+    from sglang.test.kits import cache_hit_kit
+
+    load_plugins()
+    flags = FLAGS
+    if side == "plug-in":
+        flags += FREEKV_FLAGS
+        _put_in_place()
+    for name in ("DEFAULT_MODEL_NAME_FOR_TEST", "DEFAULT_SMALL_MODEL_NAME_FOR_TEST"):
+        setattr(test_utils, name, str(model))
+    sample = functools.partial(cache_hit_kit.sample_random_requests, random_sample=False)
+    cache_hit_kit.sample_random_requests = sample
+    launch = test_utils._launch_server_process
+
+    def launch_with_flags(command: list[str], *args, **kwargs):
+        return launch([*command[:4], *flags, *command[4:]], *args, **kwargs)  # sglang serve --model-path MODEL
+
+    test_utils._launch_server_process = launch_with_flags
+
+
+def _put_in_place() -> None:
+    """Patch SGLang as on a FreeKV server, and let tests build our radix cache and allocator where they ask for its."""
+    from sglang.srt.mem_cache import allocator, radix_cache
+    from sglang.srt.mem_cache.allocator import paged
+
+    from sglang_freekv.cpu_allocator import CpuPagedAllocator
+    from sglang_freekv.plugin import activate
+    from sglang_freekv.radix_cache import FreeKVRadixCache
+
+    activate()
+    radix_cache.RadixCache = FreeKVRadixCache
+    allocator.PagedTokenToKVPoolAllocator = paged.PagedTokenToKVPoolAllocator = CpuPagedAllocator
+
+
+def run_file(registered: Path, file: str, out: Path) -> None:
+    """Run one file in this process, which is a fork, and write its outcomes to `out`."""
+    os.setsid()
+    with out.with_suffix(".log").open("w") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    tally = Tally()
+    left_out = [f"--deselect=registered/{test}" for test in LEFT_OUT if test.startswith(f"{file}::")]
+    options = ["-q", "-p", "no:cacheprovider", "-c", str(registered.parent / "pytest.ini")]
+    pytest.main([*options, *left_out, str(registered / file)], plugins=[tally])
+    out.write_text(json.dumps(tally.outcomes))
+    sys.stdout.flush()
+    os._exit(0)  # whatever the tests have left running
+
+
+def main() -> None:
+    """Take side, test/registered of SGLang's sources, folder of outcomes, files; print each file's outcomes as JSON."""
+    side, registered, out, *files = sys.argv[1:]
+    MODEL.write(Path(out, "model"))
+    prepare(side, Path(out, "model"))
+    fork = multiprocessing.get_context("fork")
+    for file in files:
+        result = Path(out, file.replace("/", ".")).with_suffix(".json")
+        if not result.exists():
+            process = fork.Process(target=run_file, args=(Path(registered), file, result))
+            process.start()
+            process.join(FILE_TIMEOUT_S)
+            with suppress(ProcessLookupError):  # with the servers that it has started
+                os.killpg(process.pid, signal.SIGKILL)
+            process.join()
+        outcomes = json.loads(result.read_text()) if result.exists() else {file: ("failed", "it did not end")}
+        print(json.dumps([file, outcomes]), flush=True)
+
+
+if __name__ == "__main__":
+    main()
