@@ -5,19 +5,21 @@
 # make train-model     train the small model again, an hour       (OUT=folder)
 # make bench           traffic on plain SGLang and FreeKV, an hour (BENCH_FLAGS="--dataset-path chats.json")
 # make bench-quick     the same with small workloads, some minutes
+# make bench-programs  frontend programs on both, in batch        (PROGRAMS_FLAGS=--quick)
 # make bench-cpu       decode steps of both, turn by turn         (BENCH_FLAGS=--quick)
 # make cost-model      predicted and measured decode steps, plans for other machines
 # make soak            half an hour of mixed traffic              (SOAK_FLAGS="--minutes 5")
 # make soak-quick      the part of it that is in the tests
 # make fuzz            a million steps of the memory side         (FUZZ_FLAGS="--minutes 10 --seed 7")
+# make compatibility   what other releases of SGLang have of what this relies on (WHEELS="a.whl b.whl")
 # make gpu-suite       tests and numbers that need a GPU          (SUITE_FLAGS=--rehearse: without one)
 # make lint, make clean
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help serve test accuracy accuracy-quick train-model bench bench-quick bench-cpu cost-model soak soak-quick fuzz \
-    gpu-suite lint clean
+.PHONY: help serve test accuracy accuracy-quick train-model bench bench-quick bench-programs bench-cpu cost-model \
+    soak soak-quick fuzz compatibility gpu-suite lint clean
 
 # The first that runs and is recent enough.
 PYTHON ?= $(shell for python in python3.12 python3.11 python3; do \
@@ -33,6 +35,8 @@ BENCH_FLAGS ?=
 SUITE_FLAGS ?=
 SOAK_FLAGS ?= --minutes 30 --out benchmarks/results/soak.jsonl
 FUZZ_FLAGS ?=
+PROGRAMS_FLAGS ?=
+WHEELS ?=
 ACCURACY_FLAGS ?= --resume
 OUT ?= build/needle/model
 # The environment takes 11 GB, and the downloads as much again for a moment.
@@ -104,9 +108,16 @@ soak-quick: $(INSTALLED)
 fuzz: $(INSTALLED)
 	PYTHONPATH=tests $(RUN) -m stateful.fuzz $(FUZZ_FLAGS)
 
+bench-programs: $(INSTALLED)
+	$(RUN) -m benchmarks.programs $(PROGRAMS_FLAGS)
+	$(RUN) -m benchmarks.records benchmarks/README.md
+
 bench-cpu: $(INSTALLED)
 	$(RUN) -m benchmarks.bench_cpu $(BENCH_FLAGS)
 	$(RUN) -m benchmarks.records benchmarks/README.md README.md
+
+compatibility: $(INSTALLED)
+	$(RUN) -m freekv_patches.compatibility --write $(WHEELS)
 
 gpu-suite: $(INSTALLED)
 	$(RUN) -m benchmarks.gpu_suite $(SUITE_FLAGS)
