@@ -6,7 +6,6 @@
 # make bench           traffic on plain SGLang and FreeKV, an hour (BENCH_FLAGS="--dataset-path chats.json")
 # make bench-quick     the same with small workloads, some minutes
 # make bench-programs  frontend programs on both, in batch        (PROGRAMS_FLAGS=--quick)
-# make bench-cpu       decode steps of both, turn by turn         (BENCH_FLAGS=--quick)
 # make cost-model      predicted and measured decode steps, plans for other machines
 # make soak            half an hour of mixed traffic              (SOAK_FLAGS="--minutes 5")
 # make soak-quick      the part of it that is in the tests
@@ -18,7 +17,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help serve test accuracy accuracy-quick train-model bench bench-quick bench-programs bench-cpu cost-model \
+.PHONY: help serve test accuracy accuracy-quick train-model bench bench-quick bench-programs cost-model \
     soak soak-quick fuzz compatibility gpu-suite lint clean
 
 # The first that runs and is recent enough.
@@ -90,7 +89,7 @@ train-model: $(INSTALLED)
 
 bench: $(INSTALLED)
 	$(RUN) -m benchmarks.throughput --ablations $(BENCH_FLAGS)
-	$(RUN) -m benchmarks.throughput.report benchmarks/README.md
+	$(RUN) -m benchmarks.throughput.report benchmarks/README.md README.md
 
 bench-quick: $(INSTALLED)
 	$(RUN) -m benchmarks.throughput --quick $(BENCH_FLAGS)
@@ -111,10 +110,6 @@ fuzz: $(INSTALLED)
 bench-programs: $(INSTALLED)
 	$(RUN) -m benchmarks.programs $(PROGRAMS_FLAGS)
 	$(RUN) -m benchmarks.records benchmarks/README.md
-
-bench-cpu: $(INSTALLED)
-	$(RUN) -m benchmarks.bench_cpu $(BENCH_FLAGS)
-	$(RUN) -m benchmarks.records benchmarks/README.md README.md
 
 compatibility: $(INSTALLED)
 	$(RUN) -m freekv_patches.compatibility --write $(WHEELS)

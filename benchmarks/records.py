@@ -4,10 +4,10 @@
 
 rewrites what stands between two markers of the named files:
 
-    <!-- records bench_cpu decode_throughput -->
+    <!-- records programs batch_time -->
     <!-- end -->
 
-is filled with a table of that metric in benchmarks/results/bench_cpu.jsonl. Of several records with the same
+is filled with a table of that metric in benchmarks/results/programs.jsonl. Of several records with the same
 parameters the latest counts. A ratio that is worse than the baseline is marked as a loss.
 """
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import queue
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -104,24 +102,6 @@ class Server:
         """Empty the prefix cache, once the requests before have left."""
         requests.post(f"{self.url}/flush_cache", params={"timeout": 60}, timeout=120).raise_for_status()
 
-    def first_token_seconds(self, prompt: list[int]) -> float:
-        """Send one prompt of token ids, return the time to its first token."""
-        start = time.perf_counter()
-        self._generate([prompt], _greedy(1), stream=False)
-        return time.perf_counter() - start
-
-    def decode(self, prompts: list[list[int]], max_new_tokens: int) -> queue.SimpleQueue[Chunk]:
-        """Start decoding a batch greedily; chunks arrive in the queue until `abort` or the last token."""
-        chunks: queue.SimpleQueue[Chunk] = queue.SimpleQueue()
-        stream = self.stream(prompts, _greedy(max_new_tokens))
-
-        def read() -> None:
-            for chunk in stream:
-                chunks.put(chunk)
-
-        threading.Thread(target=read, daemon=True).start()
-        return chunks
-
     def stream(self, prompts: list[list[int]], sampling: dict | list[dict], **fields: Any) -> Iterator[Chunk]:
         """Send a batch, return its chunks as they arrive.
 
@@ -137,23 +117,12 @@ class Server:
         RuntimeError
             If the server refuses a request; says what the server said.
         """
-        response = self._generate(prompts, sampling, stream=True, **fields)
-        lines = (line for line in response.iter_lines() if line.startswith(b"data: {"))
-        return (_chunk(json.loads(line[len(b"data: ") :])) for line in lines)
-
-    def _generate(
-        self, prompts: list[list[int]], sampling: dict | list[dict], stream: bool, **fields: Any
-    ) -> requests.Response:
-        body = {"input_ids": prompts, "sampling_params": sampling, "stream": stream, **fields}
-        response = requests.post(f"{self.url}/generate", json=body, stream=stream, timeout=_ANSWER_SECONDS)
+        body = {"input_ids": prompts, "sampling_params": sampling, "stream": True, **fields}
+        response = requests.post(f"{self.url}/generate", json=body, stream=True, timeout=_ANSWER_SECONDS)
         if not response.ok:
             raise RuntimeError(f"the server {self.name!r} answered {response.status_code}: {response.text}")
-        return response
-
-    def abort(self) -> None:
-        """End all requests, and wait until the scheduler has let them go."""
-        requests.post(f"{self.url}/abort_request", json={"abort_all": True}, timeout=60).raise_for_status()
-        requests.get(f"{self.url}/health_generate", timeout=60).raise_for_status()
+        lines = (line for line in response.iter_lines() if line.startswith(b"data: {"))
+        return (_chunk(json.loads(line[len(b"data: ") :])) for line in lines)
 
 
 def retrieval_numbers(before: dict, after: dict) -> dict[str, tuple[float, str]]:
@@ -178,10 +147,6 @@ def device_bytes_per_request(freekv: dict, context: int) -> tuple[float, float]:
     """Device bytes of a request of `context` tokens: both windows and what pages are scored by; its complete KV."""
     per_token = (freekv["page_summaries_bytes"] + freekv["block_table_bytes"]) / freekv["host_tokens"]
     return freekv["device_bytes_per_request"] + per_token * context, freekv["full_kv_bytes_per_token"] * context
-
-
-def _greedy(max_new_tokens: int) -> dict:
-    return {"max_new_tokens": max_new_tokens, "temperature": 0, "ignore_eos": True}
 
 
 def _chunk(message: dict) -> Chunk:

@@ -2,8 +2,8 @@
 
 Weights and recalls are priced by the rates of memory, matrix products and link. What is left of the calibrating steps
 is divided, by least squares of relative errors, among prices per layer, per request and layer, and per byte of KV, and
-for FreeKV per selected row and per byte of summaries and codes. No price is negative, and no byte is cheaper than
-memory's rate. The other steps are then predicted; nothing was fitted to them.
+for FreeKV per selection of a layer and per byte of summaries and codes. No price is negative, and no byte is cheaper
+than memory's rate. The other steps are then predicted; nothing was fitted to them.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def _fit(machine: Machine, model: Model, samples: Sequence[Sample], engine: str)
         layer_s=price["layers"],
         request_s=price["layer_requests"],
         attention_gbs=1e-9 / price["attention_bytes"],
-        row_s=price.get("selections", 0.0),
+        select_s=price.get("selections", 0.0),
         scoring_gbs=1e-9 / price["scoring_bytes"] if "scoring_bytes" in price else float("inf"),
     )
 

@@ -24,7 +24,7 @@ class Kernels:
     layer_s: float  # of every layer
     request_s: float  # of every request in every layer
     attention_gbs: float  # at which attention reads KV
-    row_s: float = 0.0  # to select the pages of one row: (request, KV head) of a layer
+    select_s: float = 0.0  # to select the windows of one layer, whatever their number
     scoring_gbs: float = float("inf")  # at which summaries and codes are read
 
 

@@ -63,7 +63,7 @@ def rates(run: Measured) -> Lines:
         "per layer, ms": lambda k: f"{k.layer_s * 1e3:.3g}",
         "per request and layer, ms": lambda k: f"{k.request_s * 1e3:.3g}",
         "KV read, GB/s": lambda k: f"{k.attention_gbs:.3g}",
-        "per selected row, ms": lambda k: f"{k.row_s * 1e3:.3g}" if k.row_s else "",
+        "per layer that selects, ms": lambda k: f"{k.select_s * 1e3:.3g}" if k.select_s else "",
         "summaries and codes read, GB/s": lambda k: "" if k.scoring_gbs == float("inf") else f"{k.scoring_gbs:.3g}",
     }
     lines += [[what, show(m.plain), show(m.freekv), "calibrated"] for what, show in fitted.items()]

@@ -51,7 +51,7 @@ class Work:
     flops: float
     attention_bytes: float
     scoring_bytes: float  # of summaries and codes, on a GPU a corrected row's twice
-    selections: float  # rows that are selected, of all layers
+    selections: float  # in how many layers windows are selected; a second time for corrected rows
     exposed_bytes: float  # recalled while the step waits
     hidden_bytes: float  # recalled beside it
 
@@ -71,7 +71,7 @@ def work_of(model: Model, setting: Setting, device: str = "cuda", tp: int = 1) -
         flops=2 * model.read_params * s.batch / tp,
         attention_bytes=s.batch * attended * g.token_bytes,
         scoring_bytes=scored * s.batch * num_pages * g.summary_bytes,
-        selections=rounds * s.batch * g.num_kv_heads * g.num_layers,
+        selections=rounds * g.num_layers,
         exposed_bytes=recalled * s.corrected,
         hidden_bytes=recalled * (1 - s.corrected),
     )
@@ -102,7 +102,7 @@ def step_seconds(machine: Machine, model: Model, setting: Setting, tp: int = 1, 
     busy += work.layers * 2 * machine.all_reduce_s if tp > 1 else 0.0
     busy += weights_seconds(machine, work)
     busy += work.attention_bytes / (kernels.attention_gbs * 1e9)
-    busy += work.scoring_bytes / (kernels.scoring_gbs * 1e9) + work.selections * kernels.row_s
+    busy += work.scoring_bytes / (kernels.scoring_gbs * 1e9) + work.selections * kernels.select_s
     link = machine.recall_gbs * 1e9
     hidden, exposed = work.hidden_bytes / link, work.exposed_bytes / link
     if is_worst or not machine.overlaps:

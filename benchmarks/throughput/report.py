@@ -3,7 +3,7 @@
     python -m benchmarks.throughput.report benchmarks/README.md
 
 fills `<!-- throughput FILE TABLE -->` ... `<!-- end -->` from benchmarks/results/FILE.jsonl, where TABLE is a phase
-(traffic, series, memory, ablation) or `goals`, and draws the pictures beside the records.
+(traffic, series, memory, ablation), `goals` or `summary`, and draws the pictures beside the records.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from benchmarks.records import RESULTS, Record, fill_marked, read_records, rende
 from benchmarks.throughput.goals import report_goals
 from benchmarks.throughput.measure import LATENCIES, PERCENTILES
 from benchmarks.throughput.setups import PLAIN
-from benchmarks.throughput.workloads import ABLATION
+from benchmarks.throughput.workloads import ABLATION, SERIES
 
 _MIB, _KIB = 1 << 20, 1 << 10
 
@@ -91,6 +91,8 @@ _SETTING = (
     Column("already on the device", ("hit_share",), digits=2),
     Column("corrected", ("corrected_rows",), digits=2),
 )
+_SUMMARY = (*_SPEED[::3], _LATENCY[0], _LATENCY[1], _RUN[1], _MEMORY[0])
+_WHOLE = ("goals", "summary")  # tables over all phases
 
 
 def rows_of(records: Sequence[Record]) -> list[Row]:
@@ -103,13 +105,13 @@ def rows_of(records: Sequence[Record]) -> list[Row]:
 
 
 def table(records: Sequence[Record], name: str) -> str:
-    """A phase's table or the goals, and below it what it was measured on."""
-    records = [record for record in records if name in ("goals", record.params["phase"])]
+    """A phase's table, the goals or a summary, and below it what it was measured on."""
+    records = [record for record in records if name in (*_WHOLE, record.params["phase"])]
     if not records:
         return "No records yet.\n"
     if name == "goals":
         return "".join(f"- {line}\n" for line in report_goals(records).splitlines())
-    lines = (_settings if name == ABLATION else _runs)(rows_of(records))
+    lines = {ABLATION: _settings, "summary": _summary}.get(name, _runs)(rows_of(records))
     return f"{render_lines(_aligned(lines))}\n{sources(records)}"
 
 
@@ -123,6 +125,18 @@ def _runs(rows: Sequence[Row]) -> list[list[str]]:
         ours = [column.cell(lambda record: record.value, row) for column in columns]
         lines += [[*labels, PLAIN, *plain], ["", "", row.params["setup"], *ours]]
         lines.append(["", "", "ratio", *(column.ratio(row) for column in columns)])
+    return lines
+
+
+def _summary(rows: Sequence[Row]) -> list[list[str]]:
+    """Ratios to plain SGLang, a line for each workload; of the series only the lengths."""
+    titles = [column.title.partition(" ms")[0].removesuffix(" MiB") for column in _SUMMARY]
+    lines = [["workload", "requests", "longest prompt", *titles]]
+    for row in rows:
+        is_shown = row.params["phase"] != SERIES or row.params["workload"] == "context"
+        if is_shown and row.params["phase"] != ABLATION:
+            labels = [row.params["workload"], str(row.params["requests"]), f"{row.params['context']:,}"]
+            lines.append([*labels, *(column.ratio(row) for column in _SUMMARY)])
     return lines
 
 
