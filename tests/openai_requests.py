@@ -11,8 +11,8 @@ MESSAGES = [
     {"role": "system", "content": "You answer at length."},
     {"role": "user", "content": PROMPT},
 ]
-# Of log-probabilities in float32: the same sums in another order differ by some 1e-5 on the tests' model, whose
-# logits have a deviation of 4; a page that is missing or doubled changes them by 1e-2 and more.
+# Of log-probabilities in float32, in nats. The same sums in another order differ in the last digits; a page that is
+# missing or doubled moves the logits of the tests' model, whose deviation is 4, by far more.
 LOGPROB_TOLERANCE = 1e-3
 
 

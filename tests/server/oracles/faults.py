@@ -35,10 +35,17 @@ def register() -> None:
     health.GRACE_S = GRACE_S
 
 
-def write_plugin(folder: Path) -> None:
-    """Make `folder` a distribution that announces `register` to SGLang where it is on the Python path."""
+def environment(folder: Path) -> tuple[Path, dict[str, str]]:
+    """What a server's environment needs to be broken on demand, and the file that says how.
+
+    `folder` becomes a distribution that announces `register` to SGLang where it is on the Python path.
+    """
     entry_point = f"fault = {__name__.rpartition('.')[2]}:register"  # found by PYTHONPATH, not as part of a package
     metadata = folder / "freekv_test_fault-0.dist-info"
     metadata.mkdir(parents=True)
     (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: freekv-test-fault\nVersion: 0\n")
     (metadata / "entry_points.txt").write_text(f"[sglang.srt.plugins]\n{entry_point}\n")
+    fault = folder / "fault"
+    fault.write_text("")
+    path = [str(folder), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    return fault, {"PYTHONPATH": os.pathsep.join(path), FAULT_FILE: str(fault)}

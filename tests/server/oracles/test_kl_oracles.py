@@ -34,27 +34,25 @@ _ORACLES = {
 
 
 @pytest.fixture(scope="module")
-def fault(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the server does wrong now: see `faults`."""
-    file = tmp_path_factory.mktemp("fault") / "fault"
-    file.write_text("")
-    return file
-
-
-@pytest.fixture(scope="module")
-def server(small_model: Path, fault: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server_and_fault(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Path]]:
+    """A server, and the file that says what it does wrong now: see `faults`."""
     folder = tmp_path_factory.mktemp("kl_oracles")
-    faults.write_plugin(folder / "plugin")
-    path = [str(folder / "plugin"), str(Path(faults.__file__).parent)]
-    env = {
-        "PYTHONPATH": os.pathsep.join([*path, os.environ.get("PYTHONPATH", "")]),
-        faults.FAULT_FILE: str(fault),
-        "SGLANG_TEST_RETRACT": "1",
-    }
+    fault, broken = faults.environment(folder / "plugin")
     flags = "--kv-retrieval freekv --dtype float32 --chunked-prefill-size 256 --max-total-tokens 16384 --freekv-audit"
     flags = (*flags.split(), "--enable-metrics")
-    with serve(small_model, folder / "log", *flags, env=STRICT | env) as server:
-        yield server
+    env = STRICT | broken | {"SGLANG_TEST_RETRACT": "1"}
+    with serve(small_model, folder / "log", *flags, env=env) as server:
+        yield server, fault
+
+
+@pytest.fixture
+def server(server_and_fault: tuple[Server, Path]) -> Server:
+    return server_and_fault[0]
+
+
+@pytest.fixture
+def fault(server_and_fault: tuple[Server, Path]) -> Path:
+    return server_and_fault[1]
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from server.oracles import faults
 from servers import serve
 from soak.process_memory import LIMIT_MIB_PER_HOUR, NOISE_MIB, ProcessMemory
 from soak.references import make_references
@@ -16,10 +17,14 @@ from soak.traffic import BURST, MIXED
 _SECONDS, _SEED = 75, 1
 
 
-def test_a_server_keeps_working(small_model: Path, tmp_path: Path):
+def test_a_server_keeps_working_and_one_that_stores_wrong_values_is_noticed(small_model: Path, tmp_path: Path):
     references = make_references(small_model, BUDGETS[-1], _SEED)
-    with serve(small_model, tmp_path / "log", *FLAGS, "--freekv-audit", env=STRICT | HASTE) as server:
+    fault, broken = faults.environment(tmp_path / "plugin")
+    with serve(small_model, tmp_path / "log", *FLAGS, "--freekv-audit", env=STRICT | HASTE | broken) as server:
         summary = soak(server, references, _SECONDS, _SEED, print)
+        fault.write_text(faults.STORE)
+        with pytest.raises(AssertionError, match="instead of"):
+            soak(server, references, seconds=0, seed=_SEED + 1)
     print(summary)
     assert set(summary.requests) == {*MIXED, *BURST}
     assert summary.compared == summary.requests["exact"] > 0
