@@ -147,8 +147,8 @@ def measure(server: Server, program: sgl.SglFunction, jobs: Sequence[Job]) -> Ru
 
 def start_servers(args: argparse.Namespace, stack: contextlib.ExitStack) -> Iterator[tuple[int | None, Server]]:
     """Start plain SGLang, then FreeKV once for each budget, each frozen when it is ready; `stack` ends them."""
-    tokens = args.programs * (args.context + _ROOM)  # of a batch: nothing is evicted
     requests = args.programs * NUM_QUESTIONS
+    tokens = requests * (args.context + _ROOM)  # branches that start before their document is stored read it themselves
     flags = f"--model-path {args.model} --dtype float32 --page-size 32 --device cpu --chunked-prefill-size 8192"
     flags += f" --max-running-requests {requests} --max-total-tokens {tokens}"
     flags += " --mem-fraction-static 0.8 --sleep-on-idle --watchdog-timeout 100000"  # a frozen server is not hung

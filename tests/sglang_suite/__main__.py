@@ -1,4 +1,4 @@
-"""Run SGLang's own tests of what this package touches:  python -m tests.sglang_suite --source FOLDER [--write] [WORD]
+"""Run SGLang's own tests that need no GPU:  python -m tests.sglang_suite --source FOLDER [--write] [WORD ...]
 
 FOLDER is a checkout of SGLang's sources at the installed release; its tests are not in the wheel. Each file runs twice,
 on plain SGLang and with the plug-in active, and the two are compared, test by test. `results.md` says how.
@@ -70,7 +70,7 @@ def run_side(side: str, registered: Path, out: Path, files: list[str]) -> Iterat
             print(f"{side}: {file}: {counts(outcomes)}", flush=True)
             yield file, outcomes
     if process.returncode:
-        raise SystemExit(f"error: the process of the side {side} ended:\n{(out / 'log').read_text()[-2000:]}")
+        raise SystemExit(f"error: nothing more runs on the side {side}:\n{(out / 'log').read_text()[-2000:]}")
 
 
 def main() -> int:

@@ -20,11 +20,13 @@ SUITES: dict[str, tuple[str, ...]] = {
     ),
 }
 
+_MAMBA = "pools of Mamba states, which are on a GPU"
 _SPECULATIVE = "speculative decoding, with the checkpoints of two models"
 _KNOWS = "asks a trained model what it knows"
 _TOOLS = "asks a trained model to call tools"
 
 _HIDDEN_STATES = "openai_server/features/test_openai_server_hidden_states.py"
+_UNIFIED = "unit/mem_cache/test_unified_radix_cache"
 _SANITY = "core/test_basic_sanity.py::TestBasicSanity"
 _QUESTIONS = (
     "test_accuracy_floor",
@@ -34,7 +36,7 @@ _QUESTIONS = (
     "test_concurrent_requests",
 )
 
-# File, file::class or file::class::test -> what it needs that a CPU and a tiny model have not.
+# File, or file and how its tests begin -> what it needs that a CPU and a tiny model have not.
 LEFT_OUT: dict[str, str] = {
     **dict.fromkeys((f"{_SANITY}::{test}" for test in _QUESTIONS), _KNOWS),
     f"{_SANITY}::test_fwd_occupancy": "measures how busy a GPU is",
@@ -53,6 +55,9 @@ LEFT_OUT: dict[str, str] = {
     "radix_cache/unified_radix_tree/test_unified_radix_cache_kl_mimo.py": "MiMo-V2.5",
     "radix_cache/unified_radix_tree/test_unified_radix_cache_kl_nightly.py": "GLM-5.2",
     "radix_cache/unified_radix_tree/test_unified_radix_cache_kl_swa.py": "gpt-oss-20b",
+    f"{_UNIFIED}_unittest.py::Test_FULL_MAMBA": _MAMBA,
+    f"{_UNIFIED}_unittest.py::Test_FULL_SWA_MAMBA": _MAMBA,
+    f"{_UNIFIED}_bench.py::TestBench_FULL_MAMBA": _MAMBA,
     "openai_server/basic/test_serving_transcription.py": "a Whisper model",
     "openai_server/basic/test_openai_server.py::TestOpenAIV1Rerank": "a cross-encoder",
     "openai_server/features/test_json_mode.py::TestJSONModeXGrammar": "xgrammar masks on a GPU only",

@@ -16,16 +16,18 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
 
 from sglang_freekv.tiny_model import TinyModel
 from sglang_suite.files import LEFT_OUT
 from sglang_suite.table import Outcomes
 
-MODEL = TinyModel(layers=2, hidden=128, heads=4, kv_heads=2, head_dim=32, dtype="float32")
+# Tests send token ids up to 31,999.
+MODEL = TinyModel(layers=2, hidden=128, heads=4, kv_heads=2, head_dim=32, vocab=32768, dtype="float32")
 # Of every server that a test starts; the test's own flags come after them, and win.
 FLAGS = ("--dtype", "float32", "--max-total-tokens", "32768", "--max-running-requests", "64", "--sleep-on-idle")
 FREEKV_FLAGS = ("--kv-retrieval", "freekv", "--freekv-audit")
-FILE_TIMEOUT_S = 1200
+FILE_TIMEOUT_S = 3600
 
 _REASON_CHARACTERS = 160
 _WORST_LAST = ("passed", "skipped", "failed")
@@ -101,15 +103,20 @@ def _put_in_place() -> None:
     allocator.PagedTokenToKVPoolAllocator = paged.PagedTokenToKVPoolAllocator = CpuPagedAllocator
 
 
+def _refuse() -> None:
+    raise RuntimeError("Found no NVIDIA driver")
+
+
 def run_file(registered: Path, file: str, out: Path) -> None:
     """Run one file in this process, which is a fork, and write its outcomes to `out`."""
     os.setsid()
     with out.with_suffix(".log").open("w") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
+    torch.cuda._lazy_init = _refuse  # as without a fork
     tally = Tally()
     left_out = [f"--deselect=registered/{test}" for test in LEFT_OUT if test.startswith(f"{file}::")]
-    options = ["-q", "-p", "no:cacheprovider", "-c", str(registered.parent / "pytest.ini")]
+    options = ["-q", "--tb=short", "-p", "no:cacheprovider", "-c", str(registered.parent / "pytest.ini")]
     pytest.main([*options, *left_out, str(registered / file)], plugins=[tally])
     out.write_text(json.dumps(tally.outcomes))
     sys.stdout.flush()
@@ -119,6 +126,10 @@ def run_file(registered: Path, file: str, out: Path) -> None:
 def main() -> None:
     """Take side, test/registered of SGLang's sources, folder of outcomes, files; print each file's outcomes as JSON."""
     side, registered, out, *files = sys.argv[1:]
+    if torch.accelerator.is_available():
+        raise SystemExit(
+            "error: files run in forks of one process, which cannot share a GPU; use a machine without one"
+        )
     MODEL.write(Path(out, "model"))
     prepare(side, Path(out, "model"))
     fork = multiprocessing.get_context("fork")

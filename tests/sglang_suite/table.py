@@ -5,10 +5,8 @@ from __future__ import annotations
 import subprocess
 from collections import Counter
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
-
-import sglang
-import torch
 
 from sglang_suite.files import LEFT_OUT
 
@@ -22,7 +20,7 @@ _METHOD = """\
 Each file ran twice: on plain SGLang, and with the plug-in active. There, all its hooks are in place, tests that build
 SGLang's radix cache or paged allocator get those of this package, and servers that tests start run with
 `--kv-retrieval freekv --freekv-audit`. On both sides these servers have a tiny model with random weights instead of
-the one that they would download, and without a GPU the CPU platform of this package is in use. Counts are tests
+the one that they would download, and the CPU platform of this package is in use. Counts are tests
 passed / failed / skipped; the last column says what a file lacked on plain SGLang, or why it was left out."""
 
 
@@ -72,14 +70,14 @@ def why_not(file: str, plain: Outcomes) -> str:
 
 def _sources(source: Path) -> str:
     git = subprocess.run(["git", "-C", str(source), "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
-    installed = Path(sglang.__file__).parent
+    installed = Path(find_spec("sglang").origin).parent  # importing it takes long
     files = [path.relative_to(installed) for path in installed.rglob("*.py")]
     there = source / "python/sglang"
     same = sum((there / f).exists() and (there / f).read_bytes() == (installed / f).read_bytes() for f in files)
     return (
         f"Made by `python -m tests.sglang_suite --source SGLANG --write` with sglang {version('sglang')}, torch "
-        f"{version('torch')}, {'on a GPU' if torch.cuda.is_available() else 'without a GPU'}. The tests are those of "
-        f"commit `{git.stdout.strip() or 'unknown'}`; {same} of the {len(files)} Python files of the installed release "
+        f"{version('torch')}, without a GPU. The tests are those of commit "
+        f"`{git.stdout.strip() or 'unknown'}`; {same} of the {len(files)} Python files of the installed release "
         "are the same there."
     )
 
