@@ -1,12 +1,18 @@
-"""A request is answered as on a fresh server: on pages and blocks of others, beside others, and under salts."""
+"""A request is answered as on a fresh server: on pages and blocks of others, beside others, and under salts.
+
+SGLang 0.5.17 does not start with LoRA where there is no GPU; what keeps adapters apart is asked of its requests.
+"""
 
 from __future__ import annotations
 
 import random
+from array import array
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import pytest
+from sglang.srt.managers.schedule_batch import Req
+from sglang.srt.sampling.sampling_params import SamplingParams
 
 from servers import Server, assert_pages_are_whole, random_prompt
 
@@ -105,3 +111,13 @@ def test_the_salt_of_the_openai_api_separates_as_well(server: Server):
 
     salts = [{"cache_salt": "a"}, {"cache_salt": "b"}, {}, {"cache_salt": "a"}, {"cache_salt": "b"}, {}]
     assert [cached_tokens(**salt) for salt in salts] == [0, 0, 0, 192, 192, 192]
+
+
+def test_an_adapter_is_part_of_the_key_under_which_a_prefix_is_found():
+    """The tree keeps keys apart, which `tests/stateful` checks for many of them."""
+
+    def key(salt: str | None, adapter: str | None) -> str | None:
+        return Req("0", "", array("q", [1]), SamplingParams(), extra_key=salt, lora_id=adapter).extra_key
+
+    keys = [key(salt, adapter) for salt in (None, "salt") for adapter in (None, "first", "second")]
+    assert len(set(keys)) == len(keys)
