@@ -58,11 +58,11 @@ def _reason(report: pytest.TestReport | pytest.CollectReport) -> str:
     """Return the first line of what a test says about itself, without folders of this machine."""
     if isinstance(report.longrepr, tuple):  # of a skipped test: file, line, reason
         text = report.longrepr[2].removeprefix("Skipped: ")
-    elif crash := getattr(report.longrepr, "reprcrash", None):
-        text = crash.message
+    elif chain := getattr(report.longrepr, "chain", None):  # of exceptions, the cause first
+        text = chain[0][1].message if chain[0][1] else ""
     else:  # of a file that cannot be imported: a traceback, and the error in lines that begin with E
         text = str(report.longrepr or "").rpartition("\nE  ")[2]
-    return re.sub(r"(?<!\w)/[^\s'\"]*/", "", text.strip().partition("\n")[0])[:_REASON_CHARACTERS]
+    return re.sub(r"(?<![\w:/])/[^\s'\"]*/", "", text.strip().partition("\n")[0])[:_REASON_CHARACTERS]
 
 
 def prepare(side: str, model: Path) -> None:
