@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from sglang_suite.files import LEFT_OUT, SUITES
-from sglang_suite.table import SIDES, Outcomes, counts, differences, table
+from sglang_suite.table import SIDES, Outcomes, counts, differences, outcomes_path, table
 
 TABLE = Path(__file__).with_name("results.md")
 _TESTS = TABLE.parents[1]
@@ -50,8 +50,12 @@ def find_files(source: Path, words: list[str]) -> dict[str, list[str]]:
 
 
 def run_side(side: str, registered: Path, out: Path, files: list[str]) -> Iterator[tuple[str, Outcomes]]:
-    """Run files on one side, one after the other; yields each with its outcomes."""
+    """Run files on one side, one after the other; yields each with its outcomes, first those that `out` has already."""
     out.mkdir(parents=True, exist_ok=True)
+    there = {file: json.loads(path.read_text()) for file in files if (path := outcomes_path(out, file)).exists()}
+    yield from there.items()
+    if not (files := [file for file in files if file not in there]):
+        return
     env = os.environ | {
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),  # tests start `sglang`
         "PYTHONPATH": os.pathsep.join([str(_TESTS), str(_TESTS.parent), os.environ.get("PYTHONPATH", "")]),
@@ -78,6 +82,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.sglang_suite", description=__doc__.partition(":")[0])
     parser.add_argument("--source", type=Path, required=True, help="root of a checkout of SGLang's sources")
     parser.add_argument("--out", type=Path, help="keep logs and outcomes there; what it has already is not run again")
+    parser.add_argument("--collect", action="store_true", help="run nothing, tell what --out has of both sides")
     parser.add_argument("--write", action="store_true", help=f"write the table to {TABLE.name}, beside this command")
     parser.add_argument("words", nargs="*", metavar="WORD", help="only files whose path contains one of these")
     arguments = parser.parse_args()
@@ -86,6 +91,8 @@ def main() -> int:
     files = [file for group in suites.values() for file in group if file not in LEFT_OUT]
     with tempfile.TemporaryDirectory() as folder:
         out = (arguments.out or Path(folder)).resolve()
+        if arguments.collect:
+            files = [file for file in files if all(outcomes_path(out / side, file).exists() for side in SIDES)]
         results = {side: dict(run_side(side, source / "test/registered", out / side, files)) for side in SIDES}
     text = table(results, suites, source)
     print(text, end="")

@@ -20,7 +20,7 @@ import torch
 
 from sglang_freekv.tiny_model import TinyModel
 from sglang_suite.files import LEFT_OUT
-from sglang_suite.table import Outcomes
+from sglang_suite.table import Outcomes, outcomes_path
 
 # Tests send token ids up to 31,999.
 MODEL = TinyModel(layers=2, hidden=128, heads=4, kv_heads=2, head_dim=32, vocab=32768, dtype="float32")
@@ -134,14 +134,13 @@ def main() -> None:
     prepare(side, Path(out, "model"))
     fork = multiprocessing.get_context("fork")
     for file in files:
-        result = Path(out, file.replace("/", ".")).with_suffix(".json")
-        if not result.exists():
-            process = fork.Process(target=run_file, args=(Path(registered), file, result))
-            process.start()
-            process.join(FILE_TIMEOUT_S)
-            with suppress(ProcessLookupError):  # with the servers that it has started
-                os.killpg(process.pid, signal.SIGKILL)
-            process.join()
+        result = outcomes_path(Path(out), file)
+        process = fork.Process(target=run_file, args=(Path(registered), file, result))
+        process.start()
+        process.join(FILE_TIMEOUT_S)
+        with suppress(ProcessLookupError):  # with the servers that it has started
+            os.killpg(process.pid, signal.SIGKILL)
+        process.join()
         outcomes = json.loads(result.read_text()) if result.exists() else {file: ("failed", "it did not end")}
         print(json.dumps([file, outcomes]), flush=True)
 

@@ -21,7 +21,12 @@ Each file ran twice: on plain SGLang, and with the plug-in active. There, all it
 SGLang's radix cache or paged allocator get those of this package, and servers that tests start run with
 `--kv-retrieval freekv --freekv-audit`. On both sides these servers have a tiny model with random weights instead of
 the one that they would download, and the CPU platform of this package is in use. Counts are tests
-passed / failed / skipped; the last column says what a file lacked on plain SGLang, or why it was left out."""
+passed / failed / skipped; the last column says what a file lacked on plain SGLang, or why it was not run."""
+
+
+def outcomes_path(out: Path, file: str) -> Path:
+    """Name the file in which one side, whose folder is `out`, keeps the outcomes of a test file."""
+    return (out / file.replace("/", ".")).with_suffix(".json")
 
 
 def table(results: Results, suites: dict[str, list[str]], source: Path) -> str:
@@ -29,7 +34,7 @@ def table(results: Results, suites: dict[str, list[str]], source: Path) -> str:
     everything = [file for files in suites.values() for file in files]
     differing = {file: differences(*(results[side][file] for side in SIDES)) for file in results["plain"]}
     lines = ["# SGLang's own tests", "", _sources(source), "", _METHOD, ""]
-    lines += [_row("suite", "files", "left out", *SIDES, "tests that differ"), _row(*["---"] * 6)]
+    lines += [_row("suite", "files run", "not run", *SIDES, "tests that differ"), _row(*["---"] * 6)]
     for suite, files in (*suites.items(), ("all", everything)):
         ran = [file for file in files if file in differing]
         sums = [counts(*(results[side][file] for file in ran)) for side in SIDES]
@@ -38,7 +43,7 @@ def table(results: Results, suites: dict[str, list[str]], source: Path) -> str:
         lines += ["", f"## {suite}", "", _row("file", *SIDES, "not passed, not run"), _row(*["---"] * 4)]
         for file in files:
             sides = [counts(results[side][file]) if file in differing else "" for side in SIDES]
-            lines.append(_row(f"`{file}`", *sides, why_not(file, results["plain"].get(file, {}))))
+            lines.append(_row(f"`{file}`", *sides, why_not(file, results["plain"].get(file))))
     found = [line for file in everything for line in differing.get(file, [])]
     return "\n".join([*lines, "", "## Different with the plug-in", "", *(found or ["No test."])]) + "\n"
 
@@ -59,11 +64,13 @@ def differences(plain: Outcomes, plug_in: Outcomes) -> list[str]:
     ]
 
 
-def why_not(file: str, plain: Outcomes) -> str:
+def why_not(file: str, plain: Outcomes | None) -> str:
     """Say which tests of a file were left out, and why others did not pass on plain SGLang: the commonest reasons."""
+    if plain is None and file not in LEFT_OUT:
+        return "not run yet"
     left_out = {test: reason for test, reason in LEFT_OUT.items() if test.partition("::")[0] == file}
     said = [f"{test.rpartition('::')[2]}: {why}" if "::" in test else why for test, why in left_out.items()]
-    reasons = Counter(why for outcome, why in plain.values() if outcome != "passed")
+    reasons = Counter(why for outcome, why in (plain or {}).values() if outcome != "passed")
     said += [f"{number}: {why}" for why, number in reasons.most_common(3)]
     return "; ".join(said).replace("|", "\\|")
 
