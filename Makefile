@@ -75,7 +75,7 @@ endef
 export READY
 
 test: $(INSTALLED)
-	$(RUN) -m pytest -q -n 3 --dist loadscope --durations=15 $(PYTEST_FLAGS)
+	$(RUN) -m pytest -q -n 2 --dist loadscope --durations=15 $(PYTEST_FLAGS)
 
 accuracy: $(INSTALLED)
 	$(RUN) -m benchmarks.accuracy.matrix $(ACCURACY_FLAGS)
