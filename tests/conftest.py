@@ -20,38 +20,16 @@ if not torch.cuda.is_available():
     del os.environ["TRITON_INTERPRET"]
 
 
-# Parallel workers take units in this order: the shared servers' files together, then those with servers of their own,
-# which take minutes and must not come last, then file by file.
-_SHARED_SERVERS = "tests/server/"
-_OWN_SERVERS = (
-    "tests/server/test_accuracy_quick.py",
-    "tests/server/oracles/test_soak_quick.py",
-    "tests/server/test_engine.py",
-    "tests/server/test_faults.py",
-    "tests/server/oracles/test_kl_oracles.py",
-    "tests/server/oracles/test_scheduler_scripts.py",
-)
-_ORDER = (_SHARED_SERVERS, *_OWN_SERVERS)
-
-
-def _unit(nodeid: str) -> str:
-    file = nodeid.partition("::")[0]
-    return _SHARED_SERVERS if file.startswith(_SHARED_SERVERS) and file not in _OWN_SERVERS else file
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: _ORDER.index(unit) if (unit := _unit(item.nodeid)) in _ORDER else len(_ORDER))
-
-
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log):
+    """Of parallel workers, one has the shared servers; the oracles, which start their own, run beside them."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return _unit(nodeid)
+            folders = ("tests/server/oracles/", "tests/server/")
+            return next((folder for folder in folders if nodeid.startswith(folder)), nodeid.partition("::")[0])
 
-    config.option.loadscopereorder = False  # it would begin with the files that have most tests
     return Scheduling(config, log)
 
 
