@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from freekv_kernels import Batch
+from freekv_kernels import Batch, window_keys
 from sglang_freekv.kv_memory import Layer
 
 
@@ -22,16 +22,12 @@ def list_selected(layer: Layer, batch: Batch) -> None:
         keys, blocks (-1 where there is nothing to copy) and count of `back` are written.
     batch : Batch
     """
-    num_kv_heads, width = layer.windows.shape[2:]
     half = layer.windows.index_select(0, (batch.step + 1) % 2)[0]
-    window = half.index_select(0, batch.rows).long()  # [batch_size, num_kv_heads, width]
-    num_pages, budget = batch.num_pages[:, None, None], batch.budget_pages[:, None, None]
-    is_over = (batch.num_pages_next > batch.budget_pages)[:, None, None]
-    is_entry = torch.arange(width, device=window.device) < budget
-    is_selected = (window >= 0) & (window < num_pages) & is_entry & is_over
-    pages = batch.page_table.gather(1, window.clamp(0, batch.page_table.shape[1] - 1).flatten(1)).view_as(window)
-    keys = (pages * num_kv_heads + torch.arange(num_kv_heads, device=window.device)[:, None]).flatten()
-    blocks = layer.blocks.table.view(-1)[keys].where(is_selected.flatten(), -1)
+    keys, is_page = window_keys(half.index_select(0, batch.rows).long(), batch.page_table, batch.num_pages)
+    is_over = batch.num_pages_next > batch.budget_pages
+    num_entries = torch.where(is_over, batch.budget_pages, 0)[:, None, None]
+    is_selected = is_page & (torch.arange(keys.shape[2], device=keys.device) < num_entries)
+    keys = keys.flatten()
     layer.back.keys[: len(keys)] = keys
-    layer.back.blocks[: len(keys)] = blocks
+    layer.back.blocks[: len(keys)] = layer.blocks.table.view(-1)[keys].where(is_selected.flatten(), -1)
     layer.back.count.fill_(len(keys))

@@ -91,8 +91,7 @@ _SETTING = (
     Column("already on the device", ("hit_share",), digits=2),
     Column("corrected", ("corrected_rows",), digits=2),
 )
-_SUMMARY = (*_SPEED[::3], _LATENCY[0], _LATENCY[1], _RUN[1], _MEMORY[0])
-_WHOLE = ("goals", "summary")  # tables over all phases
+_SUMMARY = (_SPEED[0], _SPEED[3], *_LATENCY[:2], _RUN[1], _MEMORY[0])
 
 
 def rows_of(records: Sequence[Record]) -> list[Row]:
@@ -106,13 +105,21 @@ def rows_of(records: Sequence[Record]) -> list[Row]:
 
 def table(records: Sequence[Record], name: str) -> str:
     """A phase's table, the goals or a summary, and below it what it was measured on."""
-    records = [record for record in records if name in (*_WHOLE, record.params["phase"])]
+    records = [record for record in records if _is_shown(record, name)]
     if not records:
         return "No records yet.\n"
     if name == "goals":
         return "".join(f"- {line}\n" for line in report_goals(records).splitlines())
     lines = {ABLATION: _settings, "summary": _summary}.get(name, _runs)(rows_of(records))
     return f"{render_lines(_aligned(lines))}\n{sources(records)}"
+
+
+def _is_shown(record: Record, name: str) -> bool:
+    """Whether a table is about a record; a summary has only the lengths of the series, and no ablations."""
+    phase, workload = record.params["phase"], record.params["workload"]
+    if name == "summary":
+        return workload == "context" if phase == SERIES else phase != ABLATION
+    return name in ("goals", phase)
 
 
 def _runs(rows: Sequence[Row]) -> list[list[str]]:
@@ -129,14 +136,12 @@ def _runs(rows: Sequence[Row]) -> list[list[str]]:
 
 
 def _summary(rows: Sequence[Row]) -> list[list[str]]:
-    """Ratios to plain SGLang, a line for each workload; of the series only the lengths."""
+    """Ratios to plain SGLang, a line for each workload."""
     titles = [column.title.partition(" ms")[0].removesuffix(" MiB") for column in _SUMMARY]
     lines = [["workload", "requests", "longest prompt", *titles]]
     for row in rows:
-        is_shown = row.params["phase"] != SERIES or row.params["workload"] == "context"
-        if is_shown and row.params["phase"] != ABLATION:
-            labels = [row.params["workload"], str(row.params["requests"]), f"{row.params['context']:,}"]
-            lines.append([*labels, *(column.ratio(row) for column in _SUMMARY)])
+        labels = [row.params["workload"], str(row.params["requests"]), f"{row.params['context']:,}"]
+        lines.append([*labels, *(column.ratio(row) for column in _SUMMARY)])
     return lines
 
 

@@ -18,7 +18,7 @@ from freekv_kernels.compare_queries import compare_queries
 from freekv_kernels.encode_pages import encode_pages
 from freekv_kernels.fill_arena import fill_arena
 from freekv_kernels.list_pages import list_pages
-from freekv_kernels.lookup_blocks import lookup_blocks, lookup_keys
+from freekv_kernels.lookup_blocks import lookup_blocks, lookup_keys, window_keys
 from freekv_kernels.recall_blocks import recall_blocks
 from freekv_kernels.release_blocks import release_blocks
 from freekv_kernels.score_pages import score_pages
@@ -97,4 +97,5 @@ __all__ = [
     "store_pages",
     "summarize_pages",
     "triton_ops",
+    "window_keys",
 ]

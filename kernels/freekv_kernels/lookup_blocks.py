@@ -62,9 +62,8 @@ def lookup_blocks(
     width, side = int(num_entries.max()), (int(batch.step) + (read != Read.FRONT)) % 2
     window = windows[side].index_select(0, rows)[..., :width].long()  # [n, num_kv_heads, width]
     is_entry = torch.arange(width, device=device) < num_entries[:, None, None]
-    is_valid = (window >= 0) & (window < num_pages[:, None, None]) & is_entry
-    keys = page_table.gather(1, window.clamp_(0, page_table.shape[1] - 1).flatten(1)).view_as(window)
-    keys.mul_(num_kv_heads).add_(torch.arange(num_kv_heads, device=device)[:, None])
+    keys, is_page = window_keys(window, page_table, num_pages)
+    is_valid = is_page & is_entry
     found = blocks.table.view(-1).take(keys).where(is_valid, -1)
     is_found, held = found >= 0, found.clamp(min=0)
 
@@ -89,6 +88,32 @@ def lookup_blocks(
     if read == Read.FRONT:
         entries = kv_indptr[:-1].view(-1, num_kv_heads, 1) + torch.arange(width, device=device)
         misses.entries[:missing] = entries[is_missing].int()
+
+
+def window_keys(
+    window: torch.Tensor, page_table: torch.Tensor, num_pages: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys of the pages that windows list. Decides nothing on the host, so a CUDA graph can hold it.
+
+    Parameters
+    ----------
+    window : int64, ``[batch_size, num_kv_heads, width]``, device
+        Logical pages; used up.
+    page_table : int64, ``[batch_size, max_pages]``, device
+    num_pages : int64, ``[batch_size]``, device
+
+    Returns
+    -------
+    keys : int64, ``[batch_size, num_kv_heads, width]``
+        Host page * num_kv_heads + head; an existing key, but of another page, where the page does not exist.
+    is_page : bool, ``[batch_size, num_kv_heads, width]``
+        Whether the page exists: 0 <= page < num_pages.
+    """
+    num_kv_heads = window.shape[1]
+    is_page = (window >= 0) & (window < num_pages[:, None, None])
+    keys = page_table.gather(1, window.clamp_(0, page_table.shape[1] - 1).flatten(1)).view_as(window)
+    keys.mul_(num_kv_heads).add_(torch.arange(num_kv_heads, device=window.device)[:, None])
+    return keys, is_page
 
 
 def lookup_keys(keys: torch.Tensor, blocks: BlockTables, step: torch.Tensor, kv_indices: torch.Tensor) -> bool:
