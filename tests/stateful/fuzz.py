@@ -1,7 +1,7 @@
 """Drive the memory side for a million steps: ``PYTHONPATH=tests python -m stateful.fuzz``.
 
 Rounds run side by side, one process per core, each from a seed of its own; one that fails is shrunk, and printed with
-the command that repeats it.
+the command that repeats it. With ``--out FILE`` the numbers are appended to a file of records.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ import traceback
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from itertools import count
 from multiprocessing import get_context
+from pathlib import Path
+
+from benchmarks.records import RecordWriter
 
 _PROGRESS_S = 30.0
 
@@ -42,32 +45,40 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=None, help="of the first round (default: the time)")
     parser.add_argument("--rounds", type=int, default=None, help="stop after so many, if that is earlier")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="(default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="append the numbers to this file of records")
     args = parser.parse_args()
+    writer = RecordWriter("fuzz", args.out, module="stateful.fuzz") if args.out else None
     first_seed = int(time.time()) if args.seed is None else args.seed
     print(f"fuzz: {args.steps:,} steps, seeds from {first_seed} on, {args.workers} processes", flush=True)
-    steps, failures = _explore(args, first_seed)
+    steps, rounds, failures = _explore(args, first_seed)
     for seed, failure in failures:
         print(f"{failure}\nfuzz: seed {seed} fails")
-    print(f"fuzz: {steps:,} steps, {len(failures)} failures")
+    print(f"fuzz: {steps:,} steps in {rounds:,} rounds, {len(failures)} failures")
+    if writer:
+        params = {"first_seed": first_seed, "workers": args.workers}
+        writer.write("steps", steps, "steps", params)
+        writer.write("rounds", rounds, "rounds", params)
+        writer.write("failures", len(failures), "rounds", params)
     return bool(failures)
 
 
-def _explore(args: argparse.Namespace, first_seed: int) -> tuple[int, list[tuple[int, str]]]:
+def _explore(args: argparse.Namespace, first_seed: int) -> tuple[int, int, list[tuple[int, str]]]:
+    """Steps, rounds, and the seeds that failed with what was wrong."""
     start = shown = time.monotonic()
     deadline = start + 60 * args.minutes if args.minutes else float("inf")
     seeds = count(first_seed) if args.rounds is None else iter(range(first_seed, first_seed + args.rounds))
     running: dict[Future, int] = {}
-    steps, failures = 0, []
+    steps, rounds, failures = 0, 0, []
     with ProcessPoolExecutor(args.workers, get_context("spawn"), _start_worker) as pool:
         while True:
             may_go_on = not failures and steps < args.steps and time.monotonic() < deadline
             while may_go_on and len(running) < args.workers and (seed := next(seeds, None)) is not None:
                 running[pool.submit(_run, seed)] = seed
             if not running:
-                return steps, failures
+                return steps, rounds, failures
             for done in wait(running, return_when=FIRST_COMPLETED).done:
                 seed, (count_of_round, failure) = running.pop(done), done.result()
-                steps += count_of_round
+                steps, rounds = steps + count_of_round, rounds + 1
                 failures += [(seed, failure)] if failure else []
             if time.monotonic() - shown > _PROGRESS_S:
                 shown = time.monotonic()
