@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import os
 import subprocess
 import sys
 import types
 from importlib import import_module
+from typing import NamedTuple
 
 import pytest
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
@@ -169,68 +169,83 @@ def resolved(argv):
     found = server_args.prepare_server_args(argv)
     return {name: value for name, value in vars(found).items() if name != "model_config"}
 
-argv = json.loads(sys.argv[1])
-plain_argv = [*argv[:2], "--random-seed", "1"]
+def report(plain_argv, flags, announced):
+    without = resolved(plain_argv)
+    if announced:
+        os.environ["SGLANG_KV_RETRIEVAL"] = announced
+    load_plugins()
+    if announced:
+        assert_installed()
+    first = resolved([*plain_argv[:2], *flags])
+    after, backends_after, caches_after = snapshot()
+    return {
+        "touched": [target for target in targets if after[target] is not targets[target]],
+        "backends": [name for name in backends if backends_after[name] is not backends[name]],
+        "caches": sorted(set(caches_after) - set(caches)),
+        "flags": [each.target for each in FLAG_PATCHES],
+        "is_freekv": "_freekv" in first,
+        "plain_is_unchanged": resolved(plain_argv) == without,
+        "announced": os.environ.get("SGLANG_KV_RETRIEVAL"),
+    }
+
 targets, backends, caches = snapshot()
-without = resolved(plain_argv)
-load_plugins()
-if os.environ.get("SGLANG_KV_RETRIEVAL"):
-    assert_installed()
-first = resolved(argv)
-after, backends_after, caches_after = snapshot()
-print(json.dumps({
-    "touched": [target for target in targets if after[target] is not targets[target]],
-    "backends": [name for name in backends if backends_after[name] is not backends[name]],
-    "caches": sorted(set(caches_after) - set(caches)),
-    "flags": [each.target for each in FLAG_PATCHES],
-    "is_freekv": "_freekv" in first,
-    "plain_is_unchanged": resolved(plain_argv) == without,
-    "announced": os.environ.get("SGLANG_KV_RETRIEVAL"),
-}))
+for line in sys.stdin:  # each in a fork of a process that has imported what is patched, which takes longest
+    if not os.fork():
+        print(json.dumps(report(**json.loads(line))), flush=True)
+        os._exit(0)
+    if os.wait()[1]:
+        sys.exit(1)
 """
 
 
+class Launch(NamedTuple):
+    """How a process comes to FreeKV, or not."""
+
+    flags: tuple[str, ...] = ()
+    announced: str | None = None  # by the process that started it
+
+
+PLAIN_LAUNCH, FREEKV_LAUNCH, CHILD = Launch(), Launch(("--kv-retrieval", "freekv")), Launch(announced="freekv")
+
+
 @pytest.fixture(scope="module")
-def fresh_process(tmp_path_factory):
-    """Load plug-ins and resolve arguments in a new process; report what of SGLang changed."""
+def reports(tmp_path_factory) -> dict[Launch, dict]:
+    """What of SGLang changed in fresh processes that load plug-ins and resolve arguments."""
     path = tmp_path_factory.mktemp("model")
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 320}
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **sizes}
     (path / "config.json").write_text(json.dumps(config))
-
-    @functools.cache
-    def run(*flags: str, announced: str | None = None) -> dict:
-        env = {name: value for name, value in os.environ.items() if name != "SGLANG_KV_RETRIEVAL"}
-        if announced is not None:
-            env["SGLANG_KV_RETRIEVAL"] = announced
-        argv = json.dumps(["--model-path", str(path), *flags])
-        done = subprocess.run([sys.executable, "-c", PROGRAM, argv], capture_output=True, text=True, env=env)
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout.splitlines()[-1])
-
-    return run
+    plain_argv = ["--model-path", str(path), "--random-seed", "1"]
+    launches = (PLAIN_LAUNCH, FREEKV_LAUNCH, CHILD)
+    lines = [json.dumps({"plain_argv": plain_argv, **each._asdict()}) for each in launches]
+    env = {name: value for name, value in os.environ.items() if name != "SGLANG_KV_RETRIEVAL"}
+    command = [sys.executable, "-c", PROGRAM]
+    done = subprocess.run(command, input="\n".join(lines), capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    printed = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return dict(zip(launches, printed, strict=True))
 
 
-def test_without_the_flag_everything_but_the_flags_is_the_identical_object(fresh_process):
-    report = fresh_process()
+def test_without_the_flag_everything_but_the_flags_is_the_identical_object(reports):
+    report = reports[PLAIN_LAUNCH]
     assert report["touched"] == report["flags"]
     assert (report["backends"], report["caches"]) == ([], [])
     assert not report["is_freekv"] and report["announced"] is None
 
 
-def test_the_flags_do_not_change_what_a_plain_command_line_resolves_to(fresh_process):
-    assert fresh_process()["plain_is_unchanged"]
+def test_the_flags_do_not_change_what_a_plain_command_line_resolves_to(reports):
+    assert reports[PLAIN_LAUNCH]["plain_is_unchanged"]
 
 
-def test_with_the_flag_every_target_is_patched_and_plain_arguments_still_resolve_as_before(fresh_process):
-    report = fresh_process("--kv-retrieval", "freekv")
+def test_with_the_flag_every_target_is_patched_and_plain_arguments_still_resolve_as_before(reports):
+    report = reports[FREEKV_LAUNCH]
     assert report["touched"] == [each.target for each in ALL_PATCHES]
     assert report["caches"] == ["freekv"] and sorted(report["backends"]) == ["flashinfer", "torch_native"]
     assert report["is_freekv"] and report["plain_is_unchanged"] and report["announced"] is None
 
 
-def test_a_process_that_a_freekv_server_starts_is_patched_when_it_loads_plug_ins(fresh_process):
-    report = fresh_process(announced="freekv")
+def test_a_process_that_a_freekv_server_starts_is_patched_when_it_loads_plug_ins(reports):
+    report = reports[CHILD]
     assert report["touched"] == [each.target for each in ALL_PATCHES]
     assert not report["is_freekv"]
 

@@ -1,7 +1,7 @@
-"""Run `sgl.Engine` in a process of its own, as spawning needs a main module:  engine_script.py JOB.json
+"""Run `sgl.Engine` in a process of its own, as spawning needs a main module:  engine_script.py JOBS.json
 
-The job has the engine's keywords, and a list of requests (keywords of `Engine.generate`); the replies are
-written next to it, as JOB.replies.json.
+A job has the engine's keywords, and a list of requests (keywords of `Engine.generate`). Jobs run one after the other:
+side by side they need the memory of both. A list of replies for each is written to JOBS.replies.json.
 """
 
 from __future__ import annotations
@@ -13,13 +13,16 @@ from pathlib import Path
 import sglang as sgl
 
 
-def main() -> None:
-    path = Path(sys.argv[1])
-    job = json.loads(path.read_text())
+def run(job: dict) -> list:
     engine = sgl.Engine(**job["engine"])
     replies = [engine.generate(**request) for request in job["requests"]]
     engine.shutdown()
-    path.with_suffix(".replies.json").write_text(json.dumps(replies))
+    return replies
+
+
+def main() -> None:
+    path = Path(sys.argv[1])
+    path.with_suffix(".replies.json").write_text(json.dumps([run(job) for job in json.loads(path.read_text())]))
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def prompts() -> list[list[int]]:
 def engines(
     model: Path, prompts: list[list[int]], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, list[dict] | list[list[dict]]]:
-    """Replies of two engines, run side by side: one per dtype."""
+    """Replies of two engines, one per dtype."""
     folder = tmp_path_factory.mktemp("engine")
     jobs = {
         "float32": {
@@ -73,17 +73,14 @@ def engines(
             ],
         },
     }
-    processes = {}
-    for name, job in jobs.items():
-        path = folder / f"{name}.json"
-        path.write_text(json.dumps(job))
-        with (folder / f"{name}.log").open("w") as log:
-            environment = os.environ | {"OMP_NUM_THREADS": "1"}
-            command = [sys.executable, str(SCRIPT), str(path)]
-            processes[name] = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-    for name, process in processes.items():
-        assert process.wait(300) == 0, (folder / f"{name}.log").read_text()[-4000:]
-    return {name: json.loads((folder / f"{name}.replies.json").read_text()) for name in jobs}
+    path = folder / "jobs.json"
+    path.write_text(json.dumps(list(jobs.values())))
+    with (folder / "log").open("w") as log:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        command = [sys.executable, str(SCRIPT), str(path)]
+        end = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment, timeout=300)
+    assert end.returncode == 0, (folder / "log").read_text()[-4000:]
+    return dict(zip(jobs, json.loads(path.with_suffix(".replies.json").read_text()), strict=True))
 
 
 def test_two_ranks_give_the_tokens_of_the_server(engines, narrow: Server, prompts: list[list[int]]):
