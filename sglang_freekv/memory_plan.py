@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-from sglang_freekv.config import FreeKVConfig
+from sglang_freekv.config import FreeKVConfig, UnsupportedConfiguration
 from sglang_freekv.geometry import Geometry
 from sglang_freekv.sizes import in_words
 
@@ -141,7 +141,7 @@ def plan_memory(
 
     Raises
     ------
-    ValueError
+    UnsupportedConfiguration
         If a pool cannot hold what one request needs; the message says which flag to change.
     """
     g, num_heads = geometry, geometry.num_kv_heads
@@ -155,7 +155,7 @@ def plan_memory(
     if max_total_tokens is not None:
         num_pages = min(num_pages, max_total_tokens // g.page_size)
     if num_pages < 1:
-        raise ValueError(
+        raise UnsupportedConfiguration(
             f"FreeKV: the host store of {in_words(host_bytes)} holds no page (one page of all layers takes "
             f"{in_words(g.page_bytes)}, and one more is padding); raise --freekv-host-memory"
         )
@@ -180,7 +180,7 @@ def plan_memory(
         blocks_bytes = min(int(config.device_blocks_memory_gib * GIB), num_keys * layer_blocks_bytes)
     if max_context is not None:
         if blocks_bytes is not None and blocks_bytes > left - per_request:
-            raise ValueError(
+            raise UnsupportedConfiguration(
                 f"FreeKV: device blocks take {in_words(blocks_bytes)}, but {in_words(max(left - per_request, 0))} of "
                 f"the device are left for them after page summaries ({in_words(summaries_bytes)}), prefill arena "
                 f"({in_words(arena_bytes)}) and the buffers of a step; lower --freekv-device-blocks-memory, "
@@ -200,7 +200,7 @@ def plan_memory(
     if num_blocks < num_keys:
         max_requests = min(max_requests, num_blocks // blocks_per_request)
     if max_requests < 1:
-        raise ValueError(
+        raise UnsupportedConfiguration(
             f"FreeKV: {in_words(max(blocks_bytes, 0))} of device blocks cannot hold one request, whose front and "
             f"back window take {in_words(blocks_per_request * layer_blocks_bytes)} at a budget of "
             f"{config.max_budget_tokens:,} tokens; raise --freekv-device-blocks-memory or --mem-fraction-static, or "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
 import types
@@ -15,10 +16,10 @@ import pytest
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
 import freekv_patches
-from freekv_patches import ALL_PATCHES, IncompatibleSGLang, launch, memory, patch, requests, runner
+from freekv_patches import ALL_PATCHES, IncompatibleSGLang, launch, memory, patch, requests, runner, scheduler
 from freekv_patches.patch import Patch, check_applied, check_version, install
 from sglang_freekv import plugin
-from sglang_freekv.config import FreeKVConfig
+from sglang_freekv.config import FreeKVConfig, UnsupportedConfiguration
 
 PLAIN = types.SimpleNamespace()  # arguments of a plain server
 FREEKV = types.SimpleNamespace(_freekv=FreeKVConfig())
@@ -266,6 +267,40 @@ def test_children_are_told_while_they_start_and_only_then(server_args, announced
     assert os.environ.get("SGLANG_KV_RETRIEVAL") == before
 
 
+def refuse_with(error: Exception):
+    def original(self, server_args):
+        raise error
+
+    return original
+
+
+@pytest.fixture
+def signals(monkeypatch) -> list[int]:
+    """What the process that has started this one is sent."""
+    sent: list[int] = []
+    parent = types.SimpleNamespace(send_signal=sent.append)
+    monkeypatch.setattr(scheduler.psutil, "Process", lambda: types.SimpleNamespace(parent=lambda: parent))
+    return sent
+
+
+@pytest.mark.parametrize("refusal", [MemoryError("1 TiB, lower it"), UnsupportedConfiguration("1 TiB, lower it")])
+def test_a_scheduler_that_is_refused_its_memory_says_one_sentence_and_ends_the_server(refusal, signals, caplog):
+    with pytest.raises(SystemExit) as end:
+        scheduler.start_scheduler(refuse_with(refusal), object(), FREEKV)
+    assert (end.value.code, signals) == (1, [signal.SIGQUIT])
+    (record,) = caplog.records
+    assert record.getMessage() == "The server cannot start. 1 TiB, lower it"
+    assert record.exc_info is None
+
+
+@pytest.mark.parametrize(("error", "server_args"), [(RuntimeError("a bug"), FREEKV), (MemoryError("SGLang's"), PLAIN)])
+def test_every_other_failure_of_a_scheduler_is_left_to_sglang(error, server_args, signals):
+    with pytest.raises(type(error)) as raised:
+        scheduler.start_scheduler(refuse_with(error), object(), server_args)
+    assert raised.value is error
+    assert not signals
+
+
 def tokenizer_manager(server_args: types.SimpleNamespace, enable_lora: bool = False) -> types.SimpleNamespace:
     server_args = types.SimpleNamespace(**vars(server_args), enable_lora=enable_lora)
     return types.SimpleNamespace(server_args=server_args, model_config=types.SimpleNamespace(vocab_size=256))
@@ -340,8 +375,8 @@ def test_the_cache_of_either_sort_releases_the_host_store_when_the_scheduler_end
             disable_radix_cache=disable_radix_cache, effective_chunked_prefill_size=chunk_size, params=params
         )
     )
-    scheduler = types.SimpleNamespace(hisparse_coordinator=None, decode_offload_manager=None, tree_cache=cache)
-    Scheduler.release_host_resources(scheduler)
+    ending = types.SimpleNamespace(hisparse_coordinator=None, decode_offload_manager=None, tree_cache=cache)
+    Scheduler.release_host_resources(ending)
     assert released == [True]
     assert cache.disable is disable_radix_cache
 
