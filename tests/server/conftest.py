@@ -33,7 +33,7 @@ FLAGS = {
     "narrow": (
         *(*_FREEKV, "--freekv-budget", str(_BUDGET_TOKENS), "--freekv-max-budget", str(_MAX_BUDGET_TOKENS)),
         *("--freekv-sink", "32", "--freekv-recent", "32", "--freekv-group-pooling", "mean"),
-        *("--freekv-host-memory", "0.04", "--freekv-device-blocks-memory", "0.0235"),
+        *("--freekv-host-memory", "0.05", "--freekv-device-blocks-memory", "0.0235"),
         *("--disable-overlap-schedule", "--enable-metrics", "--decode-log-interval", "10"),
     ),
 }
