@@ -129,6 +129,7 @@ class Prefill:
             budget_pages=to_device([memory.windows.budget_of(rows_cpu[i]) for i in final], device),
             step=memory.blocks.step,
         )
+        memory.windows.start(batch.rows, batch.budget_pages)
         return batch, last_tokens
 
     def _opened(

@@ -34,10 +34,13 @@ class Windows:
         self._budget_pages = [max_budget_pages] * rows  # the host's copy
 
     def admit(self, row: int, budget_pages: int) -> None:
-        """A request takes a row of the request table."""
-        if self._budget_pages[row] != budget_pages:
-            self._budget_pages[row] = budget_pages
-            self.budget_pages[row : row + 1].fill_(budget_pages)  # to set one element is a copy, and waits
+        """A request takes a row of the request table. The device hears of its budget when it starts to decode: the last
+        step of the row's last owner may not have run yet."""
+        self._budget_pages[row] = budget_pages
+
+    def start(self, rows: torch.Tensor, budget_pages: torch.Tensor) -> None:
+        """Requests start to decode, in the order of the forward passes; both int64 ``[n]``, device."""
+        self.budget_pages.index_copy_(0, rows, budget_pages)
 
     def budget_of(self, row: int) -> int:
         """Budget in pages, without asking the device."""

@@ -125,8 +125,6 @@ def resize_blocks(memory: KVMemory, num_blocks: int) -> None:
 def start_windows(memory: KVMemory, requests: Requests) -> None:
     """What the end of prefill does: first windows, by a random query, and their blocks."""
     g, rows = memory.geometry, requests.rows
-    for row in range(1, len(rows) + 1):
-        memory.admit(row)
     lengths = requests.seq_lens
     num_pages = (lengths + g.page_size - 1) // g.page_size
     longest = int(num_pages.max()) * g.page_size
@@ -139,6 +137,7 @@ def start_windows(memory: KVMemory, requests: Requests) -> None:
         budget_pages=torch.full_like(rows, memory.config.budget_pages),
         step=memory.blocks.step,
     )
+    memory.windows.start(batch.rows, batch.budget_pages)
     memory.clear_lists()
     for layer in memory.layers:
         layer.last_q[rows] = torch.randn_like(layer.last_q[rows])
