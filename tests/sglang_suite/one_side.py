@@ -26,6 +26,8 @@ from sglang_suite.table import Outcomes, outcomes_path
 MODEL = TinyModel(layers=2, hidden=128, heads=4, kv_heads=2, head_dim=32, vocab=32768, dtype="float32")
 # Of every server that a test starts; the test's own flags come after them, and win.
 FLAGS = ("--dtype", "float32", "--max-total-tokens", "32768", "--max-running-requests", "64", "--sleep-on-idle")
+# Tests of the API leave the end of an answer to the model. Random weights do not end it, so the context does.
+API_TESTS, API_FLAGS = "openai_server/", ("--context-length", "1024")
 FREEKV_FLAGS = ("--kv-retrieval", "freekv", "--freekv-audit")
 FILE_TIMEOUT_S = 3600
 
@@ -81,6 +83,12 @@ def prepare(side: str, model: Path) -> None:
         setattr(test_utils, name, str(model))
     sample = functools.partial(cache_hit_kit.sample_random_requests, random_sample=False)
     cache_hit_kit.sample_random_requests = sample
+    _start_servers_with(flags)
+
+
+def _start_servers_with(flags: tuple[str, ...]) -> None:
+    from sglang.test import test_utils
+
     launch = test_utils._launch_server_process
 
     def launch_with_flags(command: list[str], *args, **kwargs):
@@ -114,6 +122,8 @@ def run_file(registered: Path, file: str, out: Path) -> None:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     torch.cuda._lazy_init = _refuse  # as without a fork
+    if file.startswith(API_TESTS):
+        _start_servers_with(API_FLAGS)
     tally = Tally()
     left_out = [f"--deselect=registered/{test}" for test in LEFT_OUT if test.startswith(f"{file}::")]
     options = ["-q", "--tb=short", "-p", "no:cacheprovider", "-c", str(registered.parent / "pytest.ini")]
