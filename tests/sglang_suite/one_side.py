@@ -122,6 +122,8 @@ def run_file(registered: Path, file: str, out: Path) -> None:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
     torch.cuda._lazy_init = _refuse  # as without a fork
+    folders = [str((registered / file).parent), os.environ["PYTHONPATH"]]
+    os.environ["PYTHONPATH"] = os.pathsep.join(folders)  # servers load what a test's module pickles
     if file.startswith(API_TESTS):
         _start_servers_with(API_FLAGS)
     tally = Tally()
