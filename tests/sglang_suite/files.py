@@ -27,6 +27,7 @@ _TOOLS = "asks a trained model to call tools"
 
 _HIDDEN_STATES = "openai_server/features/test_openai_server_hidden_states.py"
 _UNIFIED = "unit/mem_cache/test_unified_radix_cache"
+_STOP = "openai_server/validation/test_matched_stop.py::TestMatchedStop::test_finish_stop"
 _SANITY = "core/test_basic_sanity.py::TestBasicSanity"
 _QUESTIONS = (
     "test_accuracy_floor",
@@ -59,6 +60,7 @@ LEFT_OUT: dict[str, str] = {
     f"{_UNIFIED}_unittest.py::Test_FULL_SWA_MAMBA": _MAMBA,
     f"{_UNIFIED}_bench.py::TestBench_FULL_MAMBA": _MAMBA,
     "openai_server/basic/test_serving_transcription.py": "a Whisper model",
+    _STOP: "asks a trained model to stop",
     "openai_server/basic/test_openai_server.py::TestOpenAIV1Rerank": "a cross-encoder",
     "openai_server/features/test_json_mode.py": "asks a trained model to end an object",
     "openai_server/features/test_openai_server_ebnf.py": "xgrammar masks on a GPU only",
