@@ -125,6 +125,8 @@ def resize_blocks(memory: KVMemory, num_blocks: int) -> None:
 def start_windows(memory: KVMemory, requests: Requests) -> None:
     """What the end of prefill does: first windows, by a random query, and their blocks."""
     g, rows = memory.geometry, requests.rows
+    for row in range(1, len(rows) + 1):
+        memory.admit(row)
     lengths = requests.seq_lens
     num_pages = (lengths + g.page_size - 1) // g.page_size
     longest = int(num_pages.max()) * g.page_size

@@ -78,7 +78,7 @@ def engines(
     with (folder / "log").open("w") as log:
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         command = [sys.executable, str(SCRIPT), str(path)]
-        end = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment, timeout=300)
+        end = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment, timeout=300 * len(jobs))
     assert end.returncode == 0, (folder / "log").read_text()[-4000:]
     return dict(zip(jobs, json.loads(path.with_suffix(".replies.json").read_text()), strict=True))
 
