@@ -24,7 +24,7 @@ SHELL := /bin/bash
 PYTHON ?= $(shell for python in python3.12 python3.11 python3; do \
     $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 VENV ?= .venv
-MODEL ?= benchmarks/accuracy/model
+MODEL ?= benchmarks/needle/model
 HOST ?= 127.0.0.1
 PORT ?= 30000
 # The device holds 5 % of what the host store holds.
@@ -85,7 +85,7 @@ accuracy-quick: $(INSTALLED)
 	$(RUN) -m pytest -q tests/server/test_accuracy_quick.py
 
 train-model: $(INSTALLED)
-	$(RUN) -m benchmarks.accuracy.train --out $(OUT)
+	$(RUN) -m benchmarks.needle.train --out $(OUT)
 
 bench: $(INSTALLED)
 	$(RUN) -m benchmarks.throughput --ablations $(BENCH_FLAGS)
@@ -99,23 +99,23 @@ cost-model: $(INSTALLED)
 	$(RUN) -m benchmarks.cost_model.report benchmarks/README.md
 
 soak: $(INSTALLED)
-	$(RUN) -m tests.soak $(SOAK_FLAGS)
+	$(RUN) -m tools.soak $(SOAK_FLAGS)
 
 soak-quick: $(INSTALLED)
 	$(RUN) -m pytest -q -s tests/server/oracles/test_soak_quick.py
 
 fuzz: $(INSTALLED)
-	PYTHONPATH=tests $(RUN) -m stateful.fuzz $(FUZZ_FLAGS)
+	$(RUN) -m tools.fuzz $(FUZZ_FLAGS)
 
 bench-programs: $(INSTALLED)
 	$(RUN) -m benchmarks.programs $(PROGRAMS_FLAGS)
 	$(RUN) -m benchmarks.records benchmarks/README.md
 
 compatibility: $(INSTALLED)
-	$(RUN) -m freekv_patches.compatibility --write $(WHEELS)
+	$(RUN) -m tools.sglang_releases.compatibility --write $(WHEELS)
 
 gpu-suite: $(INSTALLED)
-	$(RUN) -m benchmarks.gpu_suite $(SUITE_FLAGS)
+	$(RUN) -m benchmarks.gpu.suite $(SUITE_FLAGS)
 
 lint: $(INSTALLED)
 	@$(RUN) -m ruff --version >/dev/null 2>&1 || $(RUN) -m pip install -q ruff

@@ -29,8 +29,8 @@ import torch
 
 from benchmarks.gpu.serve_check import difference
 from benchmarks.records import RESULTS, ROOT, RecordWriter, read_records
-from sglang_freekv.geometry import GPU_HEAD_DIMS, Geometry, stored_head_dim
-from sglang_freekv.tiny_model import TinyModel
+from sglang_freekv.memory.geometry import GPU_HEAD_DIMS, Geometry, stored_head_dim
+from sglang_freekv.testing.tiny_model import TinyModel
 
 MODELS = {
     "llama-mha": TinyModel("llama", heads=4, kv_heads=4, head_dim=64),

@@ -5,10 +5,8 @@ Imports the standard library only: spawned processes unpickle it before SGLang h
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import Field, dataclass, field, fields
-from reprlib import repr as shorten
 from typing import Any, Literal
 
 METHOD_OPTION = "kv_retrieval"
@@ -114,7 +112,7 @@ class FreeKVConfig:
     page_size: int = 32  # tokens; SGLang's --page-size
 
     def __post_init__(self) -> None:
-        is_page_size = _is_int(self.page_size) and self.page_size in PAGE_SIZES
+        is_page_size = is_int(self.page_size) and self.page_size in PAGE_SIZES
         _require(is_page_size, "--page-size", self.page_size, "tokens, " + _or(PAGE_SIZES))
         if self.max_budget_tokens is None:
             object.__setattr__(self, "max_budget_tokens", self.budget_tokens)
@@ -147,7 +145,7 @@ class FreeKVConfig:
         layers = self.dense_layers
         _require(
             isinstance(layers, tuple)
-            and all(_is_int(layer) and layer >= 0 for layer in layers)
+            and all(is_int(layer) and layer >= 0 for layer in layers)
             and len(set(layers)) == len(layers),
             "--freekv-dense-layers",
             layers,
@@ -155,7 +153,7 @@ class FreeKVConfig:
         )
         is_pooling = self.group_pooling in GROUP_POOLINGS
         _require(is_pooling, "--freekv-group-pooling", self.group_pooling, _or(GROUP_POOLINGS))
-        is_known = _is_int(self.key_bits) and self.key_bits in KEY_BITS
+        is_known = is_int(self.key_bits) and self.key_bits in KEY_BITS
         _require(is_known, "--freekv-key-bits", self.key_bits, _or(KEY_BITS))
         for name in ("refetch", "audit"):
             _require(isinstance(getattr(self, name), bool), f"--freekv-{name}", getattr(self, name), "True or False")
@@ -164,13 +162,13 @@ class FreeKVConfig:
 
     def _check_tokens(self, name: str) -> None:
         tokens = getattr(self, name)
-        flag = f"--freekv-{_flags()[name].metadata['flag']}"
-        whole_pages = _is_int(tokens) and tokens >= 0 and tokens % self.page_size == 0
+        flag = f"--freekv-{flags()[name].metadata['flag']}"
+        whole_pages = is_int(tokens) and tokens >= 0 and tokens % self.page_size == 0
         _require(whole_pages, flag, tokens, f"tokens, a multiple of the page size ({self.page_size})")
 
     def keywords(self) -> dict[str, Any]:
         """The settings as `sgl.Engine` takes them, and as JSON shows them."""
-        values = {OPTION_PREFIX + f.metadata["flag"].replace("-", "_"): getattr(self, n) for n, f in _flags().items()}
+        values = {OPTION_PREFIX + f.metadata["flag"].replace("-", "_"): getattr(self, n) for n, f in flags().items()}
         as_json = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
         return as_json | {"page_size": self.page_size}
 
@@ -195,136 +193,12 @@ class FreeKVConfig:
     def arena_pages(self) -> int:
         return self.arena_tokens // self.page_size
 
-    def request_budget_tokens(self, custom_params: Mapping[str, Any] | None) -> int:
-        """Resolve a request's budget in tokens.
 
-        Parameters
-        ----------
-        custom_params : mapping or None
-            SGLang's sampling parameter of that name. ``{"freekv_budget": N}`` asks for N tokens.
-
-        Raises
-        ------
-        ValueError
-            If N does not fit, or another key starts with "freekv_".
-        """
-        if custom_params is None:
-            return self.budget_tokens
-        if not isinstance(custom_params, Mapping):
-            raise ValueError(f'custom_params is {shorten(custom_params)}; give {{"{BUDGET_PARAM}": tokens}}.')
-        for key in custom_params:
-            if str(key).startswith(OPTION_PREFIX) and key not in (BUDGET_PARAM, DUMP_PARAM):
-                raise ValueError(f"custom_params has the unknown key {shorten(key)}; did you mean {BUDGET_PARAM!r}?")
-        tokens = custom_params.get(BUDGET_PARAM, self.budget_tokens)
-        fixed = self.sink_tokens + self.recent_tokens
-        if not _is_int(tokens) or not fixed <= tokens <= self.max_budget_tokens or tokens % self.page_size:
-            raise ValueError(
-                f"custom_params.{BUDGET_PARAM} is {shorten(tokens)}; give tokens, a multiple of {self.page_size}, "
-                f"at least {fixed} (sink + recent), at most {self.max_budget_tokens} (--freekv-max-budget)."
-            )
-        return tokens
-
-    def request_dump_interval(self, custom_params: Mapping[str, Any] | None) -> int | None:
-        """Every how many decode steps a request's windows are dumped; None: never.
-
-        Raises
-        ------
-        ValueError
-            If ``custom_params["freekv_dump"]`` is no such number, or the server has no folder for it.
-        """
-        every = (custom_params or {}).get(DUMP_PARAM, False)
-        if every is False:
-            return None
-        if every is not True and not (_is_int(every) and every > 0):
-            raise ValueError(f"custom_params.{DUMP_PARAM} is {shorten(every)}; give true, or a number of steps from 1.")
-        if self.debug_dump is None:
-            raise ValueError(f"custom_params.{DUMP_PARAM} needs a server started with --freekv-debug-dump DIR.")
-        return int(every)
-
-
-def check_custom_params_fit(custom_params: Mapping[str, Any] | None) -> None:
-    """Refuse what SGLang 0.5.17 does not carry to its scheduler, which ends where it cannot read a message.
-
-    Raises
-    ------
-    ValueError
-        If a value, of anybody's key, is neither plain nor a list or a mapping of plain ones.
-    """
-    for key, value in (custom_params or {}).items():
-        parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else [value]
-        if not all(part is None or isinstance(part, (bool, int, float, str)) for part in parts):
-            raise ValueError(
-                f"custom_params.{shorten(key)} is {shorten(value)}; give a number, a text, true, false, null, or a "
-                "list or an object of those."
-            )
-
-
-def add_cli_args(parser: argparse.ArgumentParser) -> None:
-    """Add ``--kv-retrieval`` and the ``--freekv-*`` flags. A flag that is not given parses to None."""
-    group = parser.add_argument_group("KV retrieval")
-    group.add_argument(
-        "--kv-retrieval",
-        choices=("none", "freekv"),
-        help="freekv: a window of each request's KV on the device, all of it in CPU memory (default: none)",
-    )
-    for flag in _flags().values():
-        meta = flag.metadata
-        text = meta["help"] if "(default" in meta["help"] else f"{meta['help']} (default: {flag.default})"
-        # A switch has no value to parse; its default says "not given", as with the other flags.
-        kind = {"action": "store_true"} if meta["parse"] is bool else {"type": meta["parse"]} | meta["values"]
-        group.add_argument(f"--freekv-{meta['flag']}", default=None, help=text.replace("%", "%%"), **kind)
-
-
-def take_options(options: Mapping[str, Any]) -> tuple[FreeKVConfig | None, dict[str, Any]]:
-    """Split FreeKV's options, by keyword names, from SGLang's.
-
-    Returns
-    -------
-    config : FreeKVConfig or None
-        None where ``kv_retrieval`` is not "freekv".
-    rest : dict
-        The options that are SGLang's. Its ``page_size`` is among them, and in the config where it is set.
-
-    Raises
-    ------
-    UnsupportedConfiguration
-        If a value is refused, or FreeKV's options are given without ``kv_retrieval="freekv"``.
-    """
-    keywords = {OPTION_PREFIX + f.metadata["flag"].replace("-", "_"): f for f in _flags().values()}
-    rest = {name: value for name, value in options.items() if name != METHOD_OPTION and name not in keywords}
-    method = options.get(METHOD_OPTION)
-    given = {name: options[name] for name in keywords if options.get(name) is not None}
-    if method not in (None, "none", "freekv"):
-        raise UnsupportedConfiguration(f"--kv-retrieval is {method!r}; give none or freekv.")
-    if method != "freekv":
-        if given:
-            flag = "--" + next(iter(given)).replace("_", "-")
-            raise UnsupportedConfiguration(f"{flag} has no effect without --kv-retrieval freekv; add it.")
-        return None, rest
-    settings = {keywords[name].name: _parse(keywords[name], value) for name, value in given.items()}
-    if (page_size := options.get("page_size")) is not None:
-        settings["page_size"] = page_size
-    return FreeKVConfig(**settings), rest
-
-
-def _parse(flag: Field, value: Any) -> Any:
-    """Accept what the command line gives, and from Python also its text form or a list; the config checks the rest."""
-    parse = flag.metadata["parse"]
-    if not isinstance(value, str):
-        return tuple(value) if isinstance(value, Iterable) else value
-    try:
-        return value if parse is bool else parse(value)
-    except ValueError:
-        raise UnsupportedConfiguration(
-            f"--freekv-{flag.metadata['flag']} is {value!r}; give {flag.metadata['help']}."
-        ) from None
-
-
-def _flags() -> dict[str, Field]:
+def flags() -> dict[str, Field]:
     return {f.name: f for f in fields(FreeKVConfig) if "flag" in f.metadata}
 
 
-def _is_int(value: Any) -> bool:
+def is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 

@@ -12,7 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sglang_freekv.config import PAGE_SIZES, FreeKVConfig, UnsupportedConfiguration, add_cli_args, take_options
+from sglang_freekv.config import PAGE_SIZES, FreeKVConfig, UnsupportedConfiguration
+from sglang_freekv.flags import add_cli_args, take_options
+from sglang_freekv.request_params import request_budget_tokens, request_dump_interval
 
 
 def parse(*argv: str) -> dict:
@@ -164,7 +166,7 @@ def test_every_flag_has_a_help_text_that_names_its_default():
 
 @pytest.mark.parametrize("custom_params", [None, {}, {"thinking_budget": 5}])
 def test_a_request_that_asks_for_nothing_gets_the_budget(custom_params):
-    assert FreeKVConfig(max_budget_tokens=4096).request_budget_tokens(custom_params) == 2048
+    assert request_budget_tokens(FreeKVConfig(max_budget_tokens=4096), custom_params) == 2048
 
 
 @given(tokens=st.one_of(st.integers(-64, 5000), st.booleans(), st.floats(), st.text(max_size=3), st.none()))
@@ -172,7 +174,7 @@ def test_a_request_gets_what_it_asks_for_or_a_sentence(tokens):
     config = FreeKVConfig(max_budget_tokens=4096)
     fits = type(tokens) is int and tokens in range(256, 4097, 32)
     try:
-        assert config.request_budget_tokens({"freekv_budget": tokens}) == tokens
+        assert request_budget_tokens(config, {"freekv_budget": tokens}) == tokens
     except ValueError as error:
         assert not fits
         assert "multiple of 32" in str(error) and "4096" in str(error)
@@ -183,20 +185,20 @@ def test_a_request_gets_what_it_asks_for_or_a_sentence(tokens):
 @pytest.mark.parametrize("custom_params", [5, [1], {"freekv_budgets": 512}])
 def test_parameters_that_would_be_ignored_are_refused(custom_params):
     with pytest.raises(ValueError, match="custom_params"):
-        FreeKVConfig().request_budget_tokens(custom_params)
+        request_budget_tokens(FreeKVConfig(), custom_params)
 
 
 @pytest.mark.parametrize(
     ("asked", "interval"), [(None, None), ({}, None), ({"freekv_dump": False}, None), ({"freekv_dump": True}, 1)]
 )
 def test_a_request_is_dumped_where_it_asks_for_it(asked, interval):
-    assert FreeKVConfig(debug_dump="dumps").request_dump_interval(asked) == interval
+    assert request_dump_interval(FreeKVConfig(debug_dump="dumps"), asked) == interval
 
 
 @given(every=st.one_of(st.integers(-3, 100), st.floats(), st.text(max_size=3), st.none()))
 def test_steps_between_dumps_are_counted_from_one(every):
     try:
-        assert FreeKVConfig(debug_dump="dumps").request_dump_interval({"freekv_dump": every}) == every
+        assert request_dump_interval(FreeKVConfig(debug_dump="dumps"), {"freekv_dump": every}) == every
     except ValueError as error:
         assert not (type(every) is int and every > 0)
         assert shorten(every) in str(error) and "a number of steps from 1" in str(error)
@@ -206,4 +208,4 @@ def test_steps_between_dumps_are_counted_from_one(every):
 
 def test_a_dump_without_a_folder_is_refused_with_the_flag_to_add():
     with pytest.raises(ValueError, match="--freekv-debug-dump DIR"):
-        FreeKVConfig().request_dump_interval({"freekv_dump": True})
+        request_dump_interval(FreeKVConfig(), {"freekv_dump": True})

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 
 from sglang_freekv.config import FreeKVConfig
-from sglang_freekv.geometry import Geometry
+from sglang_freekv.memory.geometry import Geometry
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from statistics import mean
 from typing import Any, NamedTuple
 
 from benchmarks.accuracy.methods import METHODS, Layout
-from benchmarks.accuracy.pivot import pivot
 from benchmarks.accuracy.results import FULL
 from benchmarks.records import Record, fill_marked, render_lines, sources
+from benchmarks.study.pivot import pivot
 
 _KIB = 1024
 

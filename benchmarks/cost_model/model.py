@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from sglang_freekv.geometry import Geometry, stored_head_dim
+from sglang_freekv.memory.geometry import Geometry, stored_head_dim
 
 MODELS = Path(__file__).parent / "models"  # config.json of each, as published, without what is not read here
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")

@@ -10,8 +10,8 @@ from benchmarks.cost_model.machine import Machine
 from benchmarks.cost_model.model import Model
 from benchmarks.cost_model.step_time import Setting, step_seconds
 from sglang_freekv.config import FreeKVConfig
-from sglang_freekv.geometry import Geometry
-from sglang_freekv.memory_plan import GIB, MemoryPlan, plan_memory
+from sglang_freekv.memory.geometry import Geometry
+from sglang_freekv.memory.plan import GIB, MemoryPlan, plan_memory
 
 K = 1024
 # Smaller ones would be faster still, and nobody has measured what they lose.

@@ -9,7 +9,7 @@ import torch
 from benchmarks.gpu.link import HostPages, NoDriver, TimedMemory
 from benchmarks.gpu.timing import Stopwatch
 from freekv_kernels import recall_blocks
-from sglang_freekv.geometry import Geometry
+from sglang_freekv.memory.geometry import Geometry
 
 # Several times any cache, on each side of a copy; and a list as long as the recalls of a busy step's layer.
 _COPY_BYTES = {"cpu": 256 << 20, "cuda": 4 << 30}

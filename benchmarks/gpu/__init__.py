@@ -1,1 +1,1 @@
-"""The phases of `benchmarks.gpu_suite`: one module each, run as a process of its own (`python -m benchmarks.gpu`)."""
+"""The phases of `benchmarks.gpu.suite`: one module each, run as a process of its own (`python -m benchmarks.gpu`)."""

@@ -7,7 +7,7 @@ from itertools import product
 import torch
 
 from benchmarks.gpu.session import Session
-from sglang_freekv.geometry import GPU_HEAD_DIMS
+from sglang_freekv.memory.geometry import GPU_HEAD_DIMS
 
 _DTYPES = (torch.bfloat16, torch.float16)
 

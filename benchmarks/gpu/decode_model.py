@@ -19,7 +19,7 @@ from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, Forw
 from sglang.srt.plugins import load_plugins
 from sglang.srt.server_args import PortArgs, ServerArgs
 
-from sglang_freekv.geometry import Geometry
+from sglang_freekv.memory.geometry import Geometry
 
 WALK_TOKENS = 512
 _PERSISTENCE = 0.8  # cosine of two steps of the walk; what moves comes back the later, the larger it is

@@ -16,11 +16,11 @@ from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from benchmarks.gpu.decode_model import WALK_TOKENS, decode_batch
 from freekv_kernels import Batch, Read
-from sglang_freekv.device_blocks import DeviceBlocks
-from sglang_freekv.kv_memory import KVMemory
-from sglang_freekv.kv_pool import FreeKVPool
-from sglang_freekv.page_table import num_pages_of
-from sglang_freekv.retrieval import make_resident, select_windows
+from sglang_freekv.algorithm.decode import make_resident, select_windows
+from sglang_freekv.memory.device_blocks import DeviceBlocks
+from sglang_freekv.memory.geometry import num_pages_of
+from sglang_freekv.memory.kv_memory import KVMemory
+from sglang_freekv.serving.kv_pool import FreeKVPool
 
 _PAGE = 32
 _PIECE_BYTES = 1 << 30  # `PinnedMemory`: the driver's copies stay within a piece

@@ -13,10 +13,10 @@ import torch
 
 from benchmarks.gpu.session import Session
 from benchmarks.gpu.timing import Stopwatch
-from benchmarks.kernel_inputs import Call, KernelInputs
 from freekv_kernels import REFERENCE, Ops, triton_ops
 from sglang_freekv.config import FreeKVConfig
-from sglang_freekv.geometry import Geometry
+from sglang_freekv.memory.geometry import Geometry
+from sglang_freekv.testing.kernel_inputs import Call, KernelInputs
 
 # Those that a decode step of a usual server has come first.
 _SIZES = [(8, 32768), (1, 32768), (32, 32768), (8, 131072), (1, 131072), (32, 131072), (8, 8192), (1, 8192), (32, 8192)]
@@ -189,11 +189,11 @@ def measure_attention(session: Session, stopwatch: Stopwatch, inputs: KernelInpu
     """Attention over the windows, and what it stands beside: FlashInfer over the whole context, and its top-k."""
     g, batch, width, device = inputs.geometry, inputs.batch_size, inputs.width, session.device
     if session.is_rehearsal:
-        from sglang_freekv.attention_torch import TorchWindowAttention
+        from sglang_freekv.attention.cpu import TorchWindowAttention
 
         attention = TorchWindowAttention(g, batch, width)
     else:
-        from sglang_freekv.attention_flashinfer import FlashInferWindowAttention, allocate_float_workspace
+        from sglang_freekv.attention.gpu import FlashInferWindowAttention, allocate_float_workspace
 
         attention = FlashInferWindowAttention(g, batch, width, device, allocate_float_workspace(g, device))
     block_kv = inputs.layer.block_kv.normal_()

@@ -13,7 +13,7 @@ import psutil
 import torch
 
 from benchmarks.gpu.session import Session
-from sglang_freekv.host_memory import GIB, cpus_near, free_container_bytes, free_host_bytes, pci_address
+from sglang_freekv.memory.pinned import GIB, cpus_near, free_container_bytes, free_host_bytes, pci_address
 
 _QUERIES = {
     "driver": "driver_version",

@@ -25,7 +25,7 @@ def test_kernels(session: Session) -> None:
 def test_gpu(session: Session) -> None:
     """Everything that is marked as needing a GPU; a rehearsal has other tests."""
     if session.is_rehearsal:
-        run_pytest(session, ["tests/test_records.py", "-m", "not gpu"])
+        run_pytest(session, ["tests/benchmarks/test_records.py", "-m", "not gpu"])
     else:
         run_pytest(session, ["tests", "-m", "gpu"])
 

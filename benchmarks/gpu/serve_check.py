@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from benchmarks.gpu.session import Session
 from benchmarks.records import ROOT
-from sglang_freekv.tiny_model import TinyModel
+from sglang_freekv.testing.tiny_model import TinyModel
 
 _NARROW = 256  # tokens of budget for requests that must select
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 
 from sglang_freekv.config import FreeKVConfig
-from sglang_freekv.geometry import Geometry
-from sglang_freekv.tiny_model import TinyModel, build_tokenizer
+from sglang_freekv.memory.geometry import Geometry
+from sglang_freekv.testing.tiny_model import TinyModel, build_tokenizer
 
 
 @dataclass(frozen=True)

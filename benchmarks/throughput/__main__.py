@@ -34,7 +34,7 @@ from benchmarks.throughput.report import table
 from benchmarks.throughput.run import Phase, Run
 from benchmarks.throughput.setups import FREEKV, Common, Retrieval, ablations
 from benchmarks.throughput.workloads import ABLATION, FULL, MEMORY, QUICK, SERIES, TRAFFIC, Suite, Workload
-from sglang_freekv.tiny_model import TinyModel
+from sglang_freekv.testing.tiny_model import TinyModel
 
 BUILD = ROOT / "build" / "throughput"
 # In float32 two servers agree on every token, in bfloat16 rounding alone flips some; sizes are those of bfloat16.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from freekv_patches import ALL_PATCHES
+from freekv_patches.registry import ALL_PATCHES
 
 
 def main() -> int:

@@ -7,8 +7,8 @@ plain one.
 
 from __future__ import annotations
 
+from freekv_patches.announcement import announced_to_children
 from freekv_patches.patch import HookType, Patch, freekv_config
-from sglang_freekv.plugin import announced_to_children
 
 
 def launch_subprocesses(original, cls, server_args, *args, **kwargs):

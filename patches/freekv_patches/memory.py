@@ -14,7 +14,7 @@ _CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator"
 def resolve_memory_pool_config(original, self, pre_model_load_memory):
     resolved = original(self, pre_model_load_memory)
     if (config := freekv_config(self.server_args)) is not None:
-        from sglang_freekv.sizing import plan_for
+        from sglang_freekv.serving.pool_sizes import plan_for
 
         plan = plan_for(self, config, pre_model_load_memory, resolved.max_running_requests)
         # The configurator has slots; SGLang's arguments take names with an underscore after they are resolved.
@@ -26,7 +26,7 @@ def resolve_memory_pool_config(original, self, pre_model_load_memory):
 def build_default_req_pool(original, self, *, max_num_reqs, extra_max_context_len):
     if (config := freekv_config(self.server_args)) is None:
         return original(self, max_num_reqs=max_num_reqs, extra_max_context_len=extra_max_context_len)
-    from sglang_freekv.kv_pool import FreeKVReqToTokenPool
+    from sglang_freekv.serving.kv_pool import FreeKVReqToTokenPool
 
     max_context_len = self.model_config.context_len + extra_max_context_len
     return FreeKVReqToTokenPool(config, max_num_reqs, max_context_len, self.device)
@@ -35,8 +35,8 @@ def build_default_req_pool(original, self, *, max_num_reqs, extra_max_context_le
 def build_kv_pool(original, self, **kwargs):
     if freekv_config(self.server_args) is None:
         return original(self, **kwargs)
-    from sglang_freekv.kv_pool import FreeKVPool
-    from sglang_freekv.sizing import max_context_of
+    from sglang_freekv.serving.kv_pool import FreeKVPool
+    from sglang_freekv.serving.pool_sizes import max_context_of
 
     # Handed over once: /server_info dumps whatever the arguments carry.
     plan = vars(self.server_args).pop("_freekv_plan")

@@ -6,18 +6,18 @@ from freekv_patches.patch import HookType, Patch
 
 
 def extend_pool_stats(result, self):
-    from sglang_freekv.kv_pool import FreeKVPool
+    from sglang_freekv.serving.kv_pool import FreeKVPool
 
     pool = self.token_to_kv_pool_allocator.get_kvcache()
     if isinstance(pool, FreeKVPool):
-        from sglang_freekv.metrics import FreeKVPoolStats
+        from sglang_freekv.serving.metrics import FreeKVPoolStats
 
         return FreeKVPoolStats.extend(result, pool.memory)
 
 
 def publish_metrics(result, self, stats):
     if (freekv := getattr(stats, "freekv", None)) is not None:
-        from sglang_freekv.metrics import publish
+        from sglang_freekv.serving.metrics import publish
 
         publish(freekv, self.labels)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from reprlib import repr as shorten
 
 from freekv_patches.patch import HookType, Patch, freekv_config
-from sglang_freekv.config import check_custom_params_fit
+from sglang_freekv.request_params import check_custom_params_fit, request_budget_tokens, request_dump_interval
 
 
 def check_request(self, obj, input_ids):
@@ -18,8 +18,8 @@ def check_request(self, obj, input_ids):
         if not self.server_args.enable_lora:  # an adapter may bring tokens of its own
             _check_tokens(input_ids, self.model_config.vocab_size)
         custom_params = (obj.sampling_params or {}).get("custom_params")
-        config.request_budget_tokens(custom_params)
-        config.request_dump_interval(custom_params)
+        request_budget_tokens(config, custom_params)
+        request_dump_interval(config, custom_params)
         check_custom_params_fit(custom_params)
 
 

@@ -34,7 +34,7 @@ def init_eager_runner(original, self, model_runner):
 def enable_fused_set_kv_buffer(original, forward_batch):
     from sglang.srt.model_executor.forward_context import get_token_to_kv_pool
 
-    from sglang_freekv.kv_pool import FreeKVPool
+    from sglang_freekv.serving.kv_pool import FreeKVPool
 
     return not isinstance(get_token_to_kv_pool(), FreeKVPool) and original(forward_batch)
 

@@ -21,8 +21,8 @@ _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
 def start_scheduler(original, self, server_args, *args, **kwargs):
     if freekv_config(server_args) is None:
         return original(self, server_args, *args, **kwargs)
-    from freekv_patches import assert_installed
-    from sglang_freekv.self_check import check_parts
+    from freekv_patches.registry import assert_installed
+    from sglang_freekv.serving.self_check import check_parts
 
     try:
         original(self, server_args, *args, **kwargs)

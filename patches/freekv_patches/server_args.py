@@ -11,10 +11,16 @@ import argparse
 import sys
 
 from freekv_patches.patch import HookType, Patch
-from sglang_freekv import plugin, support
-from sglang_freekv.config import UnsupportedConfiguration, add_cli_args, take_options
+from sglang_freekv.config import UnsupportedConfiguration
+from sglang_freekv.flags import add_cli_args, take_options
+from sglang_freekv.serving import support
 
 _SERVER_ARGS = "sglang.srt.server_args.ServerArgs"
+
+
+def activate() -> None:
+    """Patch this process and register FreeKV's parts. The plug-in, which is above this module, puts its own here."""
+    raise RuntimeError("FreeKV's flags are in, but its plug-in has not been registered")
 
 
 def add_flags(result, parser):
@@ -44,7 +50,7 @@ def init(original, self, *args, **kwargs):
 def _attach(server_args, config):
     support.check_resolved(server_args, config)
     server_args._freekv = config
-    plugin.activate()
+    activate()
 
 
 PATCHES = (

@@ -6,10 +6,11 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from sglang_freekv import plugin
+from freekv_patches.patch import IncompatibleSGLang, check_version
+from freekv_patches.registry import patch_status
 from sglang_freekv.doctor import environment
-from sglang_freekv.host_memory import GIB
-from sglang_freekv.sizes import in_words
+from sglang_freekv.memory.pinned import GIB
+from sglang_freekv.memory.units import in_words
 
 _EPILOG = (
     "All other flags are those of the server: --freekv-budget, --tp-size, --mem-fraction-static and so on. Sizes are "
@@ -75,9 +76,11 @@ def _gib(text: str) -> int:
 
 
 def _report_patches(report: Report) -> None:
-    if (refusal := plugin.check_release()) is not None:
-        report.problem(refusal)
-    number, mismatches = plugin.patch_status()
+    try:
+        check_version()
+    except IncompatibleSGLang as error:
+        report.problem(str(error))
+    number, mismatches = patch_status()
     report.section("Patches", [f"{number - len(mismatches)} of {number} targets fit this SGLang", *mismatches])
     for mismatch in mismatches:
         report.problem(f"a patch does not fit: {mismatch}")

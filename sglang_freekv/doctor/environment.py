@@ -9,8 +9,8 @@ from importlib.metadata import PackageNotFoundError, version
 import psutil
 import torch
 
-from sglang_freekv.host_memory import free_container_bytes
-from sglang_freekv.sizes import in_words
+from sglang_freekv.memory.pinned import free_container_bytes
+from sglang_freekv.memory.units import in_words
 
 _PACKAGES = ("sglang-freekv", "sglang", "torch", "triton", "flashinfer-python", "transformers", "prometheus-client")
 

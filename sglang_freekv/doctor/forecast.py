@@ -13,11 +13,12 @@ from unittest import mock
 import psutil
 import torch
 
-from sglang_freekv import sizing, support
-from sglang_freekv.config import FreeKVConfig, UnsupportedConfiguration, add_cli_args, take_options
-from sglang_freekv.host_memory import GIB, free_container_bytes, free_host_bytes
-from sglang_freekv.memory_plan import MemoryPlan, plan_memory
-from sglang_freekv.sizes import in_words
+from sglang_freekv.config import FreeKVConfig, UnsupportedConfiguration
+from sglang_freekv.flags import add_cli_args, take_options
+from sglang_freekv.memory.pinned import GIB, free_container_bytes, free_host_bytes
+from sglang_freekv.memory.plan import MemoryPlan, plan_memory
+from sglang_freekv.memory.units import in_words
+from sglang_freekv.serving import pool_sizes, support
 
 if TYPE_CHECKING:
     from sglang.srt.configs.model_config import ModelConfig
@@ -99,7 +100,7 @@ def forecast(server_args: ServerArgs, config: FreeKVConfig, machine: Machine) ->
     """
     model, device = server_args.get_model_config(), server_args.device
     weights_bytes = _weights_bytes(model, machine) // server_args.tp_size
-    geometry = sizing.geometry_of_model(
+    geometry = pool_sizes.geometry_of_model(
         model,
         config,
         num_layers=model.num_attention_layers,
@@ -119,11 +120,11 @@ def forecast(server_args: ServerArgs, config: FreeKVConfig, machine: Machine) ->
     max_context, workspaces = None, 0
     if device == "cpu":
         in_container = free_container_bytes() if machine.host_bytes is None else None
-        device_bytes, host_bytes = sizing.divide_cpu_memory(free_bytes, in_container, server_args)
+        device_bytes, host_bytes = pool_sizes.divide_cpu_memory(free_bytes, in_container, server_args)
     else:
-        device_bytes, host_bytes = free_bytes, sizing.share_of_host(machine.free_host_bytes, server_args)
-        max_context = sizing.table_width(model, server_args, geometry.page_size)
-        workspaces = sizing.attention_bytes(geometry, _num_sms(machine))
+        device_bytes, host_bytes = free_bytes, pool_sizes.share_of_host(machine.free_host_bytes, server_args)
+        max_context = pool_sizes.table_width(model, server_args, geometry.page_size)
+        workspaces = pool_sizes.attention_bytes(geometry, _num_sms(machine))
     plan = plan_memory(
         geometry,
         config,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from sglang_freekv.operations import catalog, dashboard
+from sglang_freekv.operations import dashboard
+from sglang_freekv.serving import metrics_catalog
 
 FOLDER = Path(__file__).parent
 _START, _END = "<!-- metrics -->", "<!-- end -->"
@@ -18,7 +19,7 @@ def generated() -> dict[Path, str]:
     _, after = rest.split(_END)
     return {
         FOLDER / "grafana_dashboard.json": json.dumps(dashboard.build(), indent=2) + "\n",
-        readme: f"{before}{_START}\n{catalog.markdown_table()}\n{_END}{after}",
+        readme: f"{before}{_START}\n{metrics_catalog.markdown_table()}\n{_END}{after}",
     }
 
 

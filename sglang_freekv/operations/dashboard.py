@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-from sglang_freekv.operations.catalog import METRICS, published_name
+from sglang_freekv.serving.metrics_catalog import METRICS, published_name
 
 _COLUMNS, _WIDTH, _HEIGHT = 3, 8, 8  # of 24 grid units
 _DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}

@@ -16,10 +16,10 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from benchmarks.kernel_inputs import KernelInputs
 from freekv_kernels import Ops, triton_ops
 from sglang_freekv.config import FreeKVConfig
-from sglang_freekv.geometry import Geometry
+from sglang_freekv.memory.geometry import Geometry
+from sglang_freekv.testing.kernel_inputs import KernelInputs
 
 LLAMA_8B = Geometry(num_layers=32, num_qo_heads=32, num_kv_heads=8, head_dim=128, dtype=torch.bfloat16, key_bits=2)
 ODD = Geometry(num_layers=2, num_qo_heads=9, num_kv_heads=3, head_dim=96, dtype=torch.float16, page_size=64, key_bits=4)

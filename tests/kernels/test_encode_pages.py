@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from freekv_kernels import REFERENCE
-from op_tables import decode_keys
+from tests.support.op_tables import decode_keys
 
 LAYERS, LAYER = 3, 1
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from freekv_kernels import Read, summarize_pages
-from op_tables import batch_of, decode_keys, flags_of
+from tests.support.op_tables import batch_of, decode_keys, flags_of
 
 FREE = -7.0  # what nobody may overwrite
 

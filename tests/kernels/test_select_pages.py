@@ -9,7 +9,7 @@ import torch
 
 from freekv_kernels import Read
 from freekv_kernels.select_pages import POOLINGS
-from op_tables import batch_of, flags_of
+from tests.support.op_tables import batch_of, flags_of
 
 FREE = -7  # what nobody may overwrite
 SCALE = 0.3  # of logits

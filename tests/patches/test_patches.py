@@ -15,10 +15,9 @@ from typing import NamedTuple
 import pytest
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-import freekv_patches
-from freekv_patches import ALL_PATCHES, IncompatibleSGLang, launch, memory, patch, requests, runner, scheduler
-from freekv_patches.patch import Patch, check_applied, check_version, install
-from sglang_freekv import plugin
+from freekv_patches import launch, memory, patch, plugin, registry, requests, runner, scheduler
+from freekv_patches.patch import IncompatibleSGLang, Patch, check_applied, check_version, install
+from freekv_patches.registry import ALL_PATCHES
 from sglang_freekv.config import FreeKVConfig, UnsupportedConfiguration
 
 PLAIN = types.SimpleNamespace()  # arguments of a plain server
@@ -126,8 +125,8 @@ def test_a_target_that_another_plug_in_took_first_is_noticed(upstream):
 
 
 def test_a_changed_signature_ends_the_process_and_not_just_the_plug_in(monkeypatch):
-    changed = dataclasses.replace(freekv_patches.FLAG_PATCHES[0], signature="(parser, changed)")
-    monkeypatch.setattr(freekv_patches, "FLAG_PATCHES", (changed,))
+    changed = dataclasses.replace(registry.FLAG_PATCHES[0], signature="(parser, changed)")
+    monkeypatch.setattr(registry, "FLAG_PATCHES", (changed,))
     with pytest.raises(SystemExit, match=r"add_cli_args: expected \(parser, changed\), found \(parser: "):
         plugin.register()
 
@@ -157,7 +156,7 @@ from sglang.srt import server_args
 from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 from sglang.srt.mem_cache.registry import registered_radix_cache_backends
 from sglang.srt.plugins import load_plugins
-from freekv_patches import ALL_PATCHES, FLAG_PATCHES, assert_installed
+from freekv_patches.registry import ALL_PATCHES, FLAG_PATCHES, assert_installed
 
 def snapshot():
     targets = {}
@@ -335,7 +334,7 @@ def test_a_plain_server_in_a_patched_process_gets_the_attention_of_sglang():
 def test_models_do_not_write_to_a_pool_that_has_no_token_major_buffer(is_freekv, monkeypatch):
     from sglang.srt.model_executor import forward_context
 
-    from sglang_freekv.kv_pool import FreeKVPool
+    from sglang_freekv.serving.kv_pool import FreeKVPool
 
     pool = object.__new__(FreeKVPool) if is_freekv else object()
     monkeypatch.setattr(forward_context, "get_token_to_kv_pool", lambda: pool)
@@ -345,7 +344,7 @@ def test_models_do_not_write_to_a_pool_that_has_no_token_major_buffer(is_freekv,
 def test_models_that_are_loaded_before_and_after_see_the_patched_function():
     program = """
 from sglang.srt.models import gpt_oss
-from sglang_freekv import plugin
+from freekv_patches import plugin
 plugin.activate()
 from sglang.srt.models import qwen3_moe, utils
 assert utils.enable_fused_set_kv_buffer is gpt_oss.enable_fused_set_kv_buffer is qwen3_moe.enable_fused_set_kv_buffer
@@ -361,7 +360,7 @@ def test_the_cache_of_either_sort_releases_the_host_store_when_the_scheduler_end
     from sglang.srt.managers.scheduler import Scheduler
     from sglang.srt.mem_cache.cache_init_params import CacheInitParams
 
-    from sglang_freekv.radix_cache import create_radix_cache
+    from sglang_freekv.serving.radix_cache import create_radix_cache
 
     released = []
     memory = types.SimpleNamespace(release=lambda: released.append(True))
@@ -382,7 +381,7 @@ def test_the_cache_of_either_sort_releases_the_host_store_when_the_scheduler_end
 
 
 def test_the_pool_is_as_wide_as_the_request_table_and_takes_the_plan_along(monkeypatch):
-    from sglang_freekv import kv_pool
+    from sglang_freekv.serving import kv_pool
 
     monkeypatch.setattr(kv_pool, "FreeKVPool", lambda *arguments: arguments)
     server_args = types.SimpleNamespace(

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from servers import Server, serve
-from sglang_freekv.tiny_model import TinyModel
+from sglang_freekv.testing.tiny_model import TinyModel
+from tools.servers import Server, serve
 
 # Every server computes in float32: identical tokens are expected.
 _FLAGS = ("--dtype", "float32", "--chunked-prefill-size", "256", "--enable-cache-report")

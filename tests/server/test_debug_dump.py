@@ -6,7 +6,7 @@ import json
 import random
 from pathlib import Path
 
-from servers import Server, random_prompt
+from tools.servers import Server, random_prompt
 
 NUM_STEPS = 12
 

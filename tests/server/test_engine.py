@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from servers import Server, random_prompt
+from tools.servers import Server, random_prompt
 
 SCRIPT = Path(__file__).with_name("engine_script.py")
 NUM_STEPS = 64

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 import psutil
 import pytest
 
-from servers import Server, assert_pages_are_whole, free_port, serve
+from tools.servers import Server, assert_pages_are_whole, free_port, serve
 
 FREEKV = ("--dtype", "float32", "--chunked-prefill-size", "256", "--kv-retrieval", "freekv", "--freekv-audit")
 STORE_TOKENS = 1024

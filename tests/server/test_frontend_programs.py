@@ -11,8 +11,8 @@ import pytest
 import sglang as sgl
 
 from benchmarks.programs import PATTERN, PROGRAMS, Job, converse, endpoint, run_batch, select
-from openai_requests import LOGPROB_TOLERANCE
-from servers import Server
+from tests.support.openai_requests import LOGPROB_TOLERANCE
+from tools.servers import Server
 
 PAGE_TOKENS = 32
 NUM_QUESTIONS = 4

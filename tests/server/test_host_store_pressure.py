@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from servers import Server, assert_pages_are_whole, random_prompt
+from tools.servers import Server, assert_pages_are_whole, random_prompt
 
 
 def test_a_request_longer_than_the_store_is_refused_with_the_tokens_that_fit(exact: Server, rng: random.Random):

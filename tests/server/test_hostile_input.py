@@ -18,13 +18,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from servers import Server, random_prompt
-from sglang_freekv.config import FreeKVConfig, UnsupportedConfiguration, add_cli_args, take_options
-from sglang_freekv.geometry import Geometry
-from sglang_freekv.memory_plan import plan_memory
-from soak.clients import assert_refused, post
-from soak.soak import assert_empty_after_flush
-from soak.wrong_requests import (
+from sglang_freekv.config import FreeKVConfig, UnsupportedConfiguration
+from sglang_freekv.flags import add_cli_args, take_options
+from sglang_freekv.memory.geometry import Geometry
+from sglang_freekv.memory.plan import plan_memory
+from tools.servers import Server, random_prompt
+from tools.soak.clients import assert_refused, post
+from tools.soak.soak import assert_empty_after_flush
+from tools.soak.wrong_requests import (
     CHAT,
     COMPLETIONS,
     CUSTOM_PARAMS,

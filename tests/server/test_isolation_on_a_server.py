@@ -14,7 +14,7 @@ import pytest
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.sampling.sampling_params import SamplingParams
 
-from servers import Server, assert_pages_are_whole, random_prompt
+from tools.servers import Server, assert_pages_are_whole, random_prompt
 
 PAGE_TOKENS, NUM_STEPS = 32, 16
 _ROUNDING = 1e-3  # nats in float32; a value of somebody else's moves them by far more
@@ -114,7 +114,7 @@ def test_the_salt_of_the_openai_api_separates_as_well(server: Server):
 
 
 def test_an_adapter_is_part_of_the_key_under_which_a_prefix_is_found():
-    """The tree keeps keys apart, which `tests/stateful` checks for many of them."""
+    """The tree keeps keys apart, which `tools/fuzz` checks for many of them."""
 
     def key(salt: str | None, adapter: str | None) -> str | None:
         return Req("0", "", array("q", [1]), SamplingParams(), extra_key=salt, lora_id=adapter).extra_key

@@ -6,11 +6,11 @@ import json
 import random
 import re
 
-from server.conftest import FLAGS
-from servers import Server, random_prompt
 from sglang_freekv.doctor.forecast import Machine, forecast, resolve
 from sglang_freekv.operations.__main__ import FOLDER
-from sglang_freekv.operations.catalog import METRICS, published_name
+from sglang_freekv.serving.metrics_catalog import METRICS, published_name
+from tests.server.conftest import FLAGS
+from tools.servers import Server, random_prompt
 
 NUM_STEPS = 64
 LOG_INTERVAL = 10  # decode steps between two reports

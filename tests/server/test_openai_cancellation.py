@@ -8,8 +8,8 @@ from collections.abc import Callable
 import pytest
 from openai import APITimeoutError
 
-from openai_requests import chat, client, complete
-from servers import Server, assert_pages_are_whole, random_prompt
+from tests.support.openai_requests import chat, client, complete
+from tools.servers import Server, assert_pages_are_whole, random_prompt
 
 MAX_TOKENS = 3000  # takes longer than a client here waits, and SGLang's two seconds between hearing and ending
 UNENDING = {"extra_body": {"ignore_eos": True}}

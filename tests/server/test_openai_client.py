@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from openai import AsyncOpenAI, BadRequestError, OpenAI
 
-from openai_requests import LOGPROB_TOLERANCE, MESSAGES, PROMPT, chat, client, complete
-from servers import Server
+from tests.support.openai_requests import LOGPROB_TOLERANCE, MESSAGES, PROMPT, chat, client, complete
+from tools.servers import Server
 
 PAGE_TOKENS = 32
 SCHEMA = {

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterable
 import pytest
 from openai import OpenAI
 
-from openai_requests import LOGPROB_TOLERANCE, chat, client, complete
-from servers import Server
+from tests.support.openai_requests import LOGPROB_TOLERANCE, chat, client, complete
+from tools.servers import Server
 
 
 def read_chat(stream: Iterable) -> dict[int, str]:

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from servers import Server, random_prompt
+from tools.servers import Server, random_prompt
 
 NUM_STEPS = 24
 

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from servers import Server, random_prompt
+from tools.servers import Server, random_prompt
 
 NUM_REQUESTS, PREFIX_TOKENS, NUM_STEPS = 16, 4096, 64
 PAGE_TOKENS = 32

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from servers import Server, random_prompt
+from tools.servers import Server, random_prompt
 
 NUM_STEPS = 64
 

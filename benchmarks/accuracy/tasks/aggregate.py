@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from random import Random
 
-from benchmarks.accuracy import documents as doc
-from benchmarks.accuracy import language as lang
 from benchmarks.accuracy.tasks.build import GeneratedTask, one_turn
 from benchmarks.accuracy.tasks.expected import Expected, words
 from benchmarks.accuracy.tasks.session import Session
+from benchmarks.needle import documents as doc
+from benchmarks.needle import language as lang
 
 
 def common(rng: Random, context: int) -> list[Session]:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from itertools import count as count_up
 from random import Random
 
-from benchmarks.accuracy import documents as doc
 from benchmarks.accuracy.tasks.expected import Expected, records
 from benchmarks.accuracy.tasks.session import Session, Turn
+from benchmarks.needle import documents as doc
 
 MIN_CONTEXT = 512  # tokens
 DISTRACTORS = 0.3  # of a document's tokens, where a task has others than the records it asks for

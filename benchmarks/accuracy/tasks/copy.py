@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from random import Random
 
-from benchmarks.accuracy import documents as doc
-from benchmarks.accuracy import language as lang
 from benchmarks.accuracy.tasks.build import GeneratedTask, one_turn, take
 from benchmarks.accuracy.tasks.expected import Expected, passage_steps, steps
 from benchmarks.accuracy.tasks.session import Session
+from benchmarks.needle import documents as doc
+from benchmarks.needle import language as lang
 
 _PASSAGE_WORDS, _SCATTERED_WORDS = 512, 96
 _OTHERS = 0.5  # of the tokens that the passage leaves, at most

@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from benchmarks.accuracy import language as lang
 from benchmarks.accuracy.tasks.session import Outputs
+from benchmarks.needle import language as lang
 
 Item = tuple[int, ...]
 

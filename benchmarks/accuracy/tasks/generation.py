@@ -11,11 +11,11 @@ from __future__ import annotations
 
 from random import Random
 
-from benchmarks.accuracy import documents as doc
-from benchmarks.accuracy import language as lang
 from benchmarks.accuracy.tasks.build import GeneratedTask
 from benchmarks.accuracy.tasks.expected import Quoted
 from benchmarks.accuracy.tasks.session import Session, Turn
+from benchmarks.needle import documents as doc
+from benchmarks.needle import language as lang
 
 _DISTANCES = (1 / 16, 1 / 4, 1 / 2)  # of the context, from a fact to its question: 1K, 4K and 8K of 16K
 _PROMPT = 12  # tokens of every turn: a line of filler, then the mark, a key and `=`

@@ -9,10 +9,10 @@ from __future__ import annotations
 from math import isqrt
 from random import Random
 
-from benchmarks.accuracy import documents as doc
-from benchmarks.accuracy import language as lang
 from benchmarks.accuracy.tasks.build import GeneratedTask, ask_chains, number, words
 from benchmarks.accuracy.tasks.session import Session
+from benchmarks.needle import documents as doc
+from benchmarks.needle import language as lang
 
 _SESSIONS = 4  # that share a document
 _VALUES = 4  # of a name, and keys asked at once

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from random import Random
 
-from benchmarks.accuracy import documents as doc
-from benchmarks.accuracy import language as lang
 from benchmarks.accuracy.tasks.build import (
     DISTRACTORS,
     GeneratedTask,
@@ -19,6 +17,8 @@ from benchmarks.accuracy.tasks.build import (
 )
 from benchmarks.accuracy.tasks.expected import Expected, records
 from benchmarks.accuracy.tasks.session import Session, Turn
+from benchmarks.needle import documents as doc
+from benchmarks.needle import language as lang
 
 _TURNS = 5
 _REQUESTS = 8  # sessions that share a document

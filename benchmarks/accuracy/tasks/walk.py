@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from random import Random
 
-from benchmarks.accuracy import documents as doc
-from benchmarks.accuracy import language as lang
 from benchmarks.accuracy.tasks.build import (
     DISTRACTORS,
     GeneratedTask,
@@ -22,6 +20,8 @@ from benchmarks.accuracy.tasks.build import (
 )
 from benchmarks.accuracy.tasks.expected import Expected, records
 from benchmarks.accuracy.tasks.session import Session
+from benchmarks.needle import documents as doc
+from benchmarks.needle import language as lang
 
 _VARIABLES = 5  # of a chain: RULER's variable tracking has 4 hops
 _NEEDLES = 48

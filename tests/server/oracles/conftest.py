@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from soak.settings import MODEL
+from tools.soak.settings import MODEL
 
 
 @pytest.fixture(scope="session")

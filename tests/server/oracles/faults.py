@@ -19,7 +19,7 @@ GRACE_S = 5  # from a failed audit to the end of the server
 
 def register() -> None:
     """SGLang calls this in each of its processes."""
-    assert "sglang_freekv.kv_memory" not in sys.modules, "the engine has its ops already"
+    assert "sglang_freekv.memory.kv_memory" not in sys.modules, "the engine has its ops already"
     fault, ops = Path(os.environ[FAULT_FILE]), freekv_kernels.REFERENCE
 
     def store_pages(k, v, slots, page_starts, host_kv, summary, block_kv, table):

@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 from sglang.test import kl_test_utils
 
-from server.oracles import faults
-from servers import Server, random_prompt, serve
-from soak.settings import STRICT
+from tests.server.oracles import faults
+from tools.servers import Server, random_prompt, serve
+from tools.soak.settings import STRICT
 
 # In nats per token. Float32 rounding gives 5e-12 with this model, wrong values 3 and more.
 _MAX_KL = 1e-6

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from sglang.test.scripted_runtime import http_server
 
-from server.oracles import scheduler_scripts as scripts
-from soak.settings import STRICT
+from tests.server.oracles import scheduler_scripts as scripts
+from tools.soak.settings import STRICT
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""A minute of soak, audited; two with the start of its server. `make soak` is the long one, `tests/soak` what it is."""
+"""A minute of soak, audited; two with the start of its server. `make soak` is the long one, `tools/soak` what it is."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from server.oracles import faults
-from servers import serve
-from soak.process_memory import LIMIT_MIB_PER_HOUR, NOISE_MIB, ProcessMemory
-from soak.references import make_references
-from soak.settings import BUDGETS, FLAGS, HASTE, STRICT
-from soak.soak import soak
-from soak.traffic import BURST, MIXED
+from tests.server.oracles import faults
+from tools.servers import serve
+from tools.soak.process_memory import LIMIT_MIB_PER_HOUR, NOISE_MIB, ProcessMemory
+from tools.soak.references import make_references
+from tools.soak.settings import BUDGETS, FLAGS, HASTE, STRICT
+from tools.soak.soak import soak
+from tools.soak.traffic import BURST, MIXED
 
 _SECONDS, _SEED = 60, 1
 

@@ -1,0 +1,46 @@
+"""Cutting prefixes into pieces that fit the prefill arena."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from sglang_freekv.memory.geometry import num_pages_of
+
+
+@dataclass(frozen=True)
+class PrefixPiece:
+    """A run of one request's prefix pages, as laid out in the arena."""
+
+    request: int  # index in the batch
+    pages: torch.Tensor  # int64 [num_pages], host pages
+    first_token: int  # in the arena
+    num_tokens: int  # fewer than the pages hold where the prefix ends inside a page
+
+
+def cut_prefixes(
+    page_table: torch.Tensor, prefix_lens: list[int], arena_pages: int, page_size: int
+) -> Iterator[list[PrefixPiece]]:
+    """Yield groups of pieces; the pieces of a group fit the arena together.
+
+    Parameters
+    ----------
+    page_table : int64, ``[batch_size, max_pages]``
+    prefix_lens : list of int, tokens
+    """
+    group, used = [], 0
+    for request, prefix_len in enumerate(prefix_lens):
+        first, num_pages = 0, num_pages_of(prefix_len, page_size)
+        while first < num_pages:
+            if used == arena_pages:
+                yield group
+                group, used = [], 0
+            count = min(num_pages - first, arena_pages - used)
+            num_tokens = min(prefix_len - first * page_size, count * page_size)
+            pages = page_table[request, first : first + count]
+            group.append(PrefixPiece(request, pages, used * page_size, num_tokens))
+            first, used = first + count, used + count
+    if group:
+        yield group

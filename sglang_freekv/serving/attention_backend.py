@@ -1,0 +1,170 @@
+"""SGLang's attention backend: plan once per batch, run per layer."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+
+from sglang_freekv.algorithm.audit import AuditError, audit_blocks, audit_summaries, audit_windows
+from sglang_freekv.algorithm.engine import build_engine
+from sglang_freekv.serving.debug_dump import DebugDump
+from sglang_freekv.serving.health import audited
+from sglang_freekv.serving.kv_pool import FreeKVPool
+
+if TYPE_CHECKING:
+    from sglang.srt.layers.radix_attention import RadixAttention
+    from sglang.srt.managers.schedule_batch import ScheduleBatch
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+    from sglang.srt.model_executor.model_runner import ModelRunner
+
+    from sglang_freekv.algorithm.decode import Retrieval
+    from sglang_freekv.algorithm.prefill import Prefill
+
+
+class FreeKVAttentionBackend(AttentionBackend):
+    """Decode through `Retrieval`, extend through `Prefill`. Registered under the names of SGLang's own backends.
+
+    With CUDA graphs, SGLang captures the runs of a decode step, and calls `init_forward_metadata_out_graph` before each
+    replay. The scheduler may change its request table while the graph runs: what a step reads of it is copied there.
+    """
+
+    def __init__(self, model_runner: ModelRunner) -> None:
+        super().__init__()
+        pool = model_runner.token_to_kv_pool
+        if not isinstance(pool, FreeKVPool):
+            raise RuntimeError(f"FreeKV: expected a FreeKVPool as KV pool, got {type(pool).__name__}")
+        self.memory = pool.memory
+        # Models ask the backend for both pools.
+        self.token_to_kv_pool, self.req_to_token_pool = pool, model_runner.req_to_token_pool
+        # SGLang builds the request pool before the token pool; here, both exist.
+        self.req_to_token_pool.memory = pool.memory
+        self.retrieval, self.prefill = build_engine(self.memory)
+        self._first_layer = pool.start_layer
+        folder = self.memory.config.debug_dump
+        self._dump = DebugDump(Path(folder), self.memory, model_runner.ps.tp_rank) if folder else None
+        self._rows: list[int] = []
+        self._unfinished_rid: str | None = None
+
+    def begin_batch(self, batch: ScheduleBatch) -> None:
+        """Note what a ForwardBatch does not say: rows on the host, and which request has more prompt to come."""
+        self._rows = [req.req_pool_idx for req in batch.reqs]
+        self._unfinished_rid = batch.chunked_req.rid if batch.chunked_req is not None else None
+        if self._dump is not None:
+            self._dump.begin_batch(batch.reqs)
+
+    def end_batch(self, forward_mode) -> None:
+        """Dump and audit what the batch left behind, if asked to."""
+        self._rows = []  # warm-up forwards have no requests
+        is_asked = self._dump is not None or self.memory.config.audit
+        if not is_asked or forward_mode.is_idle():
+            return
+        is_decode = forward_mode.is_decode()
+        if is_decode:
+            plan = self.retrieval.last_plan
+            slots, requests = plan.batch.slots, (plan.batch, plan.flags)
+        else:
+            plan = self.prefill.last_plan
+            slots, requests = plan.slots, (plan.completed,)
+        if self._dump is not None:
+            self._dump.end_batch(*requests)
+        if self.memory.config.audit:
+            with audited(self.memory.counters, partial(self._save_evidence, requests)):
+                audit_blocks(self.memory)
+                audit_summaries(self.memory, slots // self.memory.geometry.page_size)
+                if is_decode:
+                    audit_windows(self.retrieval)
+
+    def _save_evidence(self, requests: tuple, error: AuditError) -> None:
+        """Dump every request of a batch whose audit failed."""
+        if self._dump is not None:
+            self._dump.write_failure(error, *requests)
+
+    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
+        """Plan a batch that runs without a graph."""
+        if forward_batch.forward_mode.is_decode():
+            self._plan_decode(forward_batch, in_graph=False)
+        elif forward_batch.forward_mode.is_extend():
+            rids = forward_batch.rids or []
+            self.prefill.plan(
+                forward_batch.req_pool_indices,
+                forward_batch.out_cache_loc,
+                self.req_to_token_pool.req_to_token,
+                self._rows or [0] * forward_batch.batch_size,
+                list(forward_batch.extend_prefix_lens_cpu),
+                list(forward_batch.extend_seq_lens_cpu),
+                [rid != self._unfinished_rid for rid in rids] or [False] * forward_batch.batch_size,
+            )
+
+    def init_forward_metadata_out_graph(self, forward_batch: ForwardBatch, in_capture: bool = False) -> None:
+        """Plan a decode batch before its graph is captured or replayed."""
+        self._plan_decode(forward_batch, in_graph=True)
+
+    def _plan_decode(self, forward_batch: ForwardBatch, in_graph: bool) -> None:
+        num_requests = len(self._rows)
+        self.retrieval.plan(
+            forward_batch.req_pool_indices,
+            forward_batch.seq_lens,
+            forward_batch.out_cache_loc,
+            self.req_to_token_pool.req_to_token,
+            self._rows,
+            forward_batch.seq_lens_cpu[:num_requests].tolist(),
+            in_graph,
+        )
+
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
+        """Nothing to allocate: the tables of a step have fixed addresses, with or without graphs."""
+        if max_bs > self.memory.max_requests:
+            raise RuntimeError(
+                f"FreeKV: CUDA graphs for {max_bs} requests, but the pools are for {self.memory.max_requests}; "
+                f"lower --cuda-graph-max-bs"
+            )
+
+    def get_cuda_graph_seq_len_fill_value(self) -> int:
+        return 1
+
+    def forward_decode(self, q, k, v, layer, forward_batch, save_kv_cache=True, **kwargs) -> torch.Tensor:
+        return self._run(self.retrieval, q, k, v, layer, save_kv_cache, kwargs)
+
+    def forward_extend(self, q, k, v, layer, forward_batch, save_kv_cache=True, **kwargs) -> torch.Tensor:
+        return self._run(self.prefill, q, k, v, layer, save_kv_cache, kwargs)
+
+    def _run(
+        self,
+        side: Retrieval | Prefill,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: RadixAttention,
+        save_kv_cache: bool,
+        extras: dict,
+    ) -> torch.Tensor:
+        _check_plain_attention(layer, k, save_kv_cache, extras)
+        head_dim = layer.qk_head_dim
+        heads = [x.reshape(len(x), -1, head_dim) for x in (q, k, v)]
+        if padding := self.memory.geometry.head_dim - head_dim:
+            heads = [torch.nn.functional.pad(x, (0, padding)) for x in heads]
+        out = side.run(layer.layer_id - self._first_layer, *heads, layer.scaling)
+        return out[..., :head_dim].flatten(1)
+
+    def support_triton(self) -> bool:
+        return self.memory.device != "cpu"
+
+
+def _check_plain_attention(layer: RadixAttention, k: torch.Tensor | None, save_kv_cache: bool, extras: dict) -> None:
+    """Raise where a model asks for more than softmax(q k) v over all tokens; its configuration did not tell."""
+    asked = [name for name, value in extras.items() if value is not None]
+    if layer.logit_cap:
+        asked.append(f"logit_cap={layer.logit_cap}")
+    if (layer.sliding_window_size or -1) > -1:
+        asked.append(f"sliding_window_size={layer.sliding_window_size}")
+    if k is None or not save_kv_cache:
+        asked.append("keys and values that another layer or kernel has stored")
+    if asked:
+        raise RuntimeError(
+            f"FreeKV: layer {layer.layer_id} asks for attention with {', '.join(asked)}, which is not supported; "
+            f"remove --kv-retrieval to serve this model"
+        )

@@ -1,0 +1,153 @@
+"""Memory plan from SGLang's view of the model and the machine."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+import torch
+from sglang.srt.mem_cache.allocation_sizing import get_req_to_token_extra_context_len
+from sglang.srt.runtime_context import get_parallel, get_schedule
+
+from sglang_freekv.config import FreeKVConfig
+from sglang_freekv.memory.geometry import Geometry, stored_head_dim
+from sglang_freekv.memory.pinned import free_container_bytes, free_host_bytes
+from sglang_freekv.memory.plan import MemoryPlan, plan_memory
+
+if TYPE_CHECKING:
+    from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.mem_cache.kv_cache_configurator import KVCacheConfigurator
+    from sglang.srt.server_args import ServerArgs
+
+# Of the free host memory of a GPU machine, or of a container; the rest is for the system, the page cache and staging.
+_HOST_SHARE = 0.8
+# Without a GPU one memory is host and device: the store gets the larger part, as blocks are a cache over it.
+_CPU_HOST_SHARE = 0.6
+# FlashInfer's plans: some tens of KiB for each batch size and each piece of a prefix.
+_PLANS_BYTES = 64 << 20
+
+
+def plan_for(
+    configurator: KVCacheConfigurator, config: FreeKVConfig, pre_model_load_memory: float, max_requests: int
+) -> MemoryPlan:
+    """Plan this rank's pools; all ranks get the same numbers.
+
+    Parameters
+    ----------
+    pre_model_load_memory : float
+        GiB free on the device before the weights were loaded, as SGLang passes it.
+    max_requests : int
+        SGLang's own bound on running requests.
+    """
+    server_args = configurator.server_args
+    free_bytes = configurator._profile_available_bytes(pre_model_load_memory)
+    geometry = geometry_of(configurator, config)
+    max_context, workspaces = None, 0
+    if configurator.device == "cpu":
+        device_bytes, host_bytes = divide_cpu_memory(free_bytes, free_container_bytes(), server_args)
+    else:
+        device_bytes, host_bytes = free_bytes, share_of_host(free_host_bytes(), server_args)
+        max_context = max_context_of(configurator)
+        workspaces = _attention_bytes(geometry, configurator.gpu_id)
+    plan = plan_memory(
+        geometry,
+        config,
+        device_bytes=device_bytes,
+        host_bytes=host_bytes,
+        max_requests=max_requests,
+        max_total_tokens=get_schedule().max_total_tokens,
+        max_context=max_context,
+        attention_bytes=workspaces,
+    )
+    return _agree(plan, server_args.tp_size)
+
+
+def share_of_host(free_bytes: int, server_args: ServerArgs) -> int:
+    """Bytes of the host store of each rank on this machine, next to a GPU."""
+    return int(free_bytes * _HOST_SHARE) // _ranks(server_args)
+
+
+def divide_cpu_memory(free_bytes: int, in_container: int | None, server_args: ServerArgs) -> tuple[int, int]:
+    """Bytes of a rank without a GPU for blocks and for its host store; SGLang asks the machine, not the container."""
+    if in_container is not None:
+        free_bytes = min(free_bytes, share_of_host(in_container, server_args))
+    host_bytes = int(free_bytes * _CPU_HOST_SHARE)
+    return free_bytes - host_bytes, host_bytes
+
+
+def _ranks(server_args: ServerArgs) -> int:
+    """Ranks on this machine."""
+    return max(server_args.tp_size // server_args.nnodes, 1)
+
+
+def geometry_of(configurator: KVCacheConfigurator, config: FreeKVConfig) -> Geometry:
+    """Shape of this rank's KV cache."""
+    return geometry_of_model(
+        configurator.model_config,
+        config,
+        num_layers=configurator.layer_info.num_effective_layers,
+        tp_size=get_parallel().attn_tp_size,
+        device=configurator.device,
+        dtype=configurator.kv_cache_dtype,
+        page_size=configurator.pool_page_size,
+    )
+
+
+def geometry_of_model(
+    model: ModelConfig,
+    config: FreeKVConfig,
+    *,
+    num_layers: int,
+    tp_size: int,
+    device: str,
+    dtype: torch.dtype,
+    page_size: int,
+) -> Geometry:
+    """Shape of the KV cache of one of `tp_size` ranks."""
+    return Geometry(
+        num_layers=num_layers,
+        num_qo_heads=model.num_attention_heads // tp_size,
+        num_kv_heads=model.get_num_kv_heads(tp_size),
+        head_dim=stored_head_dim(model.head_dim, device),
+        dtype=dtype,
+        page_size=page_size,
+        key_bits=config.key_bits,
+    )
+
+
+def max_context_of(configurator: KVCacheConfigurator) -> int:
+    """Most tokens of a request: the request table's width, as one that has ended takes part in one more step."""
+    return table_width(configurator.model_config, configurator.server_args, configurator.pool_page_size)
+
+
+def table_width(model: ModelConfig, server_args: ServerArgs, page_size: int) -> int:
+    """Tokens of a row of SGLang's request table.
+
+    Rounded up to whole cache lines of the tables by page, which kernels then read with 16-byte accesses.
+    """
+    max_context = model.context_len + get_req_to_token_extra_context_len(server_args)
+    step = 16 * page_size
+    return -(-max_context // step) * step
+
+
+def _attention_bytes(geometry: Geometry, gpu_id: int) -> int:
+    return attention_bytes(geometry, torch.cuda.get_device_properties(gpu_id).multi_processor_count)
+
+
+def attention_bytes(geometry: Geometry, num_sms: int) -> int:
+    """FlashInfer's workspaces on a GPU with so many multiprocessors."""
+    from sglang_freekv.attention.gpu import float_workspace_bytes
+
+    return float_workspace_bytes(geometry, num_sms) + _PLANS_BYTES
+
+
+def _agree(plan: MemoryPlan, tp_size: int) -> MemoryPlan:
+    """Take the minimum over the ranks: their schedulers stay in step only with equal capacities."""
+    if tp_size == 1:
+        return plan
+    from sglang.srt.distributed import get_world_group
+
+    sizes = torch.tensor([plan.num_pages, plan.num_blocks, plan.max_requests])
+    torch.distributed.all_reduce(sizes, torch.distributed.ReduceOp.MIN, group=get_world_group().cpu_group)
+    num_pages, num_blocks, max_requests = sizes.tolist()
+    return dataclasses.replace(plan, num_pages=num_pages, num_blocks=num_blocks, max_requests=max_requests)

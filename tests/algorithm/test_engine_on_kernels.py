@@ -1,0 +1,106 @@
+"""The engine on the Triton kernels: on a GPU with FlashInfer, elsewhere in Triton's interpreter with torch attention.
+
+The same simulated requests as for the references, held against the same independent decoder.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import freekv_kernels
+from freekv_kernels import Count
+from sglang_freekv.algorithm.audit import audit_blocks, audit_windows
+from sglang_freekv.config import FreeKVConfig
+from sglang_freekv.memory.geometry import Geometry
+from tests.support.random_traces import make_trace
+from tests.support.recorded_steps import RecordingEngine
+from tests.support.simulated_requests import PAGE, SimulatedEngine
+
+ON_GPU = torch.cuda.is_available()
+NUM_LAYERS = 2
+# FlashInfer's kernels begin at head_dim 64 and have no fp32.
+SHAPE = {"head_dim": 64, "dtype": torch.bfloat16} if ON_GPU else {"head_dim": 16, "dtype": torch.float32}
+
+
+def make_engine(
+    kind: type[SimulatedEngine] = SimulatedEngine, page_size: int = PAGE, **settings: object
+) -> SimulatedEngine:
+    in_pages = {"budget_tokens": 5, "sink_tokens": 1, "recent_tokens": 1, "arena_tokens": 4}
+    defaults = {name: pages * page_size for name, pages in in_pages.items()} | {"key_bits": 0}
+    geometry = Geometry(NUM_LAYERS, num_qo_heads=6, num_kv_heads=2, page_size=page_size, **SHAPE)
+    device = "cuda" if ON_GPU else "cpu"
+    config = FreeKVConfig(page_size=page_size, **(defaults | settings))
+    return kind(geometry, config, max_requests=3, ops=freekv_kernels.triton_ops(), device=device)
+
+
+CASES = {
+    "corrected": {"tau": 0.9, "key_bits": 2},
+    "exact-mean-pooling": {"tau": 1.01, "group_pooling": "mean"},
+    "speculation-only-no-sink": {"tau": -1.0, "sink_tokens": 0},
+    "dense-layer": {"dense_layers": (0,)},
+    "every-page-fetched": {"refetch": True, "key_bits": 2},
+    "pages-of-16-scaled-pooling": {"page_size": 16, "group_pooling": "scaled", "key_bits": 1},
+    "pages-of-64-max-pooling": {"page_size": 64, "group_pooling": "max"},
+}
+
+
+@pytest.mark.parametrize("settings", CASES.values(), ids=CASES)
+def test_chunks_and_steps_of_a_changing_batch_match_the_reference(settings: dict) -> None:
+    engine = make_engine(**settings)
+    page = engine.page_size
+    prompts = {"long": 19 * page + 3, "crosses its budget": 5 * page - 2, "joins": 14 * page}
+    requests = [engine.start(make_trace(engine.geometry, n + 40, seed), n) for seed, n in enumerate(prompts.values())]
+    engine.prefill([(requests[0], 5 * page + 7), (requests[1], 20)])  # chunks that end inside a page
+    engine.prefill_whole(*requests[:2])
+    for _ in range(3):
+        engine.decode()
+    engine.prefill_whole(requests[2])
+    for _ in range(2):
+        engine.decode()
+    engine.leave(requests[0])
+    engine.decode()
+    audit_blocks(engine.memory)
+    audit_windows(engine.retrieval)
+    counters = engine.memory.counters
+    assert counters[Count.RECALLS] > 0 and counters[Count.DEMAND_MISSES] == 0
+    assert (engine.corrected > 0) == (engine.config.tau > -1)
+
+
+def test_a_prefix_that_lost_its_blocks_is_fetched_on_demand_once_for_all() -> None:
+    engine = make_engine(tau=-1.0, key_bits=2)
+    trace = make_trace(engine.geometry, 9 * PAGE + 40, seed=5)
+    first = engine.start(trace, 9 * PAGE)
+    engine.prefill_whole(first)
+    second = engine.start(trace, 9 * PAGE, prefix=first, prefix_tokens=8 * PAGE)
+    engine.prefill_whole(second)
+    engine.decode()
+    engine.forget_blocks(first.pages[:8])
+    before = engine.memory.counters.as_dict()
+    engine.decode()
+    after = engine.memory.counters.as_dict()
+    wanted = after["demand_misses"] - before["demand_misses"] + after["misses"] - before["misses"]
+    copied = (after["recalled_bytes"] - before["recalled_bytes"]) // engine.geometry.block_bytes
+    assert 0 < copied < wanted, "equal requests want equal pages"
+    audit_blocks(engine.memory)
+
+
+@pytest.mark.skipif(ON_GPU, reason="a GPU replays real graphs, in the test of the server")
+def test_a_recorded_step_can_be_replayed_for_other_batches_and_lengths() -> None:
+    """Nothing of a step, but what lies in tensors, is decided between plan and the last layer."""
+    engine = make_engine(RecordingEngine, tau=0.9, key_bits=2)
+    engine.record()
+    assert not any(engine.memory.counters.as_dict().values()), "warm-up leaves no trace"
+    first = engine.start(make_trace(engine.geometry, 31 * PAGE, 1), 30 * PAGE - 2)
+    engine.prefill_whole(first)
+    for _ in range(3):  # opens a page
+        engine.decode()
+    second = engine.start(make_trace(engine.geometry, 6 * PAGE, 2), 5 * PAGE - 1)
+    engine.prefill_whole(second)
+    for _ in range(3):  # crosses its budget
+        engine.decode()
+    engine.leave(first)
+    engine.decode()
+    audit_blocks(engine.memory)
+    audit_windows(engine.retrieval)
+    assert engine.corrected > 0 and engine.kept > 0 and engine.memory.counters[Count.RECALLS] > 0

@@ -1,0 +1,68 @@
+"""On a CPU, a decode step leaves out what it does not need; whether results stay right is asserted everywhere else."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+
+from freekv_kernels import Ops
+from sglang_freekv.config import FreeKVConfig
+from sglang_freekv.memory.geometry import Geometry
+from tests.support.random_traces import make_trace
+from tests.support.simulated_requests import PAGE, SimulatedEngine
+
+LAYERS = 2
+
+
+def make_engine(prompt_tokens: list[int]) -> SimulatedEngine:
+    geometry = Geometry(LAYERS, num_qo_heads=4, num_kv_heads=2, head_dim=16, dtype=torch.float32)
+    in_pages = {"budget_tokens": 5, "sink_tokens": 1, "recent_tokens": 1, "arena_tokens": 4}
+    config = FreeKVConfig(**{name: pages * PAGE for name, pages in in_pages.items()}, key_bits=2)
+    engine = SimulatedEngine(geometry, config, num_blocks=200)
+    for seed, n in enumerate(prompt_tokens):
+        engine.prefill_whole(engine.start(make_trace(geometry, n + 60, seed), n))
+    return engine
+
+
+def count_ops(engine: SimulatedEngine) -> Counter[str]:
+    """Which ops the next decode step runs, and how often."""
+    counted, ops = Counter(), engine.memory.ops
+
+    def counting(name: str):
+        def run(*args, **kwargs):
+            counted[name] += 1
+            return getattr(ops, name)(*args, **kwargs)
+
+        return run
+
+    engine.memory.ops = Ops(*map(counting, Ops._fields))
+    engine.decode()
+    engine.memory.ops = ops
+    return counted
+
+
+def test_within_the_budget_a_layer_appends_and_attends() -> None:
+    engine = make_engine([3 * PAGE + 5, 2 * PAGE + 9])
+    assert count_ops(engine) == {"begin_step": 1, "append_tokens": LAYERS}
+
+
+def test_a_page_that_has_lost_its_block_is_looked_up_and_fetched() -> None:
+    engine = make_engine([3 * PAGE + 5])
+    engine.forget_blocks(engine.requests[0].pages[1:2])
+    counted = count_ops(engine)
+    assert counted["lookup_blocks"] == counted["recall_blocks"] == LAYERS
+    assert engine.memory.counters.as_dict()["demand_misses"] == LAYERS * engine.geometry.num_kv_heads
+
+
+def test_pages_are_encoded_when_a_token_is_the_last_of_its_page() -> None:
+    engine = make_engine([2 * PAGE - 2])
+    assert [count_ops(engine)["encode_pages"] for _ in range(3)] == [0, LAYERS, 0]
+
+
+def test_correction_and_the_next_step_share_their_scores() -> None:
+    engine = make_engine([9 * PAGE, 2 * PAGE])
+    for _ in range(4):
+        counted = count_ops(engine)
+        assert counted["score_pages"] == LAYERS and counted["select_pages"] == 2 * LAYERS
+    assert engine.corrected > 0

@@ -1,0 +1,227 @@
+"""The cost model counts what is read, plans what fits, finds known prices again, and says what is predicted."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks.cost_model import report
+from benchmarks.cost_model.cells import CPU_SHAPE, cells
+from benchmarks.cost_model.fit import Sample, describe_machine, errors_of
+from benchmarks.cost_model.machine import H100_X8, RTX_4090, Kernels, Machine
+from benchmarks.cost_model.model import MODELS, Model
+from benchmarks.cost_model.picture import draw
+from benchmarks.cost_model.planning import BUDGETS, K, Traffic, best_freekv, best_plain, plain_misfit, plan_freekv
+from benchmarks.cost_model.plans import PLANS, Plan
+from benchmarks.cost_model.results import model_of, read_run, write_run
+from benchmarks.cost_model.step_time import Setting, step_seconds, work_of
+from benchmarks.records import RecordWriter, fill_marked, read_records
+from sglang_freekv.memory.plan import MemoryPlan
+
+LLAMA, QWEN = Model.load("llama-3.1-8b"), Model.load("qwen3-32b")
+OVER = Setting(32 * K, 8, 2 * K, recalled_bytes=1e6)
+RATES = {"memory_gbs": 8.0, "link_gbs": 3.0, "flops": 5e10}
+SIZES = {"device_gib": 24.0, "host_gib": 24.0}
+KNOWN = Machine(
+    name="known",
+    host_gbs=float("inf"),
+    plain=Kernels(0.0, 4e-4, 1e-4, 2.0),
+    freekv=Kernels(0.0, 9e-4, 2e-4, 3.0, 5e-5, 0.4),
+    source="",
+    overlaps=False,
+    **SIZES,
+    **RATES,
+)
+SMALL = model_of(CPU_SHAPE)
+
+
+def samples(machine: Machine = KNOWN) -> list[Sample]:
+    """What the measured cells would take on a machine."""
+    found = []
+    for cell in (*cells("plain", "cpu"), *cells("freekv", "cpu")):
+        sample = Sample(cell, 0, 0, 0, flagged=0.5, recalled_bytes=2e4 if cell.windows else 0.0)
+        seconds = step_seconds(machine, SMALL, sample.setting)
+        found.append(replace(sample, seconds=seconds, p20=seconds, p80=seconds))
+    return found
+
+
+@pytest.fixture
+def records(tmp_path: Path) -> list:
+    writer = RecordWriter("cost_model", tmp_path / "cost_model.jsonl")
+    write_run(writer, RATES, [asdict(sample) for sample in samples()], "cpu", 24.0)
+    return read_records(writer.path)
+
+
+class TestModel:
+    def test_parameters_are_those_of_the_published_checkpoints(self):
+        assert LLAMA.params == 8_030_261_248
+        assert QWEN.params == 32_762_123_264
+
+    def test_a_rank_has_its_share_of_the_kv(self):
+        whole, rank = (LLAMA.geometry(32, 2, tp=tp) for tp in (1, 4))
+        assert whole.token_bytes == 128 * 1024
+        assert rank.token_bytes * 4 == whole.token_bytes
+
+    @pytest.mark.parametrize(("change", "message"), [({"num_experts": 8}, "num_experts is 8"), ({}, "no vocab_size")])
+    def test_what_it_does_not_know_is_refused(self, change, message):
+        config = json.loads((MODELS / "llama-3.1-8b.json").read_text()) | change
+        if not change:
+            del config["vocab_size"]
+        with pytest.raises(ValueError, match=message):
+            Model.from_config(config, "odd")
+
+    def test_an_unknown_name_is_answered_with_the_known_ones(self):
+        with pytest.raises(ValueError, match=r"give one of llama-3.1-8b, qwen3-32b"):
+            Model.load("gpt-5")
+
+
+class TestStep:
+    def test_within_the_budget_nothing_is_scored_or_recalled(self):
+        within, plain = (work_of(LLAMA, replace(OVER, context=2 * K, budget=b)) for b in (2 * K, None))
+        assert (within.scoring_bytes, within.selections, within.hidden_bytes, within.exposed_bytes) == (0, 0, 0, 0)
+        assert within == plain
+
+    def test_over_the_budget_only_scores_grow_with_the_context(self):
+        short, long = (work_of(LLAMA, replace(OVER, context=n)) for n in (32 * K, 64 * K))
+        assert long.scoring_bytes == 2 * short.scoring_bytes
+        assert replace(long, scoring_bytes=short.scoring_bytes) == short
+
+    def test_every_corrected_row_is_scored_twice_and_waited_for(self):
+        never, always = (work_of(LLAMA, replace(OVER, tau=tau)) for tau in (-1, 2))
+        assert always.scoring_bytes == 2 * never.scoring_bytes
+        assert (never.exposed_bytes, always.hidden_bytes) == (0, 0)
+        assert never.hidden_bytes == always.exposed_bytes == 8e6
+
+    def test_recalls_hide_behind_the_step_but_for_the_last_layers(self):
+        quiet, some = (replace(OVER, tau=-1, recalled_bytes=n) for n in (0, 1e6))
+        link = 8 * 1e6 / (RTX_4090.recall_gbs * 1e9)
+        more = step_seconds(RTX_4090, LLAMA, some) - step_seconds(RTX_4090, LLAMA, quiet)
+        assert more == pytest.approx(link / LLAMA.layers)
+        worst = step_seconds(RTX_4090, LLAMA, some, is_worst=True)
+        assert worst == pytest.approx(step_seconds(RTX_4090, LLAMA, quiet) + link)
+        on_cpu = replace(RTX_4090, overlaps=False)
+        assert step_seconds(on_cpu, LLAMA, some) == pytest.approx(worst)
+
+    def test_no_step_is_shorter_than_its_recalls(self):
+        flood = replace(OVER, tau=-1, recalled_bytes=1e9)
+        assert step_seconds(RTX_4090, LLAMA, flood) >= 8e9 / (RTX_4090.recall_gbs * 1e9)
+
+    def test_gpus_share_the_bandwidth_of_the_host(self):
+        assert replace(H100_X8, host_gbs=80.0).recall_gbs == 10.0
+
+
+class TestPlanning:
+    @pytest.mark.parametrize(("machine", "tp"), [(RTX_4090, 1), (H100_X8, 2)])
+    @pytest.mark.parametrize("key_bits", [0, 2])
+    def test_the_most_requests_fit_and_one_more_does_not(self, machine, tp, key_bits):
+        choice = best_freekv(machine, LLAMA, 32 * K, Traffic(), key_bits, 2 * K, tp)
+        most = replace(choice.setting, batch=choice.most_requests)
+        plan = plan_freekv(machine, LLAMA, most, tp)
+        pools = plan.device_blocks_bytes + plan.summaries_bytes + plan.arena_bytes
+        pools += plan.windows_bytes + plan.workspace_bytes
+        assert pools <= machine.device_bytes(LLAMA.weight_bytes // tp)
+        assert plan.max_requests >= most.batch
+        assert plan.num_tokens >= most.batch * (32 * K + 1)
+        assert plan.host_bytes <= machine.host_bytes()
+        assert plan_freekv(machine, LLAMA, replace(most, batch=most.batch + 1), tp) == choice.limit
+
+    def test_plain_fits_as_many_tokens_as_the_device_has_bytes(self):
+        choice = best_plain(H100_X8, LLAMA, 32 * K, 1)
+        free = H100_X8.device_bytes(LLAMA.weight_bytes)
+        assert choice.most_requests == free // ((32 * K + 32) * 128 * 1024)
+        assert plain_misfit(H100_X8, LLAMA, Setting(32 * K, choice.most_requests + 1), 1) == "device memory"
+
+    def test_what_does_not_fit_has_no_choice(self):
+        assert best_plain(RTX_4090, QWEN, 8 * K) is None
+        assert best_freekv(RTX_4090, QWEN, 8 * K, Traffic()) is None
+
+    def test_no_batch_of_a_budget_is_much_faster_than_the_chosen_one(self):
+        choice = best_freekv(RTX_4090, LLAMA, 32 * K, Traffic(), budget=2 * K)
+        assert choice.setting.batch <= choice.most_requests
+        quiet = replace(choice.setting, recalled_bytes=0.0)  # an upper bound of what any batch could do
+        for batch in range(1, choice.most_requests + 1):
+            throughput = batch / step_seconds(RTX_4090, LLAMA, replace(quiet, batch=batch))
+            assert choice.throughput >= 0.9 * throughput
+
+    def test_the_best_budget_is_the_largest_that_is_nearly_as_fast(self):
+        machine, context = H100_X8, 128 * K
+        speeds = {b: best_freekv(machine, LLAMA, context, Traffic(), budget=b, tp=8).throughput for b in BUDGETS}
+        chosen = best_freekv(machine, LLAMA, context, Traffic(), tp=8).setting.budget
+        near = [budget for budget, speed in speeds.items() if speed >= 0.9 * max(speeds.values())]
+        assert chosen == max(near) > min(BUDGETS)
+
+    def test_nothing_is_recalled_where_everything_is_resident(self):
+        small = best_freekv(H100_X8, LLAMA, 4 * K, Traffic(), budget=2 * K, tp=8)
+        short = replace(small.setting, batch=1)
+        assert isinstance(plan_freekv(H100_X8, LLAMA, short, 8), MemoryPlan)
+        assert (
+            best_freekv(replace(H100_X8, host_gib=8), LLAMA, 4 * K, Traffic(), budget=2 * K).setting.recalled_bytes == 0
+        )
+
+
+class TestFit:
+    def test_known_prices_are_found_again(self):
+        machine = describe_machine("fitted", SIZES, RATES, samples(), SMALL, is_gpu=False)
+        for engine in ("plain", "freekv"):
+            expected, found = (asdict(getattr(m, engine)) for m in (KNOWN, machine))
+            assert found == pytest.approx(expected, rel=1e-3)
+
+    def test_only_calibrating_steps_are_used(self):
+        spoiled = [s if s.cell.calibrates else replace(s, seconds=9 * s.seconds) for s in samples()]
+        machine = describe_machine("fitted", SIZES, RATES, spoiled, SMALL, is_gpu=False)
+        others = [s for s in spoiled if not s.cell.calibrates]
+        errors = errors_of(machine, SMALL, others)
+        assert (errors.count, errors.median) == (len(others), pytest.approx(8 / 9, rel=1e-3))
+
+    def test_no_byte_is_read_faster_than_memory(self):
+        fast = replace(KNOWN, plain=replace(KNOWN.plain, attention_gbs=100.0))
+        machine = describe_machine("fitted", SIZES, RATES, samples(fast), SMALL, is_gpu=False)
+        assert machine.plain.attention_gbs <= RATES["memory_gbs"] * 1.001
+
+    def test_too_few_steps_are_refused(self):
+        with pytest.raises(ValueError, match="2 calibrating steps of plain for 3 prices"):
+            describe_machine("fitted", SIZES, RATES, samples()[:2], SMALL, is_gpu=False)
+
+
+class TestReport:
+    def test_what_was_measured_is_read_back(self, records):
+        run = read_run(records)
+        assert [s.cell for s in run.samples] == [s.cell for s in samples()]
+        assert [s.seconds for s in run.samples] == pytest.approx([s.seconds for s in samples()])
+        assert [s.recalled_bytes for s in run.samples] == [s.recalled_bytes for s in samples()]
+        assert errors_of(run.machine, run.model, run.samples).largest < 1e-3
+
+    def test_records_hold_measurements_only(self, records):
+        assert {r.metric for r in records} == {
+            "memory_rate",
+            "matmul_rate",
+            "recall_rate",
+            "device_memory",
+            "decode_step",
+        }
+
+    def test_predictions_stand_beside_measurements_with_their_error(self, records):
+        lines = report.table(records, "steps").splitlines()
+        header = [cell.strip() for cell in lines[0].split("|")]
+        assert {"measured ms", "predicted ms", "predicted / measured", "used to calibrate"} <= set(header)
+        assert sum("did not calibrate: median error 0%, largest 0%" in line for line in lines) == 2
+
+    def test_a_plan_says_that_it_is_a_prediction(self):
+        text = report.render_plan(Plan(RTX_4090, ((LLAMA, (1,)),), (128 * K,)))
+        assert "| llama-3.1-8b | 131,072 | plain | does not fit |" in text
+        assert "\nPredictions, nothing is measured. 1 x 24 GiB" in text
+        assert "It leaves out prefill" in text
+
+    def test_marked_tables_are_filled(self, tmp_path):
+        text = "<!-- cost_model cost_model steps -->\nold\n<!-- end -->\n"
+        filled = fill_marked(text, "cost_model", report.table, tmp_path)
+        assert filled == text.replace("old", "No records yet.")
+        with pytest.raises(ValueError, match=r"no table 'speed'; there are rates, steps, " + ", ".join(PLANS)):
+            report.table([], "speed")
+
+    def test_a_picture_is_drawn(self, records, tmp_path):
+        draw(read_run(records), tmp_path / "cost_model.png")
+        assert (tmp_path / "cost_model.png").stat().st_size > 10_000

@@ -1,0 +1,150 @@
+"""The doctor says what would happen, without a GPU and without loading a model."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+import sglang_freekv.doctor.__main__ as command
+from sglang_freekv.cpu.platform import CpuPlatform
+from sglang_freekv.doctor.__main__ import main
+from sglang_freekv.doctor.forecast import Machine, forecast, resolve
+from sglang_freekv.memory.pinned import GIB
+from sglang_freekv.testing.tiny_model import TinyModel
+
+LLAMA_8B = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 131072,
+    "torch_dtype": "bfloat16",
+}
+H100 = ["--gpu-memory-gb", "79.6", "--host-memory-gb", "512", "--weights-gb", "15"]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A model of 8 billion parameters, without its weights."""
+    folder = tmp_path_factory.mktemp("llama")
+    (folder / "config.json").write_text(json.dumps(LLAMA_8B))
+    return str(folder)
+
+
+@pytest.fixture(autouse=True)
+def unchanged_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """To resolve arguments deals cores to ranks, in the environment; servers of other tests must not inherit them."""
+    monkeypatch.setattr(CpuPlatform, "_dealt_cores", None)
+    with mock.patch.dict(os.environ):
+        yield
+
+
+def diagnose(capsys: pytest.CaptureFixture, *argv: str) -> tuple[int, str]:
+    """Exit status and report."""
+    status = main(list(argv))
+    return status, capsys.readouterr().out
+
+
+def test_a_server_that_would_start_is_described(llama: str, capsys: pytest.CaptureFixture):
+    status, report = diagnose(capsys, "--model-path", llama, *H100, "--freekv-budget", "4096")
+    assert status == 0
+    sections = [
+        "Machine",
+        "Packages",
+        "Patches",
+        "Model",
+        "Settings",
+        "Memory of each of 1 rank(s), on a GPU of 79.6 GiB",
+    ]
+    assert [line for line in report.splitlines() if not line.startswith(" ")] == [*sections, "Result"]
+    assert "32 layers, 32 query heads and 8 KV heads of 128, context 131,072 tokens" in report
+    assert re.search(r"freekv_budget +4096\n", report) and re.search(r"freekv_host_memory +\d+\.?\d*\n", report)
+    assert re.search(r"sglang +0\.5\.17", report)
+    for pool in ("weights", "host store", "device blocks", "page summaries", "step workspace"):
+        assert re.search(rf"{pool} +[\d.]+ [GM]iB", report), pool
+    assert "nothing is in the way" in report
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_the_forecast_divides_the_memory_that_is_there(llama: str, tp_size: int):
+    machine = Machine(gpu_bytes=int(79.6 * GIB), host_bytes=512 * GIB, weights_bytes=15 * GIB)
+    server_args, config = resolve(["--model-path", llama, "--tp-size", str(tp_size)], machine)
+    found = forecast(server_args, config, machine)
+    plan = found.plan
+    pools = (
+        plan.device_blocks_bytes + plan.summaries_bytes + plan.arena_bytes + plan.windows_bytes + plan.workspace_bytes
+    )
+    assert found.weights_bytes == 15 * GIB // tp_size
+    assert 0.95 * machine.gpu_bytes < found.weights_bytes + found.reserve_bytes + pools < machine.gpu_bytes
+    assert plan.geometry.num_kv_heads == 8 // tp_size
+    assert plan.host_bytes * tp_size < machine.host_bytes
+
+
+def test_weights_are_read_off_the_files(tmp_path: Path):
+    TinyModel(layers=2, dtype="float32").write(tmp_path)
+    machine = Machine(gpu_bytes=16 * GIB, host_bytes=16 * GIB)
+    server_args, config = resolve(["--model-path", str(tmp_path), "--dtype", "bfloat16"], machine)
+    in_file = sum(file.stat().st_size for file in tmp_path.glob("*.safetensors"))
+    # float32 in the file, of which the header is a small part, and 16 bits in memory.
+    assert forecast(server_args, config, machine).weights_bytes == pytest.approx(in_file / 2, rel=0.01)
+
+
+REFUSALS = {
+    "a flag of SGLang's": (["--enable-mixed-chunk"], "--kv-retrieval freekv does not work with --enable-mixed-chunk"),
+    "a setting": (["--freekv-budget", "100"], "--freekv-budget is 100; give tokens, a multiple of the page size"),
+    "a GPU that is too small": (["--gpu-memory-gb", "16"], "nothing is left for KV. Raise --mem-fraction-static"),
+    "a GPU that holds no request": (["--gpu-memory-gb", "20"], "of device blocks cannot hold one request"),
+    "less CPU memory than asked for": (
+        ["--freekv-host-memory", "200", "--host-memory-gb", "100"],
+        "The host stores of 1 rank(s) take 200 GiB, but 100 GiB of CPU memory are free; lower --freekv-host-memory",
+    ),
+    "a data type": (["--dtype", "float32"], "needs a 16-bit model"),
+    "an unknown flag": (["--freekv-bugdet", "64"], "SGLang does not take these flags"),
+    "no model": (["--model-path", "/nowhere"], "/nowhere"),
+}
+
+
+@pytest.mark.parametrize(("flags", "reason"), REFUSALS.values(), ids=REFUSALS)
+def test_what_would_be_refused_is_said_with_its_reason(llama: str, capsys: pytest.CaptureFixture, flags, reason):
+    status, report = diagnose(capsys, "--model-path", llama, *H100, *flags)
+    assert status == 1
+    result = report.partition("\nResult\n")[2]
+    assert reason in result
+    assert "Traceback" not in report
+
+
+def test_a_model_that_is_not_served_is_named_with_the_part_that_is_in_the_way(tmp_path: Path, capsys):
+    config = LLAMA_8B | {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 4096}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    status, report = diagnose(capsys, "--model-path", str(tmp_path), *H100)
+    assert status == 1 and "has sliding-window layers. Remove --kv-retrieval to serve it." in report
+
+
+def test_a_patch_that_does_not_fit_is_a_problem(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    monkeypatch.setattr(command, "patch_status", lambda: (17, ["a.b: expected (self), found nothing"]))
+    status, report = diagnose(capsys)
+    assert status == 1
+    assert "16 of 17 targets fit" in report and "- a patch does not fit: a.b: expected (self)" in report
+
+
+def test_without_a_model_only_the_installation_is_looked_at(capsys: pytest.CaptureFixture):
+    status, report = diagnose(capsys)
+    assert status == 0
+    assert "not checked: give --model-path" in report
+
+
+@pytest.mark.parametrize("size", ["0", "-1", "many", "inf", "nan"])
+def test_a_size_that_is_none_is_refused(size: str, capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit):
+        main(["--gpu-memory-gb", size])
+    assert f"{size!r} is no size; give GiB, more than 0" in capsys.readouterr().err

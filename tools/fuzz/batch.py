@@ -1,0 +1,105 @@
+"""A batch: planned, and later run through FreeKV's attention backend and held against what its texts say."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from sglang.srt.managers.schedule_batch import ScheduleBatch
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+from tools.fuzz.attention import check_decode, check_prefill
+from tools.fuzz.setups import PAGE_SIZE
+
+if TYPE_CHECKING:
+    from sglang_freekv.serving.attention_backend import FreeKVAttentionBackend
+    from tools.fuzz.ledger import Ledger
+    from tools.fuzz.scheduler import Life
+
+
+@dataclass(frozen=True)
+class Member:
+    """Tokens first to last - 1 of a request; `is_answered` where the model's next token is the request's."""
+
+    life: Life
+    first: int
+    last: int
+    is_answered: bool
+
+
+class Batch:
+    """One forward pass. To build it is to plan it: the backend has copied what it needs of SGLang's tables."""
+
+    def __init__(
+        self,
+        backend: FreeKVAttentionBackend,
+        ledger: Ledger,
+        batch: ScheduleBatch,
+        members: list[Member],
+        slots: torch.Tensor,
+        mode: ForwardMode,
+    ) -> None:
+        self._backend, self._ledger = backend, ledger
+        self.members, self.mode = members, mode
+        self.slots = slots.numpy()
+        self.rows = [member.life.req.req_pool_idx for member in members]
+        table = backend.req_to_token_pool.req_to_token.numpy()
+        self.pages = [table[row, : m.last : PAGE_SIZE] // PAGE_SIZE for row, m in zip(self.rows, members, strict=True)]
+        backend.begin_batch(batch)
+        backend.init_forward_metadata(
+            SimpleNamespace(
+                forward_mode=mode,
+                batch_size=len(members),
+                rids=[member.life.req.rid for member in members],
+                req_pool_indices=torch.tensor(self.rows),
+                out_cache_loc=slots,
+                seq_lens=batch.seq_lens,
+                seq_lens_cpu=batch.seq_lens_cpu,
+                extend_prefix_lens_cpu=[member.first for member in members],
+                extend_seq_lens_cpu=[member.last - member.first for member in members],
+            )
+        )
+
+    def run(self) -> None:
+        """All layers, and the record of what they wrote."""
+        memory, values = self._backend.memory, self._ledger.values
+        head_dim, scale = memory.geometry.head_dim, 1 / math.sqrt(memory.geometry.head_dim)
+        hashes = np.concatenate([m.life.text.hashes[m.first : m.last] for m in self.members])
+        kv = torch.from_numpy(values.kv(hashes))  # [n, num_layers, num_kv_heads, 2, head_dim]
+        queries = [values.queries(m.life.text, m.first, m.last) for m in self.members]
+        q = torch.from_numpy(np.concatenate(queries))  # [n, num_layers, num_kv_heads, group_size, head_dim]
+        forward = self._backend.forward_extend if self.mode.is_extend() else self._backend.forward_decode
+        for layer in range(memory.geometry.num_layers):
+            attention = SimpleNamespace(
+                layer_id=layer, qk_head_dim=head_dim, scaling=scale, logit_cap=0.0, sliding_window_size=-1
+            )
+            k, v = kv[:, layer].unbind(2)  # [n, num_kv_heads, head_dim]
+            out = forward(q[:, layer].flatten(1), k, v, attention, None)
+            self._check_outputs(layer, out.view(q[:, layer].shape).numpy(), scale)
+        self._backend.end_batch(self.mode)
+        self._ledger.write(self.slots, hashes)
+
+    def _check_outputs(self, layer: int, out: np.ndarray, scale: float) -> None:
+        values, first = self._ledger.values, 0
+        for index, member in enumerate(self.members):
+            last = first + member.last - member.first
+            text = member.life.text
+            if self.mode.is_extend():
+                check_prefill(values, text, layer, member.first, member.last, out[first:last], scale)
+            else:
+                windows = self.front_windows(layer, index)
+                check_decode(values, text, layer, member.last, windows, out[first], scale)
+            first = last
+
+    def front_windows(self, layer: int, index: int) -> np.ndarray:
+        """Logical pages that a decode step reads of a member: ``[num_kv_heads, n]``."""
+        memory, num_pages = self._backend.memory, len(self.pages[index])
+        if layer in memory.blocks.dense_layers:
+            return np.tile(np.arange(num_pages), (memory.geometry.num_kv_heads, 1))
+        side = int(memory.blocks.step) % 2
+        window = memory.windows.pages[side, layer, self.rows[index]].numpy()
+        return window[:, : min(num_pages, self.members[index].life.budget_pages)]

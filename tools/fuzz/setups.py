@@ -1,0 +1,74 @@
+"""Small engines that differ in what matters to the memory side."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from sglang_freekv.config import FreeKVConfig
+from sglang_freekv.memory.geometry import Geometry
+
+PAGE_SIZE = 16  # the smallest
+MAX_PAGES = 12  # of one request
+MAX_TOKENS = MAX_PAGES * PAGE_SIZE
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Sizes of an engine; by default as few device blocks as can work."""
+
+    name: str
+    geometry: Geometry
+    config: FreeKVConfig
+    max_requests: int = 3
+    num_pages: int = 28  # of the host store: fewer than the requests and the tree want
+    num_blocks: int | None = None
+    first_step: int = 0
+
+    def __repr__(self) -> str:
+        return self.name
+
+    @property
+    def blocks(self) -> int:
+        windows = 2 * self.config.max_budget_pages * self.geometry.num_kv_heads * self.max_requests
+        return self.num_blocks or windows
+
+
+_GEOMETRY = Geometry(
+    num_layers=1,
+    num_qo_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    dtype=torch.float32,
+    page_size=PAGE_SIZE,
+    key_bits=2,
+)
+_CONFIG = FreeKVConfig(
+    budget_tokens=3 * PAGE_SIZE,
+    max_budget_tokens=4 * PAGE_SIZE,
+    sink_tokens=PAGE_SIZE,
+    recent_tokens=PAGE_SIZE,
+    arena_tokens=3 * PAGE_SIZE,
+    key_bits=2,
+    page_size=PAGE_SIZE,
+)
+TIGHT = Setup("tight", _GEOMETRY, _CONFIG)
+SETUPS = (
+    TIGHT,
+    Setup(
+        "dense first layer, by bounds",
+        replace(_GEOMETRY, num_layers=2, key_bits=0),
+        replace(_CONFIG, key_bits=0, dense_layers=(0,), tau=2.0),
+        max_requests=2,
+    ),
+    Setup(
+        "no sink, two recent pages",
+        replace(_GEOMETRY, key_bits=1),
+        replace(_CONFIG, key_bits=1, sink_tokens=0, recent_tokens=2 * PAGE_SIZE, group_pooling="max", tau=-1.0),
+        max_requests=4,
+        num_pages=36,
+    ),
+    Setup("everything resident", _GEOMETRY, _CONFIG, num_blocks=29 * 2),
+    Setup("stamps end", _GEOMETRY, _CONFIG, first_step=(1 << 29) - 12),
+)
