@@ -8,7 +8,8 @@ from importlib import import_module
 import pytest
 import torch
 
-from sglang_freekv.attention.cpu import DecodeAttention, TorchPrefillAttention, TorchWindowAttention
+from sglang_freekv.attention.base import DecodeAttention
+from sglang_freekv.attention.cpu import TorchPrefillAttention, TorchWindowAttention
 from sglang_freekv.attention.prefix_pieces import PrefixPiece
 from sglang_freekv.memory.geometry import Geometry
 
@@ -146,7 +147,7 @@ def test_batch_sizes_may_alternate(impl):
         check_step(attention, q, block_kv, kv_lens)
 
 
-class CountedPlans(DecodeAttention):
+class CountedPlans(TorchWindowAttention):
     """Counts how often the kernel is planned."""
 
     count = 0

@@ -10,7 +10,7 @@ import types
 import pytest
 import torch
 
-from sglang_freekv.attention.cpu import DecodeAttention
+from sglang_freekv.attention.cpu import TorchWindowAttention
 from sglang_freekv.config import KEY_BITS, PAGE_SIZES, FreeKVConfig
 from sglang_freekv.flags import take_options
 from sglang_freekv.memory.geometry import Geometry
@@ -91,7 +91,7 @@ def test_the_workspace_is_what_the_memory_and_the_attention_allocate(dense_layer
     rows = max_requests * LLAMA_8B.num_kv_heads
     tensors += [torch.empty((rows, LLAMA_8B.group_size, max_pages), device="meta")] * 2  # scores; a CPU keeps none
     for width in (config.max_budget_pages, *([max_pages] if dense_layers else [])):
-        attention = DecodeAttention(LLAMA_8B, max_requests, width)
+        attention = TorchWindowAttention(LLAMA_8B, max_requests, width)
         tensors += [attention.kv_indptr[1:], attention.kv_indices, attention.last_page_len]
     assert workspace_bytes(LLAMA_8B, config, CONTEXT, max_requests) == sum(tensor.nbytes for tensor in tensors)
 
