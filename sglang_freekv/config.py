@@ -14,6 +14,7 @@ OPTION_PREFIX = "freekv_"
 BUDGET_PARAM, DUMP_PARAM = "freekv_budget", "freekv_dump"  # keys of a request's `custom_params`
 PAGE_SIZES = (16, 32, 64)
 KEY_BITS = (0, 1, 2, 4)
+SELECTORS = ("codes", "min-max")
 GROUP_POOLINGS = ("softmax", "scaled", "max", "mean")
 _MAX_GIB = 1 << 20
 
@@ -89,11 +90,20 @@ class FreeKVConfig:
         str,
         choices=GROUP_POOLINGS,
     )
-    key_bits: int = _flag(
+    selector: Literal["codes", "min-max"] | None = _flag(
+        "selector",
+        None,
+        "what pages are chosen by: their keys in a few bits (codes), or the minimum and maximum of their keys "
+        "(min-max) (default: codes, or min-max with --freekv-key-bits 0)",
+        str,
+        choices=SELECTORS,
+    )
+    # After construction an int: None means what the selector needs.
+    key_bits: int | None = _flag(
         "key-bits",
-        2,
-        "bits of each element of a key, kept on the device, by which pages are scored; 0: by the minimum and maximum "
-        "of a page",
+        None,
+        "bits of each element of a key, kept on the device, by which the selector codes scores pages; 0: none "
+        "(default: 2, or 0 with another selector)",
         int,
         choices=KEY_BITS,
     )
@@ -153,8 +163,15 @@ class FreeKVConfig:
         )
         is_pooling = self.group_pooling in GROUP_POOLINGS
         _require(is_pooling, "--freekv-group-pooling", self.group_pooling, _or(GROUP_POOLINGS))
+        _require(self.selector in (None, *SELECTORS), "--freekv-selector", self.selector, _or(SELECTORS))
+        if self.key_bits is None:
+            object.__setattr__(self, "key_bits", 2 if self.selector in (None, "codes") else 0)
         is_known = is_int(self.key_bits) and self.key_bits in KEY_BITS
         _require(is_known, "--freekv-key-bits", self.key_bits, _or(KEY_BITS))
+        if self.selector is not None:
+            fits = (self.key_bits > 0) == (self.selector == "codes")
+            needs = f"{_or(KEY_BITS[1:])} with" if self.selector == "codes" else "0 with"
+            _require(fits, "--freekv-key-bits", self.key_bits, f"{needs} --freekv-selector {self.selector}")
         for name in ("refetch", "audit"):
             _require(isinstance(getattr(self, name), bool), f"--freekv-{name}", getattr(self, name), "True or False")
         is_folder = self.debug_dump is None or (isinstance(self.debug_dump, str) and self.debug_dump != "")
@@ -171,6 +188,11 @@ class FreeKVConfig:
         values = {OPTION_PREFIX + f.metadata["flag"].replace("-", "_"): getattr(self, n) for n, f in flags().items()}
         as_json = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
         return as_json | {"page_size": self.page_size}
+
+    @property
+    def selector_name(self) -> str:
+        """The selector, also where none was asked for."""
+        return self.selector or ("codes" if self.key_bits else "min-max")
 
     @property
     def budget_pages(self) -> int:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import gc
 import json
 import statistics
 import tempfile
@@ -79,26 +78,24 @@ def measure_freekv(device: str, wanted: list[Cell], folder: Path) -> Iterator[di
             except torch.OutOfMemoryError as error:
                 print(f"left out, does not fit: {cell}: {str(error).splitlines()[0]}", flush=True)
     finally:
-        memory.release()
+        memory.unpin()
 
 
 def _freekv_sample(runner, memory: KVMemory, cell: Cell) -> dict:
     """Measure one cell, with blocks, budget, tau and drift of its own."""
     from benchmarks.gpu.decode_model import capture, set_drift
-    from benchmarks.gpu.decode_requests import make_requests, resize_blocks, start_windows
+    from benchmarks.gpu.decode_requests import give_first_windows, make_requests, resize_blocks
     from benchmarks.gpu.decode_step import step_times
 
-    g, num_pages, counters = memory.geometry, memory.host.num_pages, memory.counters
+    g, num_pages, counters = memory.geometry, memory.host.num_host_pages, memory.counters
     memory.config = dataclasses.replace(memory.config, tau=cell.tau, budget_tokens=cell.budget)
     set_drift(runner, g, cell.drift)
-    memory.layers, memory.blocks = [], None  # the old blocks go before the new ones come
-    gc.collect()
-    num_keys = num_pages * g.num_kv_heads
+    num_pairs = num_pages * g.num_kv_heads
     num_blocks = int(cell.windows * cell.batch * cell.budget // g.page_size * g.num_kv_heads)
-    resize_blocks(memory, min(num_blocks, num_keys) if cell.windows else num_keys)
+    resize_blocks(memory, min(num_blocks, num_pairs) if cell.windows else num_pairs)
     capture(runner, cell.batch)
     requests = make_requests(runner, cell.batch, cell.context, _MOST_STEPS, num_pages - 1)
-    start_windows(memory, requests)
+    give_first_windows(requests)
     before: list[int] = []
     seconds = step_times(requests, lambda: before.extend(counters.values.tolist()), _CPU_STEPS)
     count = {c: counters[c] - before[c] for c in Count}
@@ -108,8 +105,8 @@ def _freekv_sample(runner, memory: KVMemory, cell: Cell) -> dict:
         cell,
         seconds,
         flagged=count[Count.FLAGGED_ROWS] / max(1, count[Count.ROWS]),
-        recalled_bytes=count[Count.RECALLS] * g.block_bytes / len(seconds) / cell.batch,
-        is_aliased=int(requests.is_aliased),
+        recalled_bytes=count[Count.RECALLS] * g.record_bytes / len(seconds) / cell.batch,
+        shares_pages=int(requests.shares_pages),
     )
 
 

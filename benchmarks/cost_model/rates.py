@@ -55,9 +55,8 @@ def _recall(device: str, geometry: Geometry) -> float:
     memory = TimedMemory(_HOST_BYTES[device], *([NoDriver()] if device == "cpu" else []))
     try:
         host = HostPages(geometry, memory, _MISSES, device)
-        lists = host.misses, host.block_kv, host.table, host.counters
-        on_cpu = lambda: recall_blocks(host.kv, geometry.num_layers // 2, *lists)  # noqa: E731
+        on_cpu = lambda: recall_blocks(host.store, host.misses, host.counters)  # noqa: E731
         recall = on_cpu if device == "cpu" else host.recall
-        return _MISSES * geometry.block_bytes / _seconds(device, recall, lambda: host.miss(_MISSES))
+        return _MISSES * geometry.record_bytes / _seconds(device, recall, lambda: host.miss(_MISSES))
     finally:
-        memory.release()
+        memory.unpin()

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from benchmarks.cost_model.machine import Kernels, Machine
 from benchmarks.cost_model.model import Model
+from sglang_freekv.memory.page_index import INDEXES
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def work_of(model: Model, setting: Setting, device: str = "cuda", tp: int = 1) -
         weight_bytes=model.read_params * model.weight_bits / 8 / tp,
         flops=2 * model.read_params * s.batch / tp,
         attention_bytes=s.batch * attended * g.token_bytes,
-        scoring_bytes=scored * s.batch * num_pages * g.summary_bytes,
+        scoring_bytes=scored * s.batch * num_pages * INDEXES["codes" if g.key_bits else "min-max"].page_bytes(g),
         selections=rounds * g.num_layers,
         exposed_bytes=recalled * s.corrected,
         hidden_bytes=recalled * (1 - s.corrected),

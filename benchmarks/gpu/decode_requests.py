@@ -1,8 +1,8 @@
 """Requests in the middle of decoding, without the prefill that would have brought them there.
 
 Rows, slots and lengths are given out as SGLang's scheduler would; keys and values are random. Where requests need more
-tokens than the pool has, they share its pages, each in an order of its own (`is_aliased`): the traffic of a step is the
-same, but what one request made resident another one may find.
+tokens than the pool has, they share its pages, each in an order of its own (`shares_pages`): the traffic of a step is
+the same, but what one request made resident another one may find.
 """
 
 from __future__ import annotations
@@ -15,9 +15,8 @@ import torch
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from benchmarks.gpu.decode_model import WALK_TOKENS, decode_batch
-from freekv_kernels import Batch, Read
-from sglang_freekv.algorithm.decode import make_resident, select_windows
-from sglang_freekv.memory.device_blocks import DeviceBlocks
+from freekv_kernels import Batch
+from sglang_freekv.algorithm.prefill import start_windows
 from sglang_freekv.memory.geometry import num_pages_of
 from sglang_freekv.memory.kv_memory import KVMemory
 from sglang_freekv.serving.kv_pool import FreeKVPool
@@ -36,7 +35,7 @@ class Requests:
     lengths: torch.Tensor  # int64 [batch_size], CPU: before the next step
     seq_lens: torch.Tensor  # the same on the device
     tokens: torch.Tensor  # int64 [batch_size], of the next step
-    is_aliased: bool
+    shares_pages: bool
 
     def step(self) -> None:
         """Decode one token of every request; the host does not wait for it."""
@@ -65,7 +64,7 @@ def make_requests(runner, batch_size: int, context: int, max_steps: int, num_pag
     shared = num_pages_of(context + max_steps, _PAGE) - own
     order = 1 + torch.randperm(num_pages, device=device)
     tails, pool = order[: batch_size * own].view(batch_size, own), order[batch_size * own :]
-    if is_aliased := batch_size * shared > len(pool):
+    if shares_pages := batch_size * shared > len(pool):
         if shared > len(pool):
             raise ValueError(f"a request of {context} tokens does not fit a pool of {num_pages} pages")
         heads = torch.stack([pool[torch.randperm(len(pool), device=device)[:shared]] for _ in range(batch_size)])
@@ -76,7 +75,7 @@ def make_requests(runner, batch_size: int, context: int, max_steps: int, num_pag
     table[1 : batch_size + 1, : slots[0].numel()] = slots.flatten(1).to(table.dtype)
     rows = torch.arange(1, batch_size + 1, device=device)
     tokens = torch.randint(WALK_TOKENS, (batch_size,), device=device)
-    return Requests(runner, rows, lengths, lengths.to(device), tokens, is_aliased)
+    return Requests(runner, rows, lengths, lengths.to(device), tokens, shares_pages)
 
 
 def fill_host_store(memory: KVMemory) -> None:
@@ -86,18 +85,18 @@ def fill_host_store(memory: KVMemory) -> None:
     page_elements = g.page_bytes // g.dtype.itemsize
     chunk = max(1, _PIECE_BYTES // g.page_bytes)
     shape = (g.num_layers, g.num_kv_heads, 2, g.page_size, g.head_dim)
-    for first in range(0, memory.host.num_pages, chunk):
-        count = min(chunk, memory.host.num_pages - first)
+    for first in range(0, memory.host.num_host_pages, chunk):
+        count = min(chunk, memory.host.num_host_pages - first)
         kv = torch.randn((count, *shape), dtype=g.dtype, device=device)
         kv[:, :, :, 0] += _PAGE_STD * torch.randn((count, *shape[:2], 1, g.head_dim), dtype=g.dtype, device=device)
         low, high = kv[:, :, :, 0].amin(3), kv[:, :, :, 0].amax(3)
         filled = slice(first, first + count)
-        memory.host.summary[:, filled] = torch.stack((low, high), 3).transpose(0, 1)
+        memory.index.summaries[:, filled] = torch.stack((low, high), 3).transpose(0, 1)
         if g.key_bits:
             last_slots = torch.arange(1, count + 1, device=device) * g.page_size - 1
-            for number in range(g.num_layers):
-                written = memory.host.summary[number, filled], memory.host.codes[number, filled]
-                memory.ops.encode_pages(last_slots, kv[:, number], *written)
+            for layer in memory.layers:
+                piece = layer.store._replace(host_kv=kv[:, layer.number], summary=layer.store.summary[filled])
+                memory.ops.encode_pages(last_slots, piece, memory.index.codes[layer.number, filled])
         begin, kv = first * page_elements, kv.flatten()
         end = begin + len(kv)
         bounds = [begin, *range((begin // per_piece + 1) * per_piece, end, per_piece), end]
@@ -108,26 +107,18 @@ def fill_host_store(memory: KVMemory) -> None:
 
 def resize_blocks(memory: KVMemory, num_blocks: int) -> None:
     """Give the engine another number of device blocks, all free; graphs that were captured before are void."""
-    memory.blocks = DeviceBlocks(
-        memory.geometry,
-        memory.ops,
-        num_pages=memory.host.num_pages,
-        num_blocks=num_blocks,
-        dense_layers=memory.config.dense_layers,
-        device=memory.device,
-    )
-    memory._allocate_step()
-    memory.layers = [memory._layer(number) for number in range(memory.geometry.num_layers)]
+    memory.resize_blocks(num_blocks)
     for kv in memory.blocks.kv:
         kv.zero_()  # a page that is opened reads what is there until it is written: no NaN
 
 
-def start_windows(memory: KVMemory, requests: Requests) -> None:
+def give_first_windows(requests: Requests) -> None:
     """What the end of prefill does: first windows, by a random query, and their blocks."""
-    g, rows = memory.geometry, requests.rows
+    prefill, rows, lengths = requests.runner.attn_backend.prefill, requests.rows, requests.seq_lens
+    memory = prefill.memory
+    g = memory.geometry
     for row in range(1, len(rows) + 1):
         memory.admit(row)
-    lengths = requests.seq_lens
     num_pages = (lengths + g.page_size - 1) // g.page_size
     longest = int(num_pages.max()) * g.page_size
     batch = Batch(
@@ -136,12 +127,11 @@ def start_windows(memory: KVMemory, requests: Requests) -> None:
         page_table=requests.runner.req_to_token_pool.req_to_token[rows, : longest : g.page_size].long() // g.page_size,
         num_pages=num_pages,
         num_pages_next=lengths // g.page_size + 1,
-        budget_pages=torch.full_like(rows, memory.config.budget_pages),
+        budget_pages=rows.new_full((len(rows), g.num_kv_heads), memory.sizes.budget),
         step=memory.blocks.step,
     )
-    memory.windows.start(batch.rows, batch.budget_pages)
-    memory.clear_lists()
+    memory.budgets.start(batch.rows, batch.budget_pages)
+    memory.tables.clear()
     for layer in memory.layers:
-        layer.last_q[rows] = torch.randn_like(layer.last_q[rows])
-        select_windows(memory, layer, batch, Read.FIRST, g.head_dim**-0.5)
-        make_resident(memory, layer, batch, Read.FIRST)
+        last_q = torch.randn_like(layer.last_q[rows])
+        start_windows(memory, prefill.selectors.get(layer.kind), layer, batch, last_q, g.head_dim**-0.5)

@@ -8,7 +8,6 @@ With every number stands what decides it: the share of corrected rows and the by
 from __future__ import annotations
 
 import dataclasses
-import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -18,7 +17,7 @@ import torch
 
 from benchmarks.gpu.decode_cells import FREEKV_CELLS, PLAIN_CELLS, REHEARSED_FREEKV, REHEARSED_PLAIN, Cell, K
 from benchmarks.gpu.decode_model import capture, load_runner, set_drift
-from benchmarks.gpu.decode_requests import Requests, fill_host_store, make_requests, resize_blocks, start_windows
+from benchmarks.gpu.decode_requests import Requests, fill_host_store, give_first_windows, make_requests, resize_blocks
 from benchmarks.gpu.session import Failures, Session
 from freekv_kernels import Count
 from sglang_freekv.memory.pinned import GIB, free_host_bytes
@@ -46,7 +45,9 @@ def run_plain(session: Session) -> None:
         with failures.kept(f"plain, {context} tokens, batch {batch}"):
             capture(runner, batch)
             requests = make_requests(runner, batch, context, _WARM_UP + _STEPS, num_pages)
-            _record_step(session, step_times(requests), "plain", context, batch, is_aliased=int(requests.is_aliased))
+            _record_step(
+                session, step_times(requests), "plain", context, batch, shares_pages=int(requests.shares_pages)
+            )
     # How many requests fit, with the KV capped, is arithmetic; their step is a cell above.
     capped = int(_CAP_BYTES // (32 * K * session.shape.geometry().token_bytes))
     session.record("capped_batch", capped, "requests", mode="plain", context=32 * K)
@@ -58,7 +59,7 @@ def run_freekv(session: Session) -> None:
     try:
         bench.run(REHEARSED_FREEKV if session.is_rehearsal else FREEKV_CELLS)
     finally:
-        bench.memory.release()
+        bench.memory.unpin()
 
 
 class FreeKVBench:
@@ -106,20 +107,15 @@ class FreeKVBench:
         g, memory = self.memory.geometry, self.memory
         set_drift(self.runner, g, drift)
         memory.config = dataclasses.replace(memory.config, tau=cell.tau)
-        num_keys = memory.host.num_pages * g.num_kv_heads
-        num_blocks = int(cell.windows * cell.batch * memory.config.max_budget_pages * g.num_kv_heads)
-        # The old blocks go before the new ones come.
-        memory.layers, memory.blocks = [], None
-        gc.collect()
-        if self.session.device == "cuda":
-            torch.cuda.empty_cache()
-        resize_blocks(memory, min(num_blocks, num_keys) if cell.windows else num_keys)
+        num_pairs = memory.host.num_host_pages * g.num_kv_heads
+        num_blocks = int(cell.windows * cell.batch * memory.sizes.max_budget * g.num_kv_heads)
+        resize_blocks(memory, min(num_blocks, num_pairs) if cell.windows else num_pairs)
         capture(self.runner, cell.batch)
 
     def _start(self, cell: Cell, max_steps: int) -> Requests:
-        num_pages = self.memory.host.num_pages - 1
+        num_pages = self.memory.host.num_host_pages - 1
         requests = make_requests(self.runner, cell.batch, cell.context, max_steps, num_pages)
-        start_windows(self.memory, requests)
+        give_first_windows(requests)
         return requests
 
     def _calibrate(self, target_mb: int) -> None:
@@ -165,7 +161,7 @@ class FreeKVBench:
             times[1:],
             "freekv",
             **dataclasses.asdict(cell),
-            is_aliased=int(requests.is_aliased),
+            shares_pages=int(requests.shares_pages),
             flagged=self._flagged(before),
             recalled_mb=round(self._recalled_mb(before, len(times), cell), 2),
             demand_misses=counted["demand_misses"],
@@ -177,7 +173,7 @@ class FreeKVBench:
 
     def _recalled_mb(self, before: list[int], steps: int, cell: Cell) -> float:
         recalls = self.memory.counters[Count.RECALLS] - before[Count.RECALLS]
-        return recalls * self.memory.geometry.block_bytes / steps / cell.batch / 1e6
+        return recalls * self.memory.geometry.record_bytes / steps / cell.batch / 1e6
 
     def _flagged(self, before: list[int]) -> float:
         rows, flagged = (self.memory.counters[c] - before[c] for c in (Count.ROWS, Count.FLAGGED_ROWS))

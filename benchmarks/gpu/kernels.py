@@ -21,7 +21,7 @@ from sglang_freekv.testing.kernel_inputs import Call, KernelInputs
 # Those that a decode step of a usual server has come first.
 _SIZES = [(8, 32768), (1, 32768), (32, 32768), (8, 131072), (1, 131072), (32, 131072), (8, 8192), (1, 8192), (32, 8192)]
 # Their lists are in any order and their choices free: what they do is checked by tests/kernels.
-_FREE = {"lookup_blocks", "claim_blocks", "release_blocks"}
+_FREE = {"lookup_blocks", "claim_blocks", "forget_blocks"}
 _LAYERS = 2  # KernelInputs asks for two; more would only take memory
 
 
@@ -38,7 +38,7 @@ def run(session: Session) -> None:
             for kind, call in getattr(inputs, op)().items():
                 measure(session, stopwatch, getattr(ops, op), op, kind, call, inputs, peak)
         measure_attention(session, stopwatch, inputs, peak)
-        inputs.memory.release()
+        inputs.memory.unpin()
         del inputs, call  # before the next, which are as large
 
 
@@ -74,7 +74,7 @@ def check_ops(session: Session) -> None:
             first = int(op == "select_pages")  # the scores are its workspace
             difference = _difference((args[first:], kwargs), (on_cpu[0][first:], on_cpu[1]))
             session.check(f"{op}, {kind}, is its reference", not difference, difference)
-    inputs.memory.release()
+    inputs.memory.unpin()
 
 
 def _to_cpu(value: Any) -> Any:
@@ -148,10 +148,10 @@ def bytes_of(op: str, kind: str, call: Call, inputs: KernelInputs) -> tuple[int,
     g, rows, width = inputs.geometry, inputs.num_rows, inputs.width
     pages = rows * inputs.num_pages
     share = inputs.is_flagged.float().mean().item() if "flagged" in kind else 1.0
-    codes = g.code_bytes if "by codes" in kind else 0  # of a page and KV head
+    codes = g.page_size * g.head_dim * g.key_bits // 8 if "by codes" in kind else 0  # of a page and KV head
     token = 2 * g.num_kv_heads * g.head_dim * g.dtype.itemsize  # K and V of one token in a layer
     query = rows * g.group_size * g.head_dim * g.dtype.itemsize
-    listed = next((int(x.count) for x in call.args if hasattr(x, "count") and hasattr(x, "keys")), 0)
+    listed = next((int(x.count) for x in call.args if hasattr(x, "count") and hasattr(x, "pairs")), 0)
     if op == "recall_blocks":
         return listed * g.block_bytes, True
     if op == "append_tokens":
@@ -164,13 +164,13 @@ def bytes_of(op: str, kind: str, call: Call, inputs: KernelInputs) -> tuple[int,
     if op == "fill_arena":
         return len(call.args[2]) * g.page_size * 2 * token, False
     moved = {
-        "begin_step": inputs.batch_size * inputs.memory.max_pages * (4 + 8),
+        "write_tables": inputs.batch_size * inputs.memory.max_pages * (4 + 8),
         "list_pages": pages * (8 + 4),
         "score_pages": share * pages * (2 * g.head_dim * g.dtype.itemsize + codes + 4 * g.group_size),
         "select_pages": share * (pages * 4 * g.group_size + rows * width * 4),
         "lookup_blocks": rows * width * (4 + 8 + 4 + 4),
         "claim_blocks": listed * (8 + 4 + 4 + 4 + 4),
-        "release_blocks": listed * (8 + 4 + 4 + 4 + 4),
+        "forget_blocks": listed * (8 + 4 + 4 + 4 + 4),
     }
     return int(moved[op]), False
 

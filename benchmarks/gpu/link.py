@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.gpu.session import Session
 from benchmarks.gpu.timing import Stopwatch
-from freekv_kernels import Count, MissList, recall_blocks_triton
+from freekv_kernels import Count, MissList, PageStore, recall_blocks_triton
 from sglang_freekv.memory.geometry import Geometry
 from sglang_freekv.memory.pinned import GIB, CudaDriver, PinnedMemory
 
@@ -57,26 +57,30 @@ class HostPages:
         num_pages = memory.tensor.nbytes // g.page_bytes
         shape = (num_pages, g.num_layers, g.num_kv_heads, 2, g.page_size, g.head_dim)
         self.kv = memory.tensor[: num_pages * g.page_bytes].view(g.dtype).view(shape)
-        self.num_keys = num_pages * g.num_kv_heads
+        self.num_pairs = num_pages * g.num_kv_heads
         self.block_kv = torch.empty((num_blocks, 2, g.page_size, g.head_dim), dtype=g.dtype, device=device)
-        # Every key has a block, though nobody looks: entries are completed for front windows only.
+        # Every pair has a block, though nobody looks: entries are completed for front windows only.
         self.table = torch.zeros((num_pages, g.num_kv_heads), dtype=torch.int32, device=device)
         self.counters = torch.zeros(len(Count), dtype=torch.int64, device=device)
         self.misses = MissList(
-            keys=torch.zeros(num_blocks, dtype=torch.int64, device=device),
+            pairs=torch.zeros(num_blocks, dtype=torch.int64, device=device),
             count=torch.zeros(1, dtype=torch.int32, device=device),
             entries=torch.zeros(num_blocks, dtype=torch.int32, device=device),
             blocks=torch.arange(num_blocks, dtype=torch.int32, device=device),
         )
 
     def miss(self, count: int) -> None:
-        """List `count` other keys, so that no cache on the way holds them."""
-        self.misses.keys[:count] = torch.randperm(self.num_keys, device=self.table.device)[:count]
+        """List `count` other pairs, so that no cache on the way holds them."""
+        self.misses.pairs[:count] = torch.randperm(self.num_pairs, device=self.table.device)[:count]
         self.misses.count.fill_(count)
 
     def recall(self) -> None:
-        layer = self.geometry.num_layers // 2
-        recall_blocks_triton.recall_blocks(self.kv, layer, self.misses, self.block_kv, self.table, self.counters)
+        recall_blocks_triton.recall_blocks(self.store, self.misses, self.counters)
+
+    @property
+    def store(self) -> PageStore:
+        """Of a layer in the middle."""
+        return PageStore(self.kv[:, self.geometry.num_layers // 2], None, self.block_kv, self.table)
 
 
 def run(session: Session) -> None:
@@ -89,7 +93,7 @@ def run(session: Session) -> None:
     stopwatch = Stopwatch(session.device)
     _measure_recall(session, stopwatch, memory, _measure_copies(session, stopwatch, memory))
     start = time.perf_counter()
-    memory.release()
+    memory.unpin()
     session.record("unregister_rate", gib / (time.perf_counter() - start), "GiB/s", gib=round(gib, 3))
 
 
@@ -136,8 +140,8 @@ def _check_recall(session: Session, host: HostPages) -> None:
     host.kv.view(torch.int16)[..., 0, 0] = torch.arange(host.kv[..., 0, 0].numel()).view(host.kv[..., 0, 0].shape)
     host.miss(count)
     host.recall()
-    keys = host.misses.keys[:count].cpu()
-    expected = host.kv[keys // g.num_kv_heads, g.num_layers // 2, keys % g.num_kv_heads]
+    pairs = host.misses.pairs[:count].cpu()
+    expected = host.kv[pairs // g.num_kv_heads, g.num_layers // 2, pairs % g.num_kv_heads]
     is_same = torch.equal(host.block_kv[:count].cpu().view(torch.int16), expected.view(torch.int16))
     session.check("recall_blocks copies what the host has", is_same)
 
@@ -153,15 +157,15 @@ def _measure_token_major(session: Session, stopwatch: Stopwatch, memory: PinnedM
     kv = memory.tensor[: num_pages * elements * g.dtype.itemsize].view(g.dtype).view(num_pages, *layer_page)
     for count in (32,) if session.is_rehearsal else (1024, 16384):
         block_kv = torch.empty((count, 2, g.page_size, g.head_dim), dtype=g.dtype, device=session.device)
-        keys = torch.zeros(count, dtype=torch.int64, device=session.device)
+        pairs = torch.zeros(count, dtype=torch.int64, device=session.device)
         length = torch.full((1,), count, dtype=torch.int32, device=session.device)
-        num_keys = num_pages * g.num_kv_heads
+        num_pairs = num_pages * g.num_kv_heads
 
-        def miss(keys: torch.Tensor = keys, count: int = count, num_keys: int = num_keys) -> None:
-            keys.copy_(torch.randperm(num_keys, device=keys.device)[:count])
+        def miss(pairs: torch.Tensor = pairs, count: int = count, num_pairs: int = num_pairs) -> None:
+            pairs.copy_(torch.randperm(num_pairs, device=pairs.device)[:count])
 
-        def recall(keys: torch.Tensor = keys, length: torch.Tensor = length, out: torch.Tensor = block_kv) -> None:
-            recall_token_major(kv, keys, length, out)
+        def recall(pairs: torch.Tensor = pairs, length: torch.Tensor = length, out: torch.Tensor = block_kv) -> None:
+            recall_token_major(kv, pairs, length, out)
 
         timing = stopwatch.time(recall, miss)
         rate = count * g.block_bytes / timing.median / 1e9

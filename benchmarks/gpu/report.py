@@ -21,7 +21,7 @@ _TITLES = {
 _HIDDEN = {"recall_time", "freekv_state"}  # in the records
 # Parameters that were measured, too: they do not say which number it is.
 _MEASURED = {"p20", "p80", "detail", "gbytes_per_s", "mbytes", "share_of_peak", "share_of_link", "drift", "steps"}
-_MEASURED |= {"flagged", "recalled_mb", "demand_misses", "hit_share", "kv_gbytes", "is_aliased", "largest"}
+_MEASURED |= {"flagged", "recalled_mb", "demand_misses", "hit_share", "kv_gbytes", "shares_pages", "largest"}
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,16 @@ from functools import partial
 
 import torch
 
-from freekv_kernels import Batch, Read, compare_queries, encode_pages, score_pages, select_pages, summarize_pages
+from freekv_kernels import (
+    Batch,
+    Half,
+    PageStore,
+    compare_queries,
+    encode_pages,
+    score_pages,
+    select_pages,
+    summarize_pages,
+)
 from freekv_kernels.select_pages import pool_group
 
 EXACT, SPECULATION = 2.0, -1.0  # values of tau
@@ -48,11 +57,12 @@ def _op(q: torch.Tensor, k: torch.Tensor, part_size: int, *, bits: int = 0, slac
     if bits:
         codes = torch.empty(num_parts, len(k), part_size, head_dim * bits // 8, dtype=torch.uint8)
         keys = k[:, : len(slots)].unflatten(1, (num_parts, part_size)).transpose(0, 1)
-        encode_pages(slots[part_size - 1 :: part_size], keys[:, :, None], summary, codes)
+        store = PageStore(keys[:, :, None], summary, keys.new_empty(0, 2, part_size, head_dim), torch.empty(0))
+        encode_pages(slots[part_size - 1 :: part_size], store, codes)
     # To the op, the steps are query heads of one request that is over its budget.
-    one = torch.ones(1, dtype=torch.int64)
-    batch = Batch(0 * one, 0 * one, torch.arange(num_parts)[None], num_parts * one, num_parts * one, 0 * one, one)
-    return score_pages(q.flatten(1, 2)[None], summary, batch, Read.FRONT, codes=codes).view(*q.shape[:3], num_parts)
+    one, budgets = torch.ones(1, dtype=torch.int64), torch.zeros(1, len(k), dtype=torch.int64)
+    batch = Batch(0 * one, 0 * one, torch.arange(num_parts)[None], num_parts * one, num_parts * one, budgets, one)
+    return score_pages(q.flatten(1, 2)[None], summary, batch, Half.FRONT, codes=codes).view(*q.shape[:3], num_parts)
 
 
 def _mean_key(q: torch.Tensor, k: torch.Tensor, part_size: int) -> torch.Tensor:
@@ -131,10 +141,16 @@ def select(rule: Rule, budget: int, q: torch.Tensor, k: torch.Tensor, steps: tor
     # To the op, every step is a request of its own; the mean over a group of one is no pooling.
     rows = torch.arange(len(steps))
     batch = Batch(
-        rows, rows, page.expand(len(steps), -1), of_step, of_step, torch.full_like(rows, budget_pages), rows[:1]
+        rows,
+        rows,
+        page.expand(len(steps), -1),
+        of_step,
+        of_step,
+        rows.new_full((len(rows), num_kv_heads), budget_pages),
+        rows[:1],
     )
     windows = torch.full((2, len(steps), num_kv_heads, budget_pages), -1, dtype=torch.int32)
-    select_pages(pooled, batch, Read.FRONT, sink, recent, "mean", windows)
+    select_pages(pooled, batch, Half.FRONT, sink, recent, "mean", windows)
     listed = windows[0].long()
     chosen = torch.zeros(len(steps), num_kv_heads, num_pages + 1, dtype=torch.bool)
     chosen.scatter_(-1, listed.where(listed >= 0, num_pages), True)

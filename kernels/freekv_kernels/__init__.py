@@ -12,27 +12,39 @@ from typing import NamedTuple
 from freekv_kernels.append_tokens import append_tokens
 from freekv_kernels.attend_ragged import attend_ragged, merge_states
 from freekv_kernels.attend_window import attend_window
-from freekv_kernels.begin_step import begin_step
 from freekv_kernels.claim_blocks import claim_blocks
 from freekv_kernels.compare_queries import compare_queries
 from freekv_kernels.encode_pages import encode_pages
 from freekv_kernels.fill_arena import fill_arena
+from freekv_kernels.forget_blocks import forget_blocks
 from freekv_kernels.list_pages import list_pages
-from freekv_kernels.lookup_blocks import lookup_blocks, lookup_keys, window_keys
+from freekv_kernels.lookup_blocks import lookup_blocks, lookup_pairs, window_pairs
 from freekv_kernels.recall_blocks import recall_blocks
-from freekv_kernels.release_blocks import release_blocks
+from freekv_kernels.records import CODECS, PLAIN, Codec
 from freekv_kernels.score_pages import score_pages
 from freekv_kernels.select_pages import select_pages
 from freekv_kernels.store_pages import store_pages
 from freekv_kernels.summarize_pages import summarize_pages
-from freekv_kernels.tables import Batch, BlockTables, Count, FlagList, KeyList, MissList, Read
+from freekv_kernels.tables import (
+    Batch,
+    BlockTables,
+    Claim,
+    Count,
+    FlagList,
+    Half,
+    MissList,
+    PageStore,
+    PairList,
+    pairs_of,
+)
+from freekv_kernels.write_tables import write_tables
 
 
 class Ops(NamedTuple):
     """The ops that have a kernel. Both implementations have the signatures and the contracts of the references."""
 
-    begin_step: Callable[..., None]
-    release_blocks: Callable[..., None]
+    write_tables: Callable[..., None]
+    forget_blocks: Callable[..., None]
     list_pages: Callable[..., None]
     append_tokens: Callable[..., None]
     score_pages: Callable
@@ -46,8 +58,8 @@ class Ops(NamedTuple):
 
 
 REFERENCE = Ops(
-    begin_step,
-    release_blocks,
+    write_tables,
+    forget_blocks,
     list_pages,
     append_tokens,
     score_pages,
@@ -69,33 +81,39 @@ def triton_ops() -> Ops:
 
 
 __all__ = [
+    "CODECS",
+    "PLAIN",
     "REFERENCE",
     "Batch",
     "BlockTables",
+    "Claim",
+    "Codec",
     "Count",
     "FlagList",
-    "KeyList",
+    "Half",
     "MissList",
     "Ops",
-    "Read",
+    "PageStore",
+    "PairList",
     "append_tokens",
     "attend_ragged",
     "attend_window",
-    "begin_step",
     "claim_blocks",
     "compare_queries",
     "encode_pages",
     "fill_arena",
+    "forget_blocks",
     "list_pages",
     "lookup_blocks",
-    "lookup_keys",
+    "lookup_pairs",
     "merge_states",
+    "pairs_of",
     "recall_blocks",
-    "release_blocks",
     "score_pages",
     "select_pages",
     "store_pages",
     "summarize_pages",
     "triton_ops",
-    "window_keys",
+    "window_pairs",
+    "write_tables",
 ]

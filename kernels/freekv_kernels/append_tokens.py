@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from freekv_kernels.compare_queries import compare_queries
-from freekv_kernels.tables import Batch, Count, FlagList
+from freekv_kernels.tables import Batch, Count, FlagList, PageStore
 
 
 def append_tokens(
@@ -14,10 +14,7 @@ def append_tokens(
     v: torch.Tensor,
     batch: Batch,
     tau: float,
-    host_kv: torch.Tensor,
-    summary: torch.Tensor,
-    block_kv: torch.Tensor,
-    table: torch.Tensor,
+    store: PageStore,
     last_q: torch.Tensor,
     flags: FlagList | None,
     counters: torch.Tensor,
@@ -25,10 +22,10 @@ def append_tokens(
     """Write-through append of one token per request, and comparison of its query with the previous one.
 
     With page, offset = divmod(slot, page_size), for every KV head h:
-      host_kv[page, h, :, offset] = k, v
+      the record of (page, h) takes k, v at offset
       summary[page, h] = k, k where offset == 0, else min(., k), max(., k)
-      block_kv[table[page, h], :, offset] = k, v   where the page's head is resident
-      is_flagged = num_pages > budget_pages and mean over the group of cos(q, last_q[row]) < tau
+      block_kv[table[page, h], :, offset] = what the record reads back as, where the page's head is resident
+      is_flagged = num_pages > budget_pages[h] and mean over the group of cos(q, last_q[row]) < tau
       last_q[row, h] = q
 
     Parameters
@@ -38,12 +35,9 @@ def append_tokens(
         Post-RoPE queries and keys, and values, of the new tokens.
     batch : Batch
     tau : float
-    host_kv : model dtype, ``[num_pages, num_kv_heads, 2, page_size, head_dim]``, CPU (pinned)
-        One layer of the host store, a strided view.
-    summary : model dtype, ``[num_pages, num_kv_heads, 2, head_dim]``, device
-    block_kv : model dtype, ``[num_blocks, 2, page_size, head_dim]``, device
-    table : int32, ``[num_pages, num_kv_heads]``, device
-        -1 where not resident: the host store then holds the only copy, which a demand miss fetches.
+    store : PageStore
+        Of one layer, written. Where a page's head is not resident, the host store holds the only copy, which a demand
+        miss fetches.
     last_q : model dtype, ``[max_requests + 1, num_kv_heads, group_size, head_dim]``, device
     flags : FlagList or None
         Written; `count` must be 0 before. None in a dense layer, where nothing is selected, flagged or counted.
@@ -55,34 +49,39 @@ def append_tokens(
     The page of a request's last token belongs to it alone, so no two requests write to one page. Padding writes to
     the padding page and the padding row, which nobody reads.
     """
-    page_size = host_kv.shape[3]
+    page_size = store.block_kv.shape[2]
     pages, offsets = batch.slots // page_size, batch.slots % page_size
     kv = torch.stack((k, v), 2)  # [batch_size, num_kv_heads, 2, head_dim]
-    host_kv[pages, :, :, offsets] = kv
+    kv = store.codec.write_tokens(store.host_kv, pages, offsets, kv)
+    if store.summary is not None:
+        _fold(store.summary, k, pages, offsets)
 
+    blocks = store.table.index_select(0, pages).long()  # [batch_size, num_kv_heads]
+    if blocks.min() >= 0:
+        store.block_kv[blocks, :, offsets[:, None]] = kv
+    else:
+        request, head = (blocks >= 0).nonzero(as_tuple=True)
+        store.block_kv[blocks[request, head], :, offsets[request]] = kv[request, head]
+
+    if flags is None:
+        return
+    is_over = batch.num_pages[:, None] > batch.budget_pages
+    flags.is_flagged.zero_()
+    if num_over := int(is_over.sum()):
+        is_flagged = is_over & (compare_queries(q, last_q[batch.rows]) < tau)
+        flags.is_flagged.copy_(is_flagged.flatten())
+        rows = flags.is_flagged.nonzero().flatten()
+        flags.rows[: len(rows)] = rows.int()
+        flags.count.fill_(len(rows))
+        counters[Count.ROWS] += num_over
+        counters[Count.FLAGGED_ROWS] += len(rows)
+    last_q.index_copy_(0, batch.rows, q)
+
+
+def _fold(summary: torch.Tensor, k: torch.Tensor, pages: torch.Tensor, offsets: torch.Tensor) -> None:
+    """Fold one key per page into the summaries; the token at offset 0 opens its page."""
     bounds = summary.index_select(0, pages).where((offsets > 0)[:, None, None, None], k[:, :, None])
     low, high = bounds.unbind(2)
     torch.minimum(low, k, out=low)
     torch.maximum(high, k, out=high)
     summary.index_copy_(0, pages, bounds)
-
-    blocks = table.index_select(0, pages).long()  # [batch_size, num_kv_heads]
-    if blocks.min() >= 0:
-        block_kv[blocks, :, offsets[:, None]] = kv
-    else:
-        request, head = (blocks >= 0).nonzero(as_tuple=True)
-        block_kv[blocks[request, head], :, offsets[request]] = kv[request, head]
-
-    if flags is None:
-        return
-    is_over = batch.num_pages > batch.budget_pages
-    flags.is_flagged.zero_()
-    if num_over := int(is_over.sum()):
-        is_flagged = is_over[:, None] & (compare_queries(q, last_q[batch.rows]) < tau)
-        flags.is_flagged.copy_(is_flagged.flatten())
-        rows = flags.is_flagged.nonzero().flatten()
-        flags.rows[: len(rows)] = rows.int()
-        flags.count.fill_(len(rows))
-        counters[Count.ROWS] += num_over * table.shape[1]
-        counters[Count.FLAGGED_ROWS] += len(rows)
-    last_q.index_copy_(0, batch.rows, q)

@@ -6,7 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from freekv_kernels.tables import Batch, Count, FlagList
+from freekv_kernels.records_triton import record_pointer, store_elements
+from freekv_kernels.tables import Batch, Count, FlagList, PageStore
 
 _ROWS = tl.constexpr(int(Count.ROWS))
 _FLAGGED_ROWS = tl.constexpr(int(Count.FLAGGED_ROWS))
@@ -40,12 +41,14 @@ def _append_tokens_kernel(
     v_stride,
     v_head_stride,
     host_page_stride,
+    host_head_stride,
     NUM_KV_HEADS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    CODEC: tl.constexpr,
 ):
     row = tl.program_id(0)
     request, head = row // NUM_KV_HEADS, row % NUM_KV_HEADS
@@ -58,10 +61,11 @@ def _append_tokens_kernel(
     # All loads come before the first store, which would wait for its value: the latencies overlap.
     k = tl.load(k_ptr + request * k_stride + head * k_head_stride + d, in_dim, other=0.0)
     v = tl.load(v_ptr + request * v_stride + head * v_head_stride + d, in_dim, other=0.0)
-    low_ptrs = summary_ptr + page_head * (2 * HEAD_DIM) + d
-    is_known = in_dim & (offset > 0)  # the token at offset 0 opens the page
-    low = tl.load(low_ptrs, is_known, other=float("inf"))
-    high = tl.load(low_ptrs + HEAD_DIM, is_known, other=float("-inf"))
+    if summary_ptr is not None:
+        low_ptrs = summary_ptr + page_head * (2 * HEAD_DIM) + d
+        is_known = in_dim & (offset > 0)  # the token at offset 0 opens the page
+        low = tl.load(low_ptrs, is_known, other=float("inf"))
+        high = tl.load(low_ptrs + HEAD_DIM, is_known, other=float("-inf"))
     block = tl.load(table_ptr + page_head).to(tl.int64)
     if flag_count_ptr is not None:
         g = tl.arange(0, BLOCK_G)[:, None]
@@ -71,18 +75,20 @@ def _append_tokens_kernel(
         q_ptrs = q_ptr + request * q_stride + head * q_head_stride + g * q_query_stride + d[None, :]
         q = tl.load(q_ptrs, in_group, other=0.0)
         last_q = tl.load(last_q_ptrs, in_group, other=0.0)
-        is_over = tl.load(num_pages_ptr + request) > tl.load(budget_pages_ptr + request)
+        is_over = tl.load(num_pages_ptr + request) > tl.load(budget_pages_ptr + row)
 
     # No other program is at these cells; a thread that reads a bound after another wrote it folds to the same.
-    host_ptrs = host_kv_ptr + page * host_page_stride + (head * 2 * PAGE_SIZE + offset) * HEAD_DIM + d
-    tl.store(host_ptrs, k, in_dim)
-    tl.store(host_ptrs + PAGE_SIZE * HEAD_DIM, v, in_dim)
-    block_ptrs = block_kv_ptr + (block * 2 * PAGE_SIZE + offset) * HEAD_DIM + d
+    record_ptr = record_pointer(host_kv_ptr, page, head, host_page_stride, host_head_stride)
+    in_record = offset * HEAD_DIM + d
+    k_read = store_elements(record_ptr, in_record, k, in_dim, CODEC)
+    v_read = store_elements(record_ptr, PAGE_SIZE * HEAD_DIM + in_record, v, in_dim, CODEC)
+    block_ptrs = block_kv_ptr + block * (2 * PAGE_SIZE * HEAD_DIM) + in_record
     is_resident = in_dim & (block >= 0)
-    tl.store(block_ptrs, k, is_resident)
-    tl.store(block_ptrs + PAGE_SIZE * HEAD_DIM, v, is_resident)
-    tl.store(low_ptrs, tl.minimum(low, k), in_dim)
-    tl.store(low_ptrs + HEAD_DIM, tl.maximum(high, k), in_dim)
+    tl.store(block_ptrs, k_read, is_resident)
+    tl.store(block_ptrs + PAGE_SIZE * HEAD_DIM, v_read, is_resident)
+    if summary_ptr is not None:
+        tl.store(low_ptrs, tl.minimum(low, k), in_dim)
+        tl.store(low_ptrs + HEAD_DIM, tl.maximum(high, k), in_dim)
 
     if flag_count_ptr is not None:
         tl.debug_barrier()  # a thread may overwrite a query that another one reads
@@ -97,8 +103,8 @@ def _append_tokens_kernel(
         if is_flagged:
             tl.store(flag_rows_ptr + tl.atomic_add(flag_count_ptr, 1, sem="relaxed"), row)
             tl.atomic_add(counters_ptr + _FLAGGED_ROWS, 1, sem="relaxed")
-        if is_over and head == 0:
-            tl.atomic_add(counters_ptr + _ROWS, NUM_KV_HEADS, sem="relaxed")
+        if is_over:
+            tl.atomic_add(counters_ptr + _ROWS, 1, sem="relaxed")
 
 
 def append_tokens(
@@ -107,10 +113,7 @@ def append_tokens(
     v: torch.Tensor,
     batch: Batch,
     tau: float,
-    host_kv: torch.Tensor,
-    summary: torch.Tensor,
-    block_kv: torch.Tensor,
-    table: torch.Tensor,
+    store: PageStore,
     last_q: torch.Tensor,
     flags: FlagList | None,
     counters: torch.Tensor,
@@ -131,22 +134,23 @@ def append_tokens(
         batch.num_pages,
         batch.budget_pages,
         tau,
-        table,
-        host_kv,
-        summary,
-        block_kv,
+        store.table,
+        store.host_kv,
+        store.summary,
+        store.block_kv,
         last_q,
         *((flags.rows, flags.count, flags.is_flagged) if flags is not None else (None, None, None)),
         counters,
         *q.stride()[:3],
         *k.stride()[:2],
         *v.stride()[:2],
-        host_kv.stride(0),
+        *store.host_kv.stride()[:2],
         NUM_KV_HEADS=num_kv_heads,
         GROUP_SIZE=group_size,
         HEAD_DIM=head_dim,
-        PAGE_SIZE=host_kv.shape[3],
+        PAGE_SIZE=store.block_kv.shape[2],
         BLOCK_G=block_g,
         BLOCK_D=block_d,
+        CODEC=store.codec.name,
         num_warps=max(1, block_g * block_d // 512),  # 16 queries' elements a thread; mostly one warp
     )

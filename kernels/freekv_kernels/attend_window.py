@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from collections.abc import Iterator
+from itertools import groupby, pairwise
 
 import torch
 
@@ -29,13 +30,13 @@ def attend_window(
     q : model dtype, ``[num_rows, group_size, head_dim]``
     block_kv : model dtype, ``[num_blocks, 2, page_size, head_dim]``
     kv_indptr : int32, ``[num_rows + 1]``
-        The rows of a request have equally many blocks, at least one.
+        Every row has at least one block.
     kv_indices : int32, ``[>= kv_indptr[-1]]``
         Blocks of each row in window order.
     last_page_len : int32, ``[num_rows]``
-        Tokens in the last block of each row, at least one; the rows of a request have equally many.
+        Tokens in the last block of each row, at least one.
     num_kv_heads : int
-        Rows of one request.
+        Rows of one request, which are attended to at once where they are equally long.
     scale : float
 
     Returns
@@ -44,15 +45,25 @@ def attend_window(
     """
     page_size, head_dim = block_kv.shape[2:]
     halves = block_kv.view(-1, page_size * head_dim)  # rows: K of block 0, V of block 0, K of block 1, ...
-    num_blocks = [end - start for start, end in pairwise(kv_indptr[::num_kv_heads].tolist())]
-    key_rows = (kv_indices[: sum(num_blocks)] * 2).split(num_blocks)
-    last_lens = last_page_len[::num_kv_heads].tolist()
-    queries = q.view(-1, 1, num_kv_heads, *q.shape[1:])
-    out = []
-    for q_own, k_rows, last_len in zip(queries, key_rows, last_lens, strict=True):
-        shape = (1, num_kv_heads, len(k_rows) // num_kv_heads * page_size, head_dim)
-        kv_len = shape[2] - page_size + last_len
-        k = halves.index_select(0, k_rows).view(shape)[:, :, :kv_len]
-        v = halves.index_select(0, k_rows + 1).view(shape)[:, :, :kv_len]
-        out.append(torch.nn.functional.scaled_dot_product_attention(q_own, k, v, scale=scale))
-    return torch.cat(out).view(q.shape)
+    num_blocks = [end - start for start, end in pairwise(kv_indptr.tolist())]
+    key_rows = kv_indices[: sum(num_blocks)] * 2
+    last_lens = last_page_len.tolist()
+    out, first = [], 0
+    for num_rows in _equal_runs(num_blocks, last_lens, num_kv_heads):
+        blocks = num_blocks[first]
+        taken, key_rows = key_rows.split([num_rows * blocks, len(key_rows) - num_rows * blocks])
+        shape, kv_len = (1, num_rows, blocks * page_size, head_dim), (blocks - 1) * page_size + last_lens[first]
+        k = halves.index_select(0, taken).view(shape)[:, :, :kv_len]
+        v = halves.index_select(0, taken + 1).view(shape)[:, :, :kv_len]
+        queries = q[first : first + num_rows][None]
+        out.append(torch.nn.functional.scaled_dot_product_attention(queries, k, v, scale=scale)[0])
+        first += num_rows
+    return torch.cat(out)
+
+
+def _equal_runs(num_blocks: list[int], last_lens: list[int], longest: int) -> Iterator[int]:
+    """Numbers of adjacent rows that read equally many tokens: of a request, unless its heads' budgets differ."""
+    lengths = list(zip(num_blocks, last_lens, strict=True))
+    for first in range(0, len(lengths), longest):
+        for _, run in groupby(lengths[first : first + longest]):
+            yield len(list(run))

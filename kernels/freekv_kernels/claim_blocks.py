@@ -4,50 +4,47 @@ from __future__ import annotations
 
 import torch
 
-from freekv_kernels.tables import BlockTables, KeyList, MissList
+from freekv_kernels.tables import BlockTables, Claim, MissList, PairList
 
 # Blocks looked at first beyond a few per victim: most of what the hand meets may be taken.
 _SEARCH_MARGIN = 64
 
 
-def claim_blocks(
-    wanted: KeyList | MissList, blocks: BlockTables, step: torch.Tensor, protect_back: bool, stamp_back: bool
-) -> None:
-    """Give each key without a block a block: free blocks first, then the next victims after the clock hand.
+def claim_blocks(wanted: PairList | MissList, blocks: BlockTables, step: torch.Tensor, claim: Claim) -> None:
+    """Give each pair without a block a block: free blocks first, then the next victims after the clock hand.
 
-    A victim is a block with ``last_used < 2 * step + protect_back``. Its owner loses its entry in the block table;
-    nothing is copied, as a block is never the only copy of a token. A key that is listed twice gets one block; a key
-    that has a block keeps it; if victims run out, keys stay without one. No block is taken twice in a call. Which key
-    gets which of these blocks, or none, is left to the implementation; the reference serves the first keys first.
+    A victim is a block with ``last_used < 2 * step + claim.protect_back``. Its owner loses its entry in the block
+    table; nothing is copied, as a block is never the only copy of a token. A pair that is listed twice gets one block;
+    a pair that has a block keeps it; if victims run out, pairs stay without one. No block is taken twice in a call.
+    Which pair gets which of these blocks, or none, is left to the implementation; the reference serves the first pairs
+    first.
 
     Parameters
     ----------
-    wanted : KeyList or MissList
-        The same keys for all layers. Of a MissList, `blocks` is written for the keys of one layer: the claimed block at
-        one entry of each key, -1 at all others.
+    wanted : PairList or MissList
+        The same pairs for all layers. Of a MissList, `blocks` is written for the pairs of one layer: the claimed block
+        at one entry of each pair, -1 at all others.
     blocks : BlockTables, of some layers
-        Updated; claimed blocks are stamped ``2 * step + stamp_back``.
+        Updated; claimed blocks are stamped ``2 * step + claim.stamp_back``.
     step : int64, ``[1]``, device
-    protect_back : bool
-        Between steps the blocks that the next step reads stay (True); within a step, those of this step too (False).
-    stamp_back : bool
-        Whether the next step reads the claimed blocks.
+    claim : Claim
     """
     count = int(wanted.count)
     if count == 0:
         return
     stamp = 2 * int(step)
-    keys = wanted.keys[:count]
+    pairs = wanted.pairs[:count]
     for layer in range(len(blocks.owner)):
-        claimed = _claim(keys, BlockTables(*(x[layer] for x in blocks)), stamp + protect_back, stamp + stamp_back)
+        of_layer = BlockTables(*(x[layer] for x in blocks))
+        claimed = _claim(pairs, of_layer, stamp + claim.protect_back, stamp + claim.stamp_back)
         if isinstance(wanted, MissList):
             wanted.blocks[:count] = claimed
 
 
-def _claim(keys: torch.Tensor, blocks: BlockTables, protect_from: int, stamp: int) -> torch.Tensor:
-    """Claim in one layer; int32 ``[num_keys]``, the blocks to fill."""
+def _claim(pairs: torch.Tensor, blocks: BlockTables, protect_from: int, stamp: int) -> torch.Tensor:
+    """Claim in one layer; int32 ``[num_pairs]``, the blocks to fill."""
     table, owner, last_used = blocks.table.view(-1), blocks.owner, blocks.last_used
-    new, first_entry = _first_entries(keys)
+    new, first_entry = _first_entries(pairs)
     is_new = table[new] < 0
     new, first_entry = new[is_new], first_entry[is_new]
 
@@ -64,17 +61,17 @@ def _claim(keys: torch.Tensor, blocks: BlockTables, protect_from: int, stamp: in
     table[new] = claimed.int()
     owner[claimed] = new.int()
     last_used[claimed] = stamp
-    filled = keys.new_full((len(keys),), -1, dtype=torch.int32)
+    filled = pairs.new_full((len(pairs),), -1, dtype=torch.int32)
     filled[first_entry] = claimed.int()
     return filled
 
 
-def _first_entries(keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The different keys in the order in which they are listed, and where each is listed first."""
-    different, which = keys.unique(return_inverse=True)
-    entries = torch.arange(len(keys), device=keys.device)
-    first = entries.new_full((len(different),), len(keys)).scatter_reduce_(0, which, entries, "amin").sort().values
-    return keys[first], first
+def _first_entries(pairs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The different pairs in the order in which they are listed, and where each is listed first."""
+    different, which = pairs.unique(return_inverse=True)
+    entries = torch.arange(len(pairs), device=pairs.device)
+    first = entries.new_full((len(different),), len(pairs)).scatter_reduce_(0, which, entries, "amin").sort().values
+    return pairs[first], first
 
 
 def _next_victims(count: int, last_used: torch.Tensor, hand: torch.Tensor, protect_from: int) -> torch.Tensor:

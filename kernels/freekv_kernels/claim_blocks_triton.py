@@ -6,13 +6,13 @@ import torch
 import triton
 import triton.language as tl
 
-from freekv_kernels.tables import BlockTables, KeyList, MissList
+from freekv_kernels.tables import BlockTables, Claim, MissList, PairList
 
-_NUM_PROGRAMS = 64  # per layer, of 2 warps: 16K keys are 4 rounds of some 10 us each, on a fraction of the GPU
-_KEYS, _CANDIDATES = 64, 64  # per round, one per thread: one look at the clock serves a small claim
+_NUM_PROGRAMS = 64  # per layer, of 2 warps: 16K pairs are 4 rounds of some 10 us each, on a fraction of the GPU
+_PAIRS, _CANDIDATES = 64, 64  # per round, one per thread: one look at the clock serves a small claim
 
 # Values that the tables hold only during a claim.
-_CLAIMING = tl.constexpr(-2)  # in the block table: a program is finding a block for the key
+_CLAIMING = tl.constexpr(-2)  # in the block table: a program is finding a block for the pair
 _CLAIMED = tl.constexpr(2**31 - 1)  # as a stamp: claimed by this call
 _NEVER = tl.constexpr(-3)  # held by no table: lanes that have nothing to swap compare with it
 
@@ -30,7 +30,7 @@ _NEVER = tl.constexpr(-3)  # held by no table: lanes that have nothing to swap c
     ],
 )
 def _claim_blocks_kernel(
-    keys_ptr,
+    pairs_ptr,
     count_ptr,
     step_ptr,
     table_ptr,
@@ -47,7 +47,7 @@ def _claim_blocks_kernel(
     num_blocks,
     PROTECT_BACK: tl.constexpr,
     STAMP_BACK: tl.constexpr,
-    KEYS: tl.constexpr,
+    PAIRS: tl.constexpr,
     CANDIDATES: tl.constexpr,
 ):
     # A claimed block's stamp is no victim's, and during a claim stamps only rise: a block is claimed once in a launch,
@@ -69,18 +69,20 @@ def _claim_blocks_kernel(
     num_looks = tl.cdiv(num_blocks, CANDIDATES)  # once round the clock
     max_looks = 2 * num_looks
 
-    for first in range(tl.program_id(0) * KEYS, count, tl.num_programs(0) * KEYS):
-        entry = first + tl.arange(0, KEYS)
+    for first in range(tl.program_id(0) * PAIRS, count, tl.num_programs(0) * PAIRS):
+        entry = first + tl.arange(0, PAIRS)
         is_entry = entry < count
-        key = tl.load(keys_ptr + entry, mask=is_entry, other=0)
-        # Of all lanes of all programs that list a key, one finds -1. It alone writes the entry from then on, even if -1
-        # comes from a program that evicted the key in this launch: that store has been seen, and is not repeated.
+        pair = tl.load(pairs_ptr + entry, mask=is_entry, other=0)
+        # Of all lanes of all programs that list a pair, one finds -1. It alone writes the entry from then on, even if
+        # -1 comes from a program that evicted the pair in this launch: that store has been seen, and is not repeated.
         expected_block = tl.where(is_entry, -1, _NEVER)
-        old_block = tl.atomic_cas(table_ptr + key, expected_block, tl.full((KEYS,), _CLAIMING, tl.int32), sem="relaxed")
+        old_block = tl.atomic_cas(
+            table_ptr + pair, expected_block, tl.full((PAIRS,), _CLAIMING, tl.int32), sem="relaxed"
+        )
         is_ours = is_entry & (old_block == -1)
         rank = tl.where(is_ours, tl.cumsum(is_ours.to(tl.int32)), -1)  # from 1
         num_wanted = tl.sum(is_ours.to(tl.int32))
-        block = tl.full((KEYS,), -1, tl.int32)
+        block = tl.full((PAIRS,), -1, tl.int32)
         if num_wanted > 0:
             # What was taken below zero is given back. Until then others see too few, and never miss a free block by
             # it: below zero means that somebody has emptied the stack, which nobody fills during a claim.
@@ -105,15 +107,15 @@ def _claim_blocks_kernel(
                 is_candidate = lane < num_blocks
                 # Not from L1: a stale stamp would be looked at, and fail to be swapped, for ever.
                 last_used = tl.load(last_used_ptr + candidate, mask=is_candidate, other=-1, cache_modifier=".cg")
-                old_key = tl.load(owner_ptr + candidate, mask=is_candidate, other=-1)
+                old_pair = tl.load(owner_ptr + candidate, mask=is_candidate, other=-1)
                 is_victim = (last_used >= 0) & (last_used < protect_from)
                 is_victim &= num_served + tl.cumsum(is_victim.to(tl.int32)) <= num_wanted
                 expected = tl.where(is_victim, last_used, _NEVER)
                 seen = tl.atomic_cas(last_used_ptr + candidate, expected, stamps, sem="relaxed")
                 is_won = is_victim & (seen == last_used)
-                tl.store(table_ptr + old_key, -1, mask=is_won)
+                tl.store(table_ptr + old_pair, -1, mask=is_won)
 
-                # The keys that still wait have the next ranks; their blocks are -1.
+                # The pairs that still wait have the next ranks; their blocks are -1.
                 won_rank = tl.where(is_won, num_served + tl.cumsum(is_won.to(tl.int32)), 0)
                 is_match = rank[None, :] == won_rank[:, None]
                 block += tl.sum(tl.where(is_match, candidate[:, None] + 1, 0), 0)
@@ -128,47 +130,45 @@ def _claim_blocks_kernel(
             if num_served < num_wanted:
                 max_looks = 0  # no victim is left for the rest of the launch
 
-            tl.store(owner_ptr + block, key.to(tl.int32), mask=block >= 0)
-            tl.store(table_ptr + key, block, mask=is_ours)
+            tl.store(owner_ptr + block, pair.to(tl.int32), mask=block >= 0)
+            tl.store(table_ptr + pair, block, mask=is_ours)
         if claimed_ptr is not None:
             tl.store(claimed_ptr + entry, block, mask=is_entry)
 
 
 @triton.jit(do_not_specialize_on_alignment=["count_ptr", "table_ptr", "last_used_ptr"])
 def _stamp_blocks_kernel(
-    keys_ptr,
+    pairs_ptr,
     count_ptr,
     step_ptr,
     table_ptr,
     last_used_ptr,
     table_stride,
     last_used_stride,
-    KEYS: tl.constexpr,
+    PAIRS: tl.constexpr,
 ):
     layer = tl.program_id(1).to(tl.int64)
     table_ptr += layer * table_stride
     last_used_ptr += layer * last_used_stride
     count, stamp = tl.load(count_ptr), 2 * tl.load(step_ptr).to(tl.int32)
-    for first in range(tl.program_id(0) * KEYS, count, tl.num_programs(0) * KEYS):
-        entry = first + tl.arange(0, KEYS)
-        key = tl.load(keys_ptr + entry, mask=entry < count, other=0)
-        block = tl.load(table_ptr + key, mask=entry < count, other=-1)
+    for first in range(tl.program_id(0) * PAIRS, count, tl.num_programs(0) * PAIRS):
+        entry = first + tl.arange(0, PAIRS)
+        pair = tl.load(pairs_ptr + entry, mask=entry < count, other=0)
+        block = tl.load(table_ptr + pair, mask=entry < count, other=-1)
         last_used = tl.load(last_used_ptr + block, mask=block >= 0, other=-1)
         tl.store(last_used_ptr + block, stamp, mask=last_used == _CLAIMED)
 
 
-def claim_blocks(
-    wanted: KeyList | MissList, blocks: BlockTables, step: torch.Tensor, protect_back: bool, stamp_back: bool
-) -> None:
+def claim_blocks(wanted: PairList | MissList, blocks: BlockTables, step: torch.Tensor, claim: Claim) -> None:
     """See `freekv_kernels.claim_blocks`. The grid depends on shapes only: a CUDA graph can hold it.
 
-    Which blocks are taken, for which keys, and which keys go without if victims run out, is left to chance.
+    Which blocks are taken, for which pairs, and which pairs go without if victims run out, is left to chance.
     No other kernel may work on the same layers' tables at the same time.
     """
     num_layers, num_blocks = blocks.owner.shape
-    grid = (min(_NUM_PROGRAMS, triton.cdiv(len(wanted.keys), _KEYS)), num_layers)
+    grid = (min(_NUM_PROGRAMS, triton.cdiv(len(wanted.pairs), _PAIRS)), num_layers)
     _claim_blocks_kernel[grid](
-        wanted.keys,
+        wanted.pairs,
         wanted.count,
         step,
         blocks.table,
@@ -183,21 +183,21 @@ def claim_blocks(
         blocks.last_used.stride(0),
         blocks.free_blocks.stride(0),
         num_blocks,
-        PROTECT_BACK=protect_back,
-        STAMP_BACK=stamp_back,
-        KEYS=_KEYS,
+        PROTECT_BACK=claim.protect_back,
+        STAMP_BACK=claim.stamp_back,
+        PAIRS=_PAIRS,
         CANDIDATES=_CANDIDATES,
         num_warps=2,
     )
-    if protect_back and not stamp_back:
+    if claim == Claim.AS_OLD:
         _stamp_blocks_kernel[grid](
-            wanted.keys,
+            wanted.pairs,
             wanted.count,
             step,
             blocks.table,
             blocks.last_used,
             blocks.table.stride(0),
             blocks.last_used.stride(0),
-            KEYS=_KEYS,
+            PAIRS=_PAIRS,
             num_warps=2,
         )

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from freekv_kernels.tables import PageStore
+
 LEAST_STEP = 1e-30  # where a channel is constant
 
 
-def encode_pages(slots: torch.Tensor, host_kv: torch.Tensor, summary: torch.Tensor, codes: torch.Tensor) -> None:
+def encode_pages(slots: torch.Tensor, store: PageStore, codes: torch.Tensor) -> None:
     """Encode the pages that end with one of these slots; others are not full yet, and nobody scores them.
 
     With lo, hi = summary[page, h] and step = (hi - lo) / 2 ** bits, in fp32:
@@ -17,10 +19,9 @@ def encode_pages(slots: torch.Tensor, host_kv: torch.Tensor, summary: torch.Tens
     ----------
     slots : int64, ``[n]``, device
         Token slots that were just written, at most one of a page.
-    host_kv : model dtype, ``[num_pages, num_kv_heads, 2, page_size, head_dim]``, CPU (pinned)
-        One layer of the host store, a strided view: the keys are read from here.
-    summary : model dtype, ``[num_pages, num_kv_heads, 2, head_dim]``, device
-    codes : uint8, ``[num_pages, num_kv_heads, page_size, head_dim * bits // 8]``, device
+    store : PageStore
+        Of one layer, with summaries; the keys are read from the host store.
+    codes : uint8, ``[num_host_pages, num_kv_heads, page_size, head_dim * bits // 8]``, device
         Written. Byte j of a token holds channels j, j + n, j + 2n ... from its lowest bits, n bytes per token.
 
     Notes
@@ -28,13 +29,13 @@ def encode_pages(slots: torch.Tensor, host_kv: torch.Tensor, summary: torch.Tens
     A range per channel of a page, because keys have channels with values far from the others' (KIVI, arXiv
     2402.02750). Minimum and maximum alone bound every token of a page at once, and most of that bound is nobody's.
     """
-    page_size, head_dim = host_kv.shape[3:]
+    page_size, head_dim = store.block_kv.shape[2:]
     pages = slots[slots % page_size == page_size - 1] // page_size
     if len(pages) == 0:  # most steps of a decode
         return
     bits = codes.shape[-1] * 8 // head_dim
-    low, step = code_steps(summary[pages], bits)
-    k = host_kv[pages, :, 0].float()
+    low, step = code_steps(store.summary[pages], bits)
+    k = store.codec.decode_keys(store.host_kv, pages, store.block_kv.dtype).float()
     values = ((k - low[:, :, None]) / step[:, :, None]).floor_().clamp_(0, 2**bits - 1).to(torch.uint8)
     parts = values.unflatten(-1, (8 // bits, -1))  # [n, num_kv_heads, page_size, channels in a byte, bytes]
     packed = parts[..., 0, :]

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 
 from freekv_kernels.encode_pages import LEAST_STEP
+from freekv_kernels.records_triton import load_elements, record_pointer
+from freekv_kernels.tables import PageStore
 
 _MAX_PROGRAMS = 128  # as many as of store_pages, which is as far from filling the link with one per SM
 _LEAST_STEP = tl.constexpr(LEAST_STEP)
@@ -19,6 +21,7 @@ def _encode_pages_kernel(
     summary_ptr,
     codes_ptr,
     host_page_stride,
+    host_head_stride,
     num_slots,
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -26,6 +29,7 @@ def _encode_pages_kernel(
     BITS: tl.constexpr,
     NUM_BYTES: tl.constexpr,
     BLOCK_BYTES: tl.constexpr,
+    CODEC: tl.constexpr,
 ):
     i, byte = tl.arange(0, PAGE_SIZE)[:, None], tl.arange(0, BLOCK_BYTES)
     is_byte = byte < NUM_BYTES
@@ -34,12 +38,12 @@ def _encode_pages_kernel(
         if slot % PAGE_SIZE == PAGE_SIZE - 1:
             page = slot // PAGE_SIZE  # int64, as are all offsets below that start from it
             page_head = page * NUM_KV_HEADS + head
-            key_ptrs = host_kv_ptr + page * host_page_stride + head * (2 * PAGE_SIZE * HEAD_DIM) + i * HEAD_DIM
+            record_ptr = record_pointer(host_kv_ptr, page, head, host_page_stride, host_head_stride)
             low_ptrs = summary_ptr + page_head * (2 * HEAD_DIM)
             packed = tl.zeros((PAGE_SIZE, BLOCK_BYTES), tl.int32)
             for part in tl.static_range(8 // BITS):
                 d = part * NUM_BYTES + byte
-                k = tl.load(key_ptrs + d[None, :], is_byte[None, :], other=0.0).to(tl.float32)
+                k = load_elements(record_ptr, i * HEAD_DIM + d[None, :], is_byte[None, :], CODEC).to(tl.float32)
                 low = tl.load(low_ptrs + d, is_byte, other=0.0).to(tl.float32)
                 high = tl.load(low_ptrs + HEAD_DIM + d, is_byte, other=0.0).to(tl.float32)
                 step = tl.maximum((high - low) * 2.0**-BITS, _LEAST_STEP)
@@ -50,20 +54,20 @@ def _encode_pages_kernel(
             tl.store(code_ptrs, packed.to(tl.uint8), is_byte[None, :])
 
 
-def encode_pages(slots: torch.Tensor, host_kv: torch.Tensor, summary: torch.Tensor, codes: torch.Tensor) -> None:
+def encode_pages(slots: torch.Tensor, store: PageStore, codes: torch.Tensor) -> None:
     """See `freekv_kernels.encode_pages`. The grid depends on shapes only: a CUDA graph can hold it.
 
     Which pages are full is read on the device, and their keys over the link, in place, once.
     """
-    num_kv_heads, _, page_size, head_dim = host_kv.shape[1:]
+    num_kv_heads, (page_size, head_dim) = store.table.shape[1], store.block_kv.shape[2:]
     num_bytes = codes.shape[-1]
     block_bytes = triton.next_power_of_2(num_bytes)
     _encode_pages_kernel[(min(len(slots) * num_kv_heads, _MAX_PROGRAMS),)](
         slots,
-        host_kv,
-        summary,
+        store.host_kv,
+        store.summary,
         codes,
-        host_kv.stride(0),
+        *store.host_kv.stride()[:2],
         len(slots),
         NUM_KV_HEADS=num_kv_heads,
         HEAD_DIM=head_dim,
@@ -71,5 +75,6 @@ def encode_pages(slots: torch.Tensor, host_kv: torch.Tensor, summary: torch.Tens
         BITS=num_bytes * 8 // head_dim,
         NUM_BYTES=num_bytes,
         BLOCK_BYTES=block_bytes,
+        CODEC=store.codec.name,
         num_warps=min(8, max(1, page_size * block_bytes // 256)),  # 8 keys a thread and part: 16-byte loads
     )

@@ -45,5 +45,5 @@ def _list_pages_kernel(
     entry = tl.program_id(1) * BLOCK_PAGES + tl.arange(0, BLOCK_PAGES)
     is_entry = entry < num_entries
     page = tl.load(page_table_ptr + request.to(tl.int64) * page_table_stride + entry, is_entry, other=0)
-    key = tl.where(is_padding, 0, page * NUM_KV_HEADS + head)
-    tl.store(kv_indices_ptr + start + entry, key.to(tl.int32), is_entry)
+    pair = tl.where(is_padding, 0, page * NUM_KV_HEADS + head)
+    tl.store(kv_indices_ptr + start + entry, pair.to(tl.int32), is_entry)

@@ -6,9 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
-from freekv_kernels.tables import Batch, BlockTables, Count, FlagList, MissList, Read
+from freekv_kernels.tables import Batch, BlockTables, Count, FlagList, Half, MissList
 
-_FRONT, _BACK = tl.constexpr(int(Read.FRONT)), tl.constexpr(int(Read.BACK))
+_FRONT, _BACK = tl.constexpr(int(Half.FRONT)), tl.constexpr(int(Half.BACK))
 _HITS, _MISSES = tl.constexpr(int(Count.HITS)), tl.constexpr(int(Count.MISSES))
 _DEMAND_MISSES = tl.constexpr(int(Count.DEMAND_MISSES))
 
@@ -29,7 +29,7 @@ def _lookup_blocks_kernel(
     is_flagged_ptr,
     kv_indptr_ptr,
     last_used_ptr,
-    miss_keys_ptr,
+    miss_pairs_ptr,
     miss_entries_ptr,
     miss_count_ptr,
     kv_indices_ptr,
@@ -40,21 +40,21 @@ def _lookup_blocks_kernel(
     NUM_KV_HEADS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_W: tl.constexpr,
-    READ: tl.constexpr,
+    HALF: tl.constexpr,
 ):
     row = tl.program_id(0)
     request, head = row // NUM_KV_HEADS, row % NUM_KV_HEADS
     num_pages, step = tl.load(num_pages_ptr + request), tl.load(step_ptr)
-    num_entries = tl.load(budget_pages_ptr + request)
+    num_entries = tl.load(budget_pages_ptr + row)
     is_within_next = tl.load(num_pages_next_ptr + request) <= num_entries
     is_selected = tl.full((), True, tl.int1)
     half, stamp = (step + 1) % 2, 2 * step + 1
-    if READ == _FRONT:
+    if HALF == _FRONT:
         half, stamp = step % 2, 2 * step + is_within_next.to(tl.int64)
         is_selected = tl.load(is_flagged_ptr + row)
         start = tl.load(kv_indptr_ptr + row)
         num_entries = (tl.load(kv_indptr_ptr + row + 1) - start).to(tl.int64)
-    elif READ == _BACK:
+    elif HALF == _BACK:
         num_entries = tl.where(is_within_next, 0, num_entries)
 
     entry = tl.arange(0, BLOCK_W)
@@ -64,10 +64,10 @@ def _lookup_blocks_kernel(
     is_valid = (page >= 0) & (page < num_pages)
     page_table = request.to(tl.int64) * page_table_stride
     host_page = tl.load(page_table_ptr + page_table + page, mask=is_valid, other=0)
-    key = host_page * NUM_KV_HEADS + head
-    block = tl.load(table_ptr + key, mask=is_valid, other=-1)
+    pair = host_page * NUM_KV_HEADS + head
+    block = tl.load(table_ptr + pair, mask=is_valid, other=-1)
     is_found, is_missing = block >= 0, is_valid & (block < 0)
-    if READ == _FRONT:
+    if HALF == _FRONT:
         tl.store(kv_indices_ptr + start + entry, tl.maximum(block, 0), mask=is_entry)
 
     # Rows share blocks, the list and counters; only the next kernel reads what comes of it, so no order is asked for.
@@ -80,15 +80,15 @@ def _lookup_blocks_kernel(
         tl.atomic_add(counters_ptr + kind, num_missing, sem="relaxed")
         first = tl.atomic_add(miss_count_ptr, num_missing, sem="relaxed")
         miss = first + tl.cumsum(is_missing.to(tl.int32)) - 1
-        tl.store(miss_keys_ptr + miss, key, mask=is_missing)
-        if READ == _FRONT:
+        tl.store(miss_pairs_ptr + miss, pair, mask=is_missing)
+        if HALF == _FRONT:
             tl.store(miss_entries_ptr + miss, start + entry, mask=is_missing)
 
 
 def lookup_blocks(
     windows: torch.Tensor,
     batch: Batch,
-    read: Read,
+    half: Half,
     blocks: BlockTables,
     misses: MissList,
     counters: torch.Tensor,
@@ -114,7 +114,7 @@ def lookup_blocks(
         flags.is_flagged if flags else None,
         kv_indptr,
         blocks.last_used,
-        misses.keys,
+        misses.pairs,
         misses.entries,
         misses.count,
         kv_indices,
@@ -125,6 +125,6 @@ def lookup_blocks(
         NUM_KV_HEADS=num_kv_heads,
         WIDTH=width,
         BLOCK_W=block_w,
-        READ=int(read),
+        HALF=int(half),
         num_warps=max(1, min(block_w // 128, 4)),  # one warp needs no barriers to count a usual window
     )

@@ -4,32 +4,27 @@ from __future__ import annotations
 
 import torch
 
-from freekv_kernels.tables import Count, MissList
+from freekv_kernels.records import records_at
+from freekv_kernels.tables import Count, MissList, PageStore
 
 
 def recall_blocks(
-    host_kv: torch.Tensor,
-    layer: int,
+    store: PageStore,
     misses: MissList,
-    block_kv: torch.Tensor,
-    table: torch.Tensor,
     counters: torch.Tensor,
     kv_indices: torch.Tensor | None = None,
 ) -> None:
     """Copy the K and V of missing pairs from the host store, once per pair, and complete the window.
 
-    block_kv[misses.blocks[i]] = host_kv[page, layer, head],  page, head = divmod(misses.keys[i], num_kv_heads)
+    block_kv[misses.blocks[i]] = record of (page, head) read back,  page, head = divmod(misses.pairs[i], num_kv_heads)
     kv_indices[misses.entries[i]] = table[page, head], 0 if it has no block
 
     Parameters
     ----------
-    host_kv : model dtype, ``[num_pages, num_layers, num_kv_heads, 2, page_size, head_dim]``, CPU (pinned), contiguous
-        The whole host store.
-    layer : int
+    store : PageStore
+        Of one layer; its blocks are written.
     misses : MissList
         After `claim_blocks`; nothing is copied where `blocks` is -1.
-    block_kv : model dtype, ``[num_blocks, 2, page_size, head_dim]``, device
-    table : int32, ``[num_pages, num_kv_heads]``, device
     counters : int64, ``[len(Count)]``, device
         RECALLS is advanced by the copies; with kv_indices, ABSENT_PAGES by the entries that have no block.
     kv_indices : int32, device, optional
@@ -37,20 +32,19 @@ def recall_blocks(
 
     Notes
     -----
-    Each copy is one contiguous run of ``2 * page_size * head_dim`` elements on both sides: 16 KiB at page 32,
+    A plain record is one contiguous run of ``2 * page_size * head_dim`` elements on both sides: 16 KiB at page 32,
     head_dim 128, bf16. That is what the head-major layout is for.
     """
     count = int(misses.count)
     if count == 0:
         return
-    _, num_layers, num_kv_heads, *run = host_kv.shape
-    keys, blocks = misses.keys[:count], misses.blocks[:count].long()
+    num_kv_heads = store.table.shape[1]
+    pairs, blocks = misses.pairs[:count], misses.blocks[:count].long()
     copied = blocks >= 0
-    pages, heads = keys[copied] // num_kv_heads, keys[copied] % num_kv_heads
-    records = (pages * num_layers + layer) * num_kv_heads + heads
-    block_kv[blocks[copied]] = host_kv.view(-1, *run).index_select(0, records)
-    counters[Count.RECALLS] += len(records)
+    pages, heads = pairs[copied] // num_kv_heads, pairs[copied] % num_kv_heads
+    store.block_kv[blocks[copied]] = store.codec.decode(records_at(store.host_kv, pages, heads), store.block_kv.dtype)
+    counters[Count.RECALLS] += len(pages)
     if kv_indices is not None:
-        found = table.view(-1)[keys]
+        found = store.table.view(-1)[pairs]
         counters[Count.ABSENT_PAGES] += (found < 0).sum()
         kv_indices[misses.entries[:count].long()] = found.clamp(min=0)

@@ -6,7 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from freekv_kernels.tables import Count, MissList
+from freekv_kernels.records_triton import load_elements, record_pointer
+from freekv_kernels.tables import Count, MissList, PageStore
 
 _RECALLS, _ABSENT_PAGES = tl.constexpr(int(Count.RECALLS)), tl.constexpr(int(Count.ABSENT_PAGES))
 # PCIe 5 x16 moves some 55 GB/s with a latency of about 2 us: 110 KB on their way fill it. A program has one tile on its
@@ -15,10 +16,10 @@ _NUM_PROGRAMS = 64
 _TILE_BYTES = 16384
 
 
-@triton.jit(do_not_specialize=["layer"], do_not_specialize_on_alignment=["count_ptr", "table_ptr"])
+@triton.jit(do_not_specialize_on_alignment=["count_ptr", "table_ptr"])
 def _recall_blocks_kernel(
     host_kv_ptr,
-    keys_ptr,
+    pairs_ptr,
     entries_ptr,
     blocks_ptr,
     count_ptr,
@@ -26,12 +27,13 @@ def _recall_blocks_kernel(
     block_kv_ptr,
     kv_indices_ptr,
     counters_ptr,
-    layer,
-    NUM_LAYERS: tl.constexpr,
+    host_page_stride,
+    host_head_stride,
     NUM_KV_HEADS: tl.constexpr,
     RUN: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
+    CODEC: tl.constexpr,
 ):
     program, num_programs = tl.program_id(0), tl.num_programs(0)
     count = tl.load(count_ptr)
@@ -41,9 +43,9 @@ def _recall_blocks_kernel(
         for start in range(program * BLOCK, count, num_programs * BLOCK):
             miss = start + tl.arange(0, BLOCK)
             is_miss = miss < count
-            key = tl.load(keys_ptr + miss, mask=is_miss, other=0)
+            pair = tl.load(pairs_ptr + miss, mask=is_miss, other=0)
             entry = tl.load(entries_ptr + miss, mask=is_miss, other=0)
-            block = tl.load(table_ptr + key, mask=is_miss, other=0)
+            block = tl.load(table_ptr + pair, mask=is_miss, other=0)
             tl.store(kv_indices_ptr + entry, tl.maximum(block, 0), mask=is_miss)
             num_absent += tl.sum((block < 0).to(tl.int32))
         if num_absent > 0:
@@ -52,13 +54,14 @@ def _recall_blocks_kernel(
     num_recalls = 0
     for miss in range(program, count, num_programs):
         block = tl.load(blocks_ptr + miss).to(tl.int64)
-        key = tl.load(keys_ptr + miss)
+        pair = tl.load(pairs_ptr + miss)
         if block >= 0:
-            record = (key // NUM_KV_HEADS * NUM_LAYERS + layer) * NUM_KV_HEADS + key % NUM_KV_HEADS
+            page, head = pair // NUM_KV_HEADS, pair % NUM_KV_HEADS
+            record_ptr = record_pointer(host_kv_ptr, page, head, host_page_stride, host_head_stride)
             for first in tl.static_range(0, RUN, TILE):
                 element = first + tl.arange(0, TILE)
                 in_run = element < RUN
-                tile = tl.load(host_kv_ptr + record * RUN + element, mask=in_run, other=0)
+                tile = load_elements(record_ptr, element, in_run, CODEC)
                 tl.store(block_kv_ptr + block * RUN + element, tile, mask=in_run)
             num_recalls += 1
     if num_recalls > 0:
@@ -66,11 +69,8 @@ def _recall_blocks_kernel(
 
 
 def recall_blocks(
-    host_kv: torch.Tensor,
-    layer: int,
+    store: PageStore,
     misses: MissList,
-    block_kv: torch.Tensor,
-    table: torch.Tensor,
     counters: torch.Tensor,
     kv_indices: torch.Tensor | None = None,
 ) -> None:
@@ -78,23 +78,22 @@ def recall_blocks(
 
     The GPU reads the pinned host store in place, 16 bytes per thread and load.
     """
-    _, num_layers, num_kv_heads, *run = host_kv.shape
-    num_elements = run[0] * run[1] * run[2]
+    num_elements = store.block_kv[0].numel()
     _recall_blocks_kernel[(_NUM_PROGRAMS,)](
-        host_kv,
-        misses.keys,
+        store.host_kv,
+        misses.pairs,
         misses.entries,
         misses.blocks,
         misses.count,
-        table,
-        block_kv,
+        store.table,
+        store.block_kv,
         kv_indices,
         counters,
-        layer,
-        NUM_LAYERS=num_layers,
-        NUM_KV_HEADS=num_kv_heads,
+        *store.host_kv.stride()[:2],
+        NUM_KV_HEADS=store.table.shape[1],
         RUN=num_elements,
-        TILE=min(triton.next_power_of_2(num_elements), _TILE_BYTES // host_kv.element_size()),
+        TILE=min(triton.next_power_of_2(num_elements), _TILE_BYTES // store.block_kv.element_size()),
         BLOCK=128,
+        CODEC=store.codec.name,
         num_warps=4,
     )

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from freekv_kernels.encode_pages import code_steps, unpack_codes
-from freekv_kernels.tables import Batch, FlagList, Read
+from freekv_kernels.tables import Batch, FlagList, Half
 
 _PIECE = 1 << 19  # bytes of codes that are decoded at a time; as numbers they take 16 times as much
 
@@ -16,12 +16,12 @@ def score_pages(
     queries: torch.Tensor,
     summary: torch.Tensor,
     batch: Batch,
-    read: Read,
+    half: Half,
     flags: FlagList | None = None,
     out: torch.Tensor | None = None,
     codes: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Score each page for each query head, in the rows of requests over their budget.
+    """Score each page for each query head, in the rows over their budget.
 
     With q = queries[rows[b], h, g] and lo, hi = summary[page_table[b, p], h], for p < num_pages[b]:
       without codes  score[b, h, g, p] = sum_d max(q[d] * lo[d], q[d] * hi[d]), a bound
@@ -33,16 +33,16 @@ def score_pages(
     ----------
     queries : model dtype, ``[max_requests + 1, num_kv_heads, group_size, head_dim]``, device
         Post-RoPE queries by row of the request table.
-    summary : model dtype, ``[num_pages, num_kv_heads, 2, head_dim]``, device
+    summary : model dtype, ``[num_host_pages, num_kv_heads, 2, head_dim]``, device
     batch : Batch
-    read : Read
-        A request is over its budget if its pages at that step are.
+    half : Half
+        A row is over its budget if its request's pages at that step are.
     flags : FlagList, optional
         Only these rows; by default every row.
     out : float32, ``[batch_size * num_kv_heads, group_size, max_pages]``, device, optional
         Where to write; entries of other rows, and past a request's pages, keep their values. `select_pages` may use the
         scored rows as its workspace.
-    codes : uint8, ``[num_pages, num_kv_heads, page_size, head_dim * bits // 8]``, device, optional
+    codes : uint8, ``[num_host_pages, num_kv_heads, page_size, head_dim * bits // 8]``, device, optional
         The score of a page that is not full is undefined with them, and may be NaN.
 
     Returns
@@ -58,7 +58,7 @@ def score_pages(
     max_pages = batch.page_table.shape[1]
     shape = (len(batch.rows) * num_kv_heads, queries.shape[2], max_pages)
     scores = queries.new_empty(shape, dtype=torch.float32) if out is None else out
-    rows = listed_rows(batch, read, num_kv_heads, flags)
+    rows = listed_rows(batch, half, flags)
     if len(rows) == 0:
         return scores
     request, head = rows // num_kv_heads, rows % num_kv_heads
@@ -105,9 +105,9 @@ def _group_equal(values: torch.Tensor) -> Iterator[torch.Tensor]:
         yield order[times.repeat_interleave(times) == n].view(-1, n)
 
 
-def listed_rows(batch: Batch, read: Read, num_kv_heads: int, flags: FlagList | None) -> torch.Tensor:
-    """Rows (int64) of requests over their budget when `read` is read; of `flags`, which are such rows, if given."""
+def listed_rows(batch: Batch, half: Half, flags: FlagList | None) -> torch.Tensor:
+    """Rows (int64) over their budget when `half` is read; of `flags`, which are such rows, if given."""
     if flags is not None:
         return flags.rows[: int(flags.count)].long()
-    is_over = (batch.num_pages_at(read) > batch.budget_pages)[:, None].expand(-1, num_kv_heads)
+    is_over = batch.num_pages_at(half)[:, None] > batch.budget_pages
     return is_over.flatten().nonzero().flatten()

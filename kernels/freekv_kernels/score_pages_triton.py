@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from freekv_kernels.tables import Batch, FlagList, Read
+from freekv_kernels.tables import Batch, FlagList, Half
 
 NUM_PROGRAMS = 1024  # two waves of four per SM on a chip of 132 to 148, so that uneven requests even out
 
@@ -18,7 +18,7 @@ def _score_pages_kernel(
     rows_ptr,
     page_table_ptr,
     num_pages_ptr,
-    read_pages_ptr,
+    half_pages_ptr,
     budget_pages_ptr,
     flag_rows_ptr,
     flag_count_ptr,
@@ -56,7 +56,7 @@ def _score_pages_kernel(
     if flag_rows_ptr is not None:
         row = tl.load(flag_rows_ptr + row)
     request, head = row // NUM_KV_HEADS, row % NUM_KV_HEADS
-    if tl.load(read_pages_ptr + request) <= tl.load(budget_pages_ptr + request):
+    if tl.load(half_pages_ptr + request) <= tl.load(budget_pages_ptr + row):
         return
     num_pages = tl.load(num_pages_ptr + request).to(tl.int32)
 
@@ -113,7 +113,7 @@ def score_pages(
     queries: torch.Tensor,
     summary: torch.Tensor,
     batch: Batch,
-    read: Read,
+    half: Half,
     flags: FlagList | None = None,
     out: torch.Tensor | None = None,
     codes: torch.Tensor | None = None,
@@ -137,7 +137,7 @@ def score_pages(
         batch.rows,
         batch.page_table,
         batch.num_pages,
-        batch.num_pages_at(read),
+        batch.num_pages_at(half),
         batch.budget_pages,
         None if flags is None else flags.rows,
         None if flags is None else flags.count,

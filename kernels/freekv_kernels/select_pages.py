@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from freekv_kernels.score_pages import listed_rows
-from freekv_kernels.tables import Batch, FlagList, Read
+from freekv_kernels.tables import Batch, FlagList, Half
 
 POOLINGS = ("softmax", "scaled", "max", "mean")
 
@@ -48,7 +48,7 @@ def check_pooling(pooling: str) -> None:
 def select_pages(
     scores: torch.Tensor,
     batch: Batch,
-    read: Read,
+    half: Half,
     sink_pages: int,
     recent_pages: int,
     pooling: str,
@@ -66,9 +66,9 @@ def select_pages(
     scores : float32, ``[batch_size * num_kv_heads, group_size, max_pages]``, device
         Of `score_pages`. The scores of selected rows may be overwritten: they are the workspace.
     batch : Batch
-        ``num_pages_at(read)`` may exceed the pages that exist by the one yet to be opened, which is recent.
-    read : Read
-        FRONT and BACK write the windows of requests over their budget; FIRST both windows of every request.
+        ``num_pages_at(half)`` may exceed the pages that exist by the one yet to be opened, which is recent.
+    half : Half
+        FRONT and BACK write the windows of rows over their budget; BOTH both windows of every row.
     sink_pages, recent_pages : int
         recent_pages is at least 1, and their sum less than any budget.
     pooling : "softmax" | "scaled" | "max" | "mean"
@@ -87,18 +87,15 @@ def select_pages(
     selection; the budget includes sink and recent pages, unlike in the authors' accuracy code.
     """
     num_kv_heads, width = windows.shape[2:]
-    rows = listed_rows(batch, read, num_kv_heads, flags)
-    if len(rows) == 0 and read != Read.FIRST:
-        return
+    rows = listed_rows(batch, half, flags)
     column = torch.arange(width, device=windows.device)
-    sides = [0, 1] if read == Read.FIRST else [(int(batch.step) + read) % 2]
-    if read == Read.FIRST:
+    if half == Half.BOTH:
         every_page = torch.where(column < batch.num_pages_next[:, None], column, -1).int()
         windows[:, batch.rows] = every_page[:, None].expand(-1, num_kv_heads, -1)
-        if len(rows) == 0:
-            return
+    if len(rows) == 0:
+        return
     request, head = rows // num_kv_heads, rows % num_kv_heads
-    num_pages, budget = batch.num_pages_at(read)[request, None], batch.budget_pages[request, None]
+    num_pages, budget = batch.num_pages_at(half)[request, None], batch.budget_pages[request, head, None]
 
     if flags is not None or len(rows) < len(scores):
         scores = scores[rows]
@@ -117,5 +114,5 @@ def select_pages(
     rank = column - (budget - recent_pages)  # of a recent page; negative before them
     recent = torch.where(rank < recent_pages, num_pages - recent_pages + rank, -1)
     window = torch.where(rank >= 0, recent, window).int()
-    for side in sides:
-        windows[side, batch.rows[request], head] = window
+    for index in half.indices(int(batch.step)):
+        windows[index, batch.rows[request], head] = window

@@ -7,9 +7,9 @@ import triton
 import triton.language as tl
 
 from freekv_kernels.select_pages import check_pooling
-from freekv_kernels.tables import Batch, FlagList, Read
+from freekv_kernels.tables import Batch, FlagList, Half
 
-FIRST = tl.constexpr(int(Read.FIRST))
+BOTH = tl.constexpr(int(Half.BOTH))
 BIN_BITS = tl.constexpr(5)  # a warp holds the bins of a pass, one in each lane
 MAX_INT = tl.constexpr(2**31 - 1)
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -27,7 +27,7 @@ def _load_scores(
 
 
 @triton.jit
-def _key(pooled):
+def _sortable(pooled):
     """Map fp32 to uint32 in the same order."""
     bits = pooled.to(tl.uint32, bitcast=True)
     return bits ^ tl.where(bits >= 0x80000000, 0xFFFFFFFF, 0x80000000)
@@ -35,13 +35,13 @@ def _key(pooled):
 
 @triton.jit
 def _kth_largest(pooled_ptr, lowest, highest, k, begin, end, readable_end, BLOCK: tl.constexpr):
-    """Find the key of rank k, and how many pages with that key belong to the k largest.
+    """Find the value of rank k, and how many pages with that value belong to the k largest.
 
-    A pass counts the keys of an interval in 2**BIN_BITS bins; the bin of rank k is the next interval, until all of its
-    keys belong. About 3 passes suffice where scores differ, whatever their number; 7 always do.
+    A pass counts the values of an interval in 2**BIN_BITS bins; the bin of rank k is the next interval, until all of
+    its values belong. About 3 passes suffice where scores differ, whatever their number; 7 always do.
     """
     NUM_BINS: tl.constexpr = 2**BIN_BITS
-    last = highest - lowest  # of the interval, as the offset from its lowest key
+    last = highest - lowest  # of the interval, as the offset from its lowest value
     shift = 0
     while (last >> shift) >= NUM_BINS:
         shift += 1
@@ -51,9 +51,9 @@ def _kth_largest(pooled_ptr, lowest, highest, k, begin, end, readable_end, BLOCK
         counts = tl.zeros((NUM_BINS,), tl.int32)
         for first in range(begin // BLOCK * BLOCK, end, BLOCK):
             page = first + tl.arange(0, BLOCK)
-            key = _key(tl.load(pooled_ptr + page, mask=page < readable_end, other=0.0))
-            is_inside = (page >= begin) & (page < end) & (key >= lowest) & (key - lowest <= last)
-            counts += tl.histogram(((key - lowest) >> shift).to(tl.int32), NUM_BINS, mask=is_inside)
+            value = _sortable(tl.load(pooled_ptr + page, mask=page < readable_end, other=0.0))
+            is_inside = (page >= begin) & (page < end) & (value >= lowest) & (value - lowest <= last)
+            counts += tl.histogram(((value - lowest) >> shift).to(tl.int32), NUM_BINS, mask=is_inside)
         num_reached = num_above + tl.cumsum(counts, reverse=True)  # by taking a bin and all above it
         is_enough = num_reached >= k
         found = tl.sum(is_enough.to(tl.int32)) - 1
@@ -69,7 +69,7 @@ def _kth_largest(pooled_ptr, lowest, highest, k, begin, end, readable_end, BLOCK
 def _select_pages_kernel(
     scores_ptr,
     rows_ptr,
-    read_pages_ptr,
+    half_pages_ptr,
     budget_pages_ptr,
     step_ptr,
     flag_rows_ptr,
@@ -78,7 +78,7 @@ def _select_pages_kernel(
     scale,
     scores_row_stride,
     scores_group_stride,
-    windows_side_stride,
+    windows_half_stride,
     windows_row_stride,
     windows_head_stride,
     NUM_KV_HEADS: tl.constexpr,
@@ -86,7 +86,7 @@ def _select_pages_kernel(
     WIDTH: tl.constexpr,
     SINK: tl.constexpr,
     RECENT: tl.constexpr,
-    READ: tl.constexpr,
+    HALF: tl.constexpr,
     POOLING: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_G: tl.constexpr,
@@ -99,13 +99,13 @@ def _select_pages_kernel(
             return
         row = tl.load(flag_rows_ptr + row)
     request, head = row // NUM_KV_HEADS, row % NUM_KV_HEADS
-    num_pages = tl.load(read_pages_ptr + request).to(tl.int32)
-    budget = tl.load(budget_pages_ptr + request).to(tl.int32)
+    num_pages = tl.load(half_pages_ptr + request).to(tl.int32)
+    budget = tl.load(budget_pages_ptr + row).to(tl.int32)
     is_over = num_pages > budget
-    if READ != FIRST and not is_over:
+    if HALF != BOTH and not is_over:
         return
-    NUM_SIDES: tl.constexpr = 2 if READ == FIRST else 1
-    side = (tl.load(step_ptr) + READ) % 2
+    NUM_HALVES: tl.constexpr = 2 if HALF == BOTH else 1
+    half = (tl.load(step_ptr) + HALF) % 2
     windows_ptr += tl.load(rows_ptr + request) * windows_row_stride + head.to(tl.int64) * windows_head_stride
 
     # Everything but the best pages; within the budget, that is every page.
@@ -114,8 +114,8 @@ def _select_pages_kernel(
     window = tl.where(column < SINK, column, column + num_pages - num_selected)
     window = tl.where(column < num_selected, window, -1)
     is_chosen = is_over & (column >= SINK) & (column < budget - RECENT)
-    for i in tl.static_range(NUM_SIDES):
-        window_ptr = windows_ptr + (side + i) % 2 * windows_side_stride
+    for i in tl.static_range(NUM_HALVES):
+        window_ptr = windows_ptr + (half + i) % 2 * windows_half_stride
         tl.store(window_ptr + column, window, mask=(column < WIDTH) & ~is_chosen)
     if not is_over:
         return
@@ -152,8 +152,8 @@ def _select_pages_kernel(
             if POOLING != "max":
                 pooled += tl.log2(tl.sum(tl.exp2(x - pooled[None, :]), 0))
         is_candidate = (page >= begin) & (page < end)
-        lowest = tl.minimum(lowest, tl.min(tl.where(is_candidate, _key(pooled), 0xFFFFFFFF)))
-        highest = tl.maximum(highest, tl.max(tl.where(is_candidate, _key(pooled), 0)))
+        lowest = tl.minimum(lowest, tl.min(tl.where(is_candidate, _sortable(pooled), 0xFFFFFFFF)))
+        highest = tl.maximum(highest, tl.max(tl.where(is_candidate, _sortable(pooled), 0)))
         tl.debug_barrier()  # other threads may still read what is overwritten
         tl.store(scores_ptr + page, pooled, mask=page < readable_end)
     tl.debug_barrier()  # threads read what others have written
@@ -164,16 +164,16 @@ def _select_pages_kernel(
     counted = tl.full((), 0, tl.int64)
     for first in range(BEGIN_BLOCK, end, BLOCK):
         page = first + tl.arange(0, BLOCK)
-        key = _key(tl.load(scores_ptr + page, mask=page < readable_end, other=0.0))
+        value = _sortable(tl.load(scores_ptr + page, mask=page < readable_end, other=0.0))
         is_candidate = (page >= begin) & (page < end)
-        is_above, is_tie = is_candidate & (key > threshold), is_candidate & (key == threshold)
+        is_above, is_tie = is_candidate & (value > threshold), is_candidate & (value == threshold)
         ones = (is_above.to(tl.int64) << 32) + is_tie.to(tl.int64)
         before = counted + tl.cumsum(ones) - ones
         above_before, ties_before = (before >> 32).to(tl.int32), before.to(tl.int32)
         rank = above_before + tl.minimum(ties_before, num_ties)
         is_best = is_above | (is_tie & (ties_before < num_ties))
-        for i in tl.static_range(NUM_SIDES):
-            window_ptr = windows_ptr + (side + i) % 2 * windows_side_stride
+        for i in tl.static_range(NUM_HALVES):
+            window_ptr = windows_ptr + (half + i) % 2 * windows_half_stride
             tl.store(window_ptr + SINK + rank, page, mask=is_best)
         if first + BLOCK < end:
             counted += tl.sum(ones)
@@ -182,7 +182,7 @@ def _select_pages_kernel(
 def select_pages(
     scores: torch.Tensor,
     batch: Batch,
-    read: Read,
+    half: Half,
     sink_pages: int,
     recent_pages: int,
     pooling: str,
@@ -199,11 +199,11 @@ def select_pages(
     num_rows, group_size, _ = scores.shape
     block_g = triton.next_power_of_2(group_size)
     # A decode step reads past a request's pages, so that accesses can be of 16 bytes. Prompts differ in length.
-    is_aligned = read != Read.FIRST and all(n % 4 == 0 for n in (*scores.stride()[:2], scores.shape[2]))
+    is_aligned = half != Half.BOTH and all(n % 4 == 0 for n in (*scores.stride()[:2], scores.shape[2]))
     _select_pages_kernel[(num_rows,)](
         scores,
         batch.rows,
-        batch.num_pages_at(read),
+        batch.num_pages_at(half),
         batch.budget_pages,
         batch.step,
         None if flags is None else flags.rows,
@@ -217,7 +217,7 @@ def select_pages(
         WIDTH=windows.shape[3],
         SINK=sink_pages,
         RECENT=recent_pages,
-        READ=int(read),
+        HALF=int(half),
         POOLING="softmax" if pooling == "scaled" else pooling,
         BLOCK=min(4096, 16384 // block_g),  # the scores of a block take 32 registers of each thread
         BLOCK_G=block_g,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from freekv_kernels.records import records_at
 from freekv_kernels.summarize_pages import summarize_pages
+from freekv_kernels.tables import PageStore
 
 
 def store_pages(
@@ -12,17 +14,14 @@ def store_pages(
     v: torch.Tensor,
     slots: torch.Tensor,
     page_starts: torch.Tensor,
-    host_kv: torch.Tensor,
-    summary: torch.Tensor,
-    block_kv: torch.Tensor,
-    table: torch.Tensor,
+    store: PageStore,
 ) -> None:
     """Convert tokens from NHD to head-major pages and write them, once, in place.
 
     For every token, with page, offset = divmod(slot, page_size), and every KV head h:
-      host_kv[page, h, 0 | 1, offset] = k | v
+      the record of (page, h) takes k, v at offset
       summary[page, h] = min and max with k; a token at offset 0 opens its page, and what was there is dropped
-      block_kv[table[page, h], 0 | 1, offset] = k | v   where the page's head is resident
+      block_kv[table[page, h], :, offset] = what the record reads back as, where the page's head is resident
 
     Parameters
     ----------
@@ -32,20 +31,18 @@ def store_pages(
         Token slots; the tokens of one page are adjacent, and so are their slots.
     page_starts : int64, ``[num_runs + 1]``, device
         Index of the first token of each page, and num_tokens.
-    host_kv : model dtype, ``[num_pages, num_kv_heads, 2, page_size, head_dim]``, CPU (pinned)
-        One layer of the host store, a strided view.
-    summary : model dtype, ``[num_pages, num_kv_heads, 2, head_dim]``, device
-    block_kv : model dtype, ``[num_blocks, 2, page_size, head_dim]``, device
-    table : int32, ``[num_pages, num_kv_heads]``, device
-        A page that is resident although its first token is not in this chunk holds its earlier tokens.
+    store : PageStore
+        Of one layer, written. A page that is resident although its first token is not in this chunk holds its earlier
+        tokens.
     """
-    page_size = host_kv.shape[3]
+    page_size = store.block_kv.shape[2]
     pages, offsets = slots // page_size, slots % page_size
-    host_kv[pages, :, 0, offsets] = k
-    host_kv[pages, :, 1, offsets] = v
-    summarize_pages(summary, k, slots, page_size)
+    store.codec.write_tokens(store.host_kv, pages, offsets, torch.stack((k, v), 2))
+    if store.summary is not None:
+        summarize_pages(store.summary, k, slots, page_size)
 
     pages = pages[page_starts[:-1]]
-    blocks = table[pages].long()
+    blocks = store.table[pages].long()
     run, head = (blocks >= 0).nonzero(as_tuple=True)
-    block_kv[blocks[run, head]] = host_kv[pages[run], head]  # earlier tokens of the page are equal already
+    records = records_at(store.host_kv, pages[run], head)  # earlier tokens of the page are equal already
+    store.block_kv[blocks[run, head]] = store.codec.decode(records, store.block_kv.dtype)

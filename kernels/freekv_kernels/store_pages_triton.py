@@ -6,6 +6,9 @@ import torch
 import triton
 import triton.language as tl
 
+from freekv_kernels.records_triton import record_pointer, store_elements
+from freekv_kernels.tables import PageStore
+
 # About one per SM: enough stores on their way to fill the link, and room for the attention that runs beside them.
 _MAX_PROGRAMS = 128
 
@@ -27,11 +30,13 @@ def _store_pages_kernel(
     v_stride,
     v_head_stride,
     host_page_stride,
+    host_head_stride,
     num_runs,
     NUM_KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    CODEC: tl.constexpr,
 ):
     i, d = tl.arange(0, PAGE_SIZE)[:, None], tl.arange(0, BLOCK_D)
     in_dim = d < HEAD_DIM
@@ -47,26 +52,28 @@ def _store_pages_kernel(
         mask = (i < num_tokens) & in_dim[None, :]
         k = tl.load(k_ptr + (start + i) * k_stride + head * k_head_stride + d[None, :], mask, other=0.0)
         v = tl.load(v_ptr + (start + i) * v_stride + head * v_head_stride + d[None, :], mask, other=0.0)
-        low_ptrs = summary_ptr + page_head * (2 * HEAD_DIM) + d
-        is_known = in_dim & (offset > 0)  # a token at offset 0 opens the page
-        low = tl.load(low_ptrs, is_known, other=float("inf"))
-        high = tl.load(low_ptrs + HEAD_DIM, is_known, other=float("-inf"))
+        if summary_ptr is not None:
+            low_ptrs = summary_ptr + page_head * (2 * HEAD_DIM) + d
+            is_known = in_dim & (offset > 0)  # a token at offset 0 opens the page
+            low = tl.load(low_ptrs, is_known, other=float("inf"))
+            high = tl.load(low_ptrs + HEAD_DIM, is_known, other=float("-inf"))
 
         in_record = (offset + i) * HEAD_DIM + d[None, :]
-        host_ptrs = host_kv_ptr + page * host_page_stride + head * (2 * PAGE_SIZE * HEAD_DIM) + in_record
-        tl.store(host_ptrs, k, mask)
-        tl.store(host_ptrs + PAGE_SIZE * HEAD_DIM, v, mask)
+        record_ptr = record_pointer(host_kv_ptr, page, head, host_page_stride, host_head_stride)
+        k_read = store_elements(record_ptr, in_record, k, mask, CODEC)
+        v_read = store_elements(record_ptr, PAGE_SIZE * HEAD_DIM + in_record, v, mask, CODEC)
         block_ptrs = block_kv_ptr + block * (2 * PAGE_SIZE * HEAD_DIM) + in_record
         is_resident = mask & (block >= 0)
-        tl.store(block_ptrs, k, is_resident)
-        tl.store(block_ptrs + PAGE_SIZE * HEAD_DIM, v, is_resident)
+        tl.store(block_ptrs, k_read, is_resident)
+        tl.store(block_ptrs + PAGE_SIZE * HEAD_DIM, v_read, is_resident)
 
-        # A page has one run, so no other program is here; a thread that reads what another wrote folds to the same.
-        k = k.to(tl.float32)
-        low = tl.minimum(low, tl.min(tl.where(mask, k, float("inf")), 0))
-        high = tl.maximum(high, tl.max(tl.where(mask, k, float("-inf")), 0))
-        tl.store(low_ptrs, low, in_dim)
-        tl.store(low_ptrs + HEAD_DIM, high, in_dim)
+        if summary_ptr is not None:
+            # A page has one run, so no other program is here; a thread that reads what another wrote folds to the same.
+            k = k.to(tl.float32)
+            low = tl.minimum(low, tl.min(tl.where(mask, k, float("inf")), 0))
+            high = tl.maximum(high, tl.max(tl.where(mask, k, float("-inf")), 0))
+            tl.store(low_ptrs, low, in_dim)
+            tl.store(low_ptrs + HEAD_DIM, high, in_dim)
 
 
 def store_pages(
@@ -74,10 +81,7 @@ def store_pages(
     v: torch.Tensor,
     slots: torch.Tensor,
     page_starts: torch.Tensor,
-    host_kv: torch.Tensor,
-    summary: torch.Tensor,
-    block_kv: torch.Tensor,
-    table: torch.Tensor,
+    store: PageStore,
 ) -> None:
     """See `freekv_kernels.store_pages`. Every token is read once and written by 16-byte stores.
 
@@ -85,24 +89,25 @@ def store_pages(
     written.
     """
     num_kv_heads, head_dim = k.shape[1:]
-    num_runs, page_size = len(page_starts) - 1, host_kv.shape[3]
+    num_runs, page_size = len(page_starts) - 1, store.block_kv.shape[2]
     block_d = triton.next_power_of_2(head_dim)
     _store_pages_kernel[(min(num_runs * num_kv_heads, _MAX_PROGRAMS),)](
         k,
         v,
         slots,
         page_starts,
-        table,
-        host_kv,
-        summary,
-        block_kv,
+        store.table,
+        store.host_kv,
+        store.summary,
+        store.block_kv,
         *k.stride()[:2],
         *v.stride()[:2],
-        host_kv.stride(0),
+        *store.host_kv.stride()[:2],
         num_runs,
         NUM_KV_HEADS=num_kv_heads,
         HEAD_DIM=head_dim,
         PAGE_SIZE=page_size,
         BLOCK_D=block_d,
+        CODEC=store.codec.name,
         num_warps=min(8, max(1, page_size * block_d // 1024)),  # 32 keys and 32 values a thread
     )

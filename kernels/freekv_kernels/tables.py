@@ -6,18 +6,45 @@ that a CUDA graph can hold the ops.
 
 from __future__ import annotations
 
-from enum import IntEnum
+from enum import Enum, IntEnum
 from typing import NamedTuple
 
 import torch
 
+from freekv_kernels.records import PLAIN, Codec
 
-class Read(IntEnum):
-    """Which windows an op is about."""
+
+class Half(IntEnum):
+    """Which half of the windows' double buffer an op is about."""
 
     FRONT = 0  # read by this step
     BACK = 1  # read by the next step
-    FIRST = 2  # of a request whose prompt is complete: both, until the first step
+    BOTH = 2  # of a request whose prompt is complete: the same in both, until its first step
+
+    def indices(self, step: int) -> list[int]:
+        """Where the half lies in the double buffer at that step."""
+        return [0, 1] if self == Half.BOTH else [(step + self) % 2]
+
+
+class Claim(Enum):
+    """When blocks are claimed, and for whom: (the next step's blocks stay, the next step reads the claimed blocks).
+
+    What may go is said by stamps, 2 * step for blocks that the step reads and 2 * step + 1 for those of the next step.
+    """
+
+    IN_STEP = (False, True)  # what this step reads stays too
+    BETWEEN_STEPS = (True, True)  # this step is over; what the next one reads stays
+    AS_OLD = (True, False)  # the same, and the claimed blocks are the first to go again
+
+    @property
+    def protect_back(self) -> bool:
+        """Whether blocks stamped 2 * step may go."""
+        return self.value[0]
+
+    @property
+    def stamp_back(self) -> bool:
+        """Whether claimed blocks are stamped 2 * step + 1."""
+        return self.value[1]
 
 
 class Count(IntEnum):
@@ -40,19 +67,29 @@ class Batch(NamedTuple):
     page_table: torch.Tensor  # int64 [batch_size, max_pages], logical page -> host page
     num_pages: torch.Tensor  # int64 [batch_size]
     num_pages_next: torch.Tensor  # int64 [batch_size], with one token more
-    budget_pages: torch.Tensor  # int64 [batch_size]
+    budget_pages: torch.Tensor  # int64 [batch_size, num_kv_heads]
     step: torch.Tensor  # int64 [1], number of the decode step; step % 2 is the front of the windows
 
-    def num_pages_at(self, read: Read) -> torch.Tensor:
+    def num_pages_at(self, half: Half) -> torch.Tensor:
         """Pages of each request at the step that reads the windows."""
-        return self.num_pages if read == Read.FRONT else self.num_pages_next
+        return self.num_pages if half == Half.FRONT else self.num_pages_next
+
+
+class PageStore(NamedTuple):
+    """Where one layer keeps its pages: the complete KV, what its pages are summarised by, and their blocks."""
+
+    host_kv: torch.Tensor  # [num_host_pages, num_kv_heads, *record], CPU (pinned), a strided view; see `records`
+    summary: torch.Tensor | None  # [num_host_pages, num_kv_heads, 2, head_dim], minimum and maximum of a page's keys
+    block_kv: torch.Tensor  # model dtype [num_blocks, 2, page_size, head_dim]
+    table: torch.Tensor  # int32 [num_host_pages, num_kv_heads], block of each pair, -1 where not resident
+    codec: Codec = PLAIN  # of the records
 
 
 class BlockTables(NamedTuple):
-    """The state of the device blocks; ops on one layer take it without the leading dimension."""
+    """The state of the device blocks of some layers."""
 
-    table: torch.Tensor  # int32 [num_layers, num_pages, num_kv_heads], -1 where not resident
-    owner: torch.Tensor  # int32 [num_layers, num_blocks], key of each block: page * num_kv_heads + head; -1 where free
+    table: torch.Tensor  # int32 [num_layers, num_host_pages, num_kv_heads], -1 where not resident
+    owner: torch.Tensor  # int32 [num_layers, num_blocks], pair of each block; -1 where free
     last_used: torch.Tensor  # int32 [num_layers, num_blocks], stamp of the last use; -1 where free
     free_blocks: torch.Tensor  # int32 [num_layers, num_blocks], a stack: the first num_free entries are the free blocks
     num_free: torch.Tensor  # int32 [num_layers]
@@ -63,20 +100,25 @@ class BlockTables(NamedTuple):
         return BlockTables(*(tensor[first:last] for tensor in self))
 
 
-class KeyList(NamedTuple):
-    """Keys of the block table: page * num_kv_heads + head."""
+class PairList(NamedTuple):
+    """(page, head) pairs as numbers: host page * num_kv_heads + head, the place in a layer of the block table."""
 
-    keys: torch.Tensor  # int64 [capacity]
+    pairs: torch.Tensor  # int64 [capacity]
     count: torch.Tensor  # int32 [1]
+
+
+def pairs_of(pages: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
+    """The pairs of host pages (int64 ``[...]``): int64 ``[..., num_kv_heads]``."""
+    return pages[..., None] * num_kv_heads + torch.arange(num_kv_heads, device=pages.device)
 
 
 class MissList(NamedTuple):
-    """Keys that a window wants and that had no block when it was looked up; a key may be wanted twice."""
+    """Pairs that a window wants and that had no block when it was looked up; a pair may be wanted twice."""
 
-    keys: torch.Tensor  # int64 [capacity]
+    pairs: torch.Tensor  # int64 [capacity]
     count: torch.Tensor  # int32 [1]
     entries: torch.Tensor  # int32 [capacity], index of the window entry in kv_indices
-    blocks: torch.Tensor  # int32 [capacity], block to copy the key into; -1: another entry's copy, or no block
+    blocks: torch.Tensor  # int32 [capacity], block to copy the pair into; -1: another entry's copy, or no block
 
 
 class FlagList(NamedTuple):

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from freekv_kernels import Batch, Count, Read
-from freekv_kernels.encode_pages import code_steps, unpack_codes
-from sglang_freekv.algorithm.decode import Retrieval, select_windows
+from freekv_kernels import Batch, Count, Half
+from sglang_freekv.algorithm.decode import Decode
 from sglang_freekv.memory.kv_memory import KVMemory
 
 # Compared at a time, to bound the memory of the comparison.
 _BLOCKS_PER_CHUNK = 4096
-# Of a code's arithmetic in fp32, relative to its largest operand.
-_ROUNDING = 1e-6
 
 
 class AuditError(RuntimeError):
@@ -34,10 +31,11 @@ def audit_blocks(memory: KVMemory) -> None:
     for layer, block_kv in enumerate(memory.blocks.kv):
         owner = memory.blocks.owner(layer).cpu()
         for blocks in (owner >= 0).nonzero().flatten().split(_BLOCKS_PER_CHUNK):
-            keys = owner[blocks]
-            pages, heads = keys // g.num_kv_heads, keys % g.num_kv_heads
+            pairs = owner[blocks]
+            pages, heads = pairs // g.num_kv_heads, pairs % g.num_kv_heads
             on_device = block_kv[blocks.to(block_kv.device)].cpu().view(bits)
-            on_host = memory.host.kv[pages, layer, heads].view(bits)  # [n, 2, page_size, head_dim]
+            records = memory.host.kv[pages, layer, heads]
+            on_host = g.codec.decode(records, g.dtype).view(bits)  # [n, 2, page_size, head_dim]
             is_written = (offsets < filled[pages][:, None])[:, None, :, None]
             is_wrong = ((on_host != on_device) & is_written).flatten(1).any(1).nonzero().flatten()
             if len(is_wrong):
@@ -48,54 +46,35 @@ def audit_blocks(memory: KVMemory) -> None:
                 )
 
 
-def audit_summaries(memory: KVMemory, pages: torch.Tensor) -> None:
-    """Raise AuditError where one of `pages` (int64) is not summarised by the min and max of its keys on the host.
-
-    And where a full page's keys are not within half a step of what their codes stand for.
-    """
-    g, pages, filled = memory.geometry, pages.cpu(), memory.host.filled.cpu()
+def audit_index(memory: KVMemory, pages: torch.Tensor) -> None:
+    """Raise AuditError where the index of one of `pages` (int64) is not what its keys on the host say."""
+    pages, filled = pages.cpu(), memory.host.filled.cpu()
     pages = pages[filled[pages] > 0].unique()
-    is_written = torch.arange(g.page_size) < filled[pages][:, None]
-    is_written = is_written[:, None, :, None]  # of [n, num_kv_heads, page_size, head_dim]
     for layer in memory.layers:
-        keys = layer.host_kv[pages, :, 0]
-        low = keys.masked_fill(~is_written, float("inf")).amin(2)
-        high = keys.masked_fill(~is_written, float("-inf")).amax(2)
-        summary = layer.summary[pages.to(layer.summary.device)].cpu()
-        is_wrong = (summary != torch.stack((low, high), 2)).flatten(1).any(1)
-        if is_wrong.any():
-            raise AuditError(f"layer {layer.number}: wrong summary of host page {int(pages[is_wrong][0])}")
-        if layer.codes is not None:
-            full = pages[filled[pages] == g.page_size]
-            low, step = code_steps(layer.summary[full.to(layer.summary.device)].cpu()[:, :, None], g.key_bits)
-            codes = layer.codes[full.to(layer.codes.device)].cpu()
-            values, units = unpack_codes(codes, g.key_bits)
-            values = values.transpose(2, 3) * units + 0.5
-            keys = layer.host_kv[full, :, 0].float()
-            error = (low + values * step - keys).abs()
-            is_wrong = (error > step / 2 + _ROUNDING * (low.abs() + step * 2**g.key_bits)).flatten(1).any(1)
-            if is_wrong.any():
-                raise AuditError(f"layer {layer.number}: wrong codes of host page {int(full[is_wrong][0])}")
+        try:
+            memory.index.audit(layer.number, layer.store, pages, filled[pages])
+        except RuntimeError as error:
+            raise AuditError(str(error)) from error
 
 
-def audit_windows(retrieval: Retrieval) -> None:
+def audit_windows(decode: Decode) -> None:
     """Raise AuditError where a window of the step just run breaks its rule.
 
     Front windows must have their form: sink, ascending pages, recent, within the budget. Back windows must be what this
     step's queries select.
     """
-    memory, batch = retrieval.memory, retrieval.last_plan.batch
+    memory, batch = decode.memory, decode.last_plan.batch
     if absent := memory.counters[Count.ABSENT_PAGES]:
         raise AuditError(f"{absent} pages were absent when attention ran")
-    front, back = int(batch.step) % 2, (int(batch.step) + 1) % 2
-    is_over_next = batch.num_pages_next > batch.budget_pages
+    (front,), (back,) = (half.indices(int(batch.step)) for half in (Half.FRONT, Half.BACK))
+    is_over_next = batch.num_pages_next[:, None] > batch.budget_pages
     for layer in memory.layers:
-        if layer.number in memory.blocks.dense_layers:
+        if (selector := decode.selectors.get(layer.kind)) is None:
             continue
         _audit_form(memory, batch, layer.number, layer.windows[front, batch.rows].long())
         again = layer._replace(windows=layer.windows.clone())
-        select_windows(memory, again, batch, Read.BACK, retrieval.scales[layer.number])
-        is_wrong = (again.windows[back, batch.rows] != layer.windows[back, batch.rows]).any(-1) & is_over_next[:, None]
+        selector.write_windows(again, batch, Half.BACK, decode.scales[layer.number])
+        is_wrong = (again.windows[back, batch.rows] != layer.windows[back, batch.rows]).any(-1) & is_over_next
         if is_wrong.any():
             index, head = is_wrong.nonzero()[0].tolist()
             row = int(batch.rows[index])
@@ -104,15 +83,15 @@ def audit_windows(retrieval: Retrieval) -> None:
 
 def _audit_form(memory: KVMemory, batch: Batch, layer: int, window: torch.Tensor) -> None:
     """Check front windows ``[batch_size, num_kv_heads, max_budget_pages]``."""
-    config = memory.config
-    column = torch.arange(config.max_budget_pages, device=window.device)
-    n, budget = batch.num_pages[:, None, None], batch.budget_pages[:, None, None]
+    sizes = memory.sizes
+    column = torch.arange(sizes.max_budget, device=window.device)
+    n, budget = batch.num_pages[:, None, None], batch.budget_pages[..., None]
     length = torch.minimum(n, budget)
     is_entry = column < length
     ascends = (window.diff(dim=-1) > 0) | ~is_entry[..., 1:]
     # From both ends: entry i is page i in the sink, and page n - length + i in the recent pages.
-    sink_ok = (window == column) | (column >= config.sink_pages) | ~is_entry
-    recent_ok = (window == column + n - length) | (column < length - config.recent_pages) | ~is_entry
+    sink_ok = (window == column) | (column >= sizes.sink) | ~is_entry
+    recent_ok = (window == column + n - length) | (column < length - sizes.recent) | ~is_entry
     padding_ok = (window == -1) | is_entry
     everything_ok = (window == column) | ~is_entry | (n > budget)
     for name, is_ok in {

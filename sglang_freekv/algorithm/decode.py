@@ -10,11 +10,16 @@ from dataclasses import dataclass
 
 import torch
 
-from freekv_kernels import REFERENCE, Batch, FlagList, Read, lookup_keys
-from sglang_freekv.algorithm.refetch import list_selected
+from freekv_kernels import Batch, FlagList, Half, lookup_pairs
+from sglang_freekv.algorithm.inputs import DecodeInput
+from sglang_freekv.algorithm.residency import make_front_resident, make_next_resident
+from sglang_freekv.algorithm.selector import Selector
+from sglang_freekv.algorithm.shortcuts import Shortcuts, shortcuts
 from sglang_freekv.algorithm.stream import SideStream
+from sglang_freekv.attention.base import DecodeAttention
 from sglang_freekv.memory.geometry import num_pages_of
-from sglang_freekv.memory.kv_memory import KVMemory, Layer
+from sglang_freekv.memory.kv_memory import KVMemory
+from sglang_freekv.memory.layers import DENSE, WINDOWED, Layer, LayerKind
 
 
 @dataclass
@@ -23,121 +28,99 @@ class DecodePlan:
 
     batch: Batch
     flags: list[FlagList]  # per layer
-    may_be_over: bool  # False: every request is within its budget in the next step, so nothing is selected
-    ends_page: bool  # False: no token is the last one of its page, so no page is encoded
-    every_key: torch.Tensor | None  # int64, what each layer reads, in order, where that is every page of every request
+    todo: Shortcuts
 
 
-class Retrieval:
-    """The decode side of the engine, for one rank. `plan` once per step, then `run` for each layer in order.
+class Decode:
+    """The decode phase of the engine, for one rank. `plan` once per step, then `run` for each layer in order.
 
     Between `plan` and the last `run` nothing is decided on the host, so a CUDA graph can hold the runs: it is captured
     after a `plan` and replayed after others for the same batch size.
 
     Parameters
     ----------
-    window_attention, dense_attention
-        Decode attention over windows, and over every page for dense layers (None without dense layers).
+    attentions : LayerKind -> DecodeAttention
+        Of every kind of layer that there is, and of WINDOWED.
+    selectors : LayerKind -> Selector
+        Of every kind that selects.
+    stream : SideStream
     """
 
-    def __init__(self, memory: KVMemory, window_attention, dense_attention, side: SideStream) -> None:
-        self.memory, self._side = memory, side
-        self._window_attention, self._dense_attention = window_attention, dense_attention
+    def __init__(
+        self,
+        memory: KVMemory,
+        attentions: dict[LayerKind, DecodeAttention],
+        selectors: dict[LayerKind, Selector],
+        stream: SideStream,
+    ) -> None:
+        self.memory, self.attentions, self.selectors, self._stream = memory, attentions, selectors, stream
         self._plan: DecodePlan | None = None
-        # The references wait for what they compute, so on a CPU what a step does not need is left out.
-        self._may_skip = memory.ops is REFERENCE
         self.scales = [1.0] * memory.geometry.num_layers  # of each layer's logits, noted when it runs
 
     @property
     def last_plan(self) -> DecodePlan | None:
         return self._plan
 
-    def plan(
-        self,
-        rows: torch.Tensor,
-        seq_lens: torch.Tensor,
-        slots: torch.Tensor,
-        req_to_token: torch.Tensor,
-        rows_cpu: list[int],
-        seq_lens_cpu: list[int],
-        in_graph: bool = False,
-    ) -> DecodePlan:
+    def plan(self, step: DecodeInput, in_graph: bool = False) -> DecodePlan:
         """Start a decode step.
 
         Parameters
         ----------
-        rows : int64, ``[batch_size]``, device
-            `req_pool_idx` of every running request; 0 for padding, which comes last.
-        seq_lens : int64, ``[batch_size]``, device
-            With the new token; 1 for padding.
-        slots : int64, ``[num_requests]``, device
-            Token slots of the new tokens, without padding.
-        req_to_token : int32, ``[max_requests + 1, max_context]``, device
-            Token slots, those of the new tokens included.
-        rows_cpu, seq_lens_cpu : list of int, ``[num_requests]``
-            The same on the host, without padding.
+        step : DecodeInput
         in_graph : bool
             Whether the runs are captured in, or replayed from, a CUDA graph.
         """
-        memory, page_size = self.memory, self.memory.geometry.page_size
-        is_on_gpu, batch_size = memory.device != "cpu", len(rows)
-        num_pages = [num_pages_of(n, page_size) for n in seq_lens_cpu]
-        # A graph holds whole tables; otherwise a CPU need not read beyond the longest request.
-        max_pages = None if is_on_gpu or in_graph else max(num_pages, default=1)
-        batch = memory.batch(batch_size, max_pages)
-        memory.ops.begin_step(
-            rows,
-            seq_lens,
-            slots,
-            req_to_token,
-            memory.windows.budget_pages,
-            page_size,
-            batch,
-            self._window_attention.last_page_len,
-            memory.windows.pages,
-            memory.host.filled,
-            memory.opened,
-        )
-        # A warm-up opens no page, but compiles the kernels that do.
-        if not seq_lens_cpu or any(n % page_size == 1 for n in seq_lens_cpu):
-            memory.blocks.release(memory.opened)
-            memory.blocks.open(memory.opened)
-        memory.clear_lists()
-        if seq_lens_cpu:  # a warm-up has padding only: the windows of running requests stay where they are
+        memory = self.memory
+        batch = self._write_tables(step, in_graph)
+        memory.tables.clear()
+        if step.seq_lens_cpu:  # a warm-up has padding only: the windows of running requests stay where they are
             memory.begin_step()
-        memory.counters.decoded_tokens += len(seq_lens_cpu)
-
-        padding = [1] * (batch_size - len(num_pages))
-        budgets = [memory.windows.budget_of(row) for row in rows_cpu]
-        self._window_attention.plan([*map(min, num_pages, budgets), *padding])
-        if self._dense_attention is not None:
-            self._plan_dense(batch, [*num_pages, *padding])
-        # A graph, and a warm-up, which compiles for it, hold everything.
-        is_complete = in_graph or not seq_lens_cpu
-        is_over = any(n // page_size >= budget for n, budget in zip(seq_lens_cpu, budgets, strict=True))
-        is_simple = self._may_skip and not (is_over or is_complete)
-        self._plan = DecodePlan(
-            batch=batch,
-            flags=memory.flags(batch_size),
-            may_be_over=is_over or in_graph,
-            ends_page=is_complete or any(n % page_size == 0 for n in seq_lens_cpu),
-            every_key=self._every_key(batch, num_pages) if is_simple else None,
-        )
+        memory.counters.decoded_tokens += len(step.seq_lens_cpu)
+        self._plan_attention(batch, step)
+        todo = shortcuts(memory, batch, step, in_graph)
+        self._plan = DecodePlan(batch, memory.tables.flags(len(step.rows)), todo)
         return self._plan
 
-    def _every_key(self, batch: Batch, num_pages: list[int]) -> torch.Tensor:
-        """The keys of every page of every request, in the order of the window attention's lists."""
-        num_kv_heads = self.memory.geometry.num_kv_heads
-        keys = batch.page_table[:, None] * num_kv_heads + torch.arange(num_kv_heads)[:, None]
-        return torch.cat([own[:, :n].flatten() for own, n in zip(keys, num_pages, strict=True)])
+    def _write_tables(self, step: DecodeInput, in_graph: bool) -> Batch:
+        """Snapshot what the step reads of SGLang's tables, and open the pages that it starts."""
+        memory, page_size = self.memory, self.memory.geometry.page_size
+        longest = max((num_pages_of(n, page_size) for n in step.seq_lens_cpu), default=1)
+        # A graph holds whole tables; otherwise a CPU need not read beyond the longest request.
+        batch = memory.tables.batch(len(step.rows), None if memory.device != "cpu" or in_graph else longest)
+        memory.ops.write_tables(
+            step.rows,
+            step.seq_lens,
+            step.slots,
+            step.req_to_token,
+            memory.budgets.pages,
+            page_size,
+            batch,
+            self.attentions[WINDOWED].last_page_len,
+            memory.windows.pages,
+            memory.host.filled,
+            memory.tables.opened,
+        )
+        # A warm-up opens no page, but compiles the kernels that do.
+        if not step.seq_lens_cpu or any(n % page_size == 1 for n in step.seq_lens_cpu):
+            memory.blocks.forget(memory.tables.opened)
+            memory.blocks.open(memory.tables.opened)
+        return batch
 
-    def _plan_dense(self, batch: Batch, num_pages: list[int]) -> None:
-        """Dense layers read the same blocks in the same order, so their list is written once."""
-        dense, num_kv_heads = self._dense_attention, self.memory.geometry.num_kv_heads
-        dense.plan(num_pages)
-        num_rows = len(num_pages) * num_kv_heads
-        dense.last_page_len[:num_rows].copy_(self._window_attention.last_page_len[:num_rows])
-        self.memory.ops.list_pages(batch, num_kv_heads, dense.kv_indptr[: num_rows + 1], dense.kv_indices)
+    def _plan_attention(self, batch: Batch, step: DecodeInput) -> None:
+        memory, num_kv_heads = self.memory, self.memory.geometry.num_kv_heads
+        num_pages = [num_pages_of(n, memory.geometry.page_size) for n in step.seq_lens_cpu]
+        budgets = [memory.budgets.of(row) for row in step.rows_cpu]
+        padding = [1] * ((len(step.rows) - len(num_pages)) * num_kv_heads)
+        in_windows = [min(n, budget) for n, own in zip(num_pages, budgets, strict=True) for budget in own]
+        windowed, dense = self.attentions[WINDOWED], self.attentions.get(DENSE)
+        windowed.plan([*in_windows, *padding])
+        if dense is None:
+            return
+        # Layers that attend to every page read the same blocks in the same order, so their list is written once.
+        dense.plan([n for n in num_pages for _ in range(num_kv_heads)] + padding)
+        num_rows = len(step.rows) * num_kv_heads
+        dense.last_page_len[:num_rows].copy_(windowed.last_page_len[:num_rows])
+        memory.ops.list_pages(batch, num_kv_heads, dense.kv_indptr[: num_rows + 1], dense.kv_indices)
 
     def run(self, number: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
         """One layer of a decode step.
@@ -155,81 +138,36 @@ class Retrieval:
         model dtype, ``[batch_size, num_qo_heads, head_dim]``
         """
         memory, g, batch = self.memory, self.memory.geometry, self._plan.batch
-        layer, flags = memory.layers[number], self._plan.flags[number]
+        layer = memory.layers[number]
         self.scales[number] = scale
         q = q.view(-1, g.num_kv_heads, g.group_size, g.head_dim)
-        is_dense = number in memory.blocks.dense_layers
-        attention = self._dense_attention if is_dense else self._window_attention
-        written = (layer.host_kv, layer.summary, layer.block_kv, layer.blocks.table, layer.last_q)
-        memory.ops.append_tokens(
-            q, k, v, batch, memory.config.tau, *written, None if is_dense else flags, memory.counters.values
-        )
-        if layer.codes is not None and self._plan.ends_page:
-            memory.ops.encode_pages(batch.slots, layer.host_kv, layer.summary, layer.codes)
-        may_be_over = self._plan.may_be_over and not is_dense
-        scores = None
-        if may_be_over:
-            if self._may_skip:  # to score twice: what correction reads is among what the next step needs
-                scores = score_windows(memory, layer, batch, Read.BACK)
-            select_windows(memory, layer, batch, Read.FRONT, scale, flags, scores)
-        if not is_dense:
-            self._make_front_resident(layer, flags)
-        if may_be_over:
-            with self._side.fork():
-                select_windows(memory, layer, batch, Read.BACK, scale, scores=scores)
-                make_resident(memory, layer, batch, Read.BACK)
-        out = attention.run(q, layer.block_kv, scale)
+        selector, attention = self.selectors.get(layer.kind), self.attentions[layer.kind]
+        flags = None if selector is None else self._plan.flags[number]
+        tau, counters = memory.config.tau, memory.counters.values
+        memory.ops.append_tokens(q, k, v, batch, tau, layer.store, layer.last_q, flags, counters)
+        if self._plan.todo.seals:
+            memory.seal(layer, batch.slots)
+        if selector is not None:
+            self._retrieve(layer, selector, attention, flags, scale)
+        out = attention.run(q, layer.store.block_kv, scale)
         if number == g.num_layers - 1:
-            self._side.join()
+            self._stream.join()
         return out.flatten(1, 2)
 
-    def _make_front_resident(self, layer: Layer, flags: FlagList) -> None:
-        """Fetch what correction selected, and what has lost its block since it was selected."""
-        memory, attention, ops = self.memory, self._window_attention, self.memory.ops
-        batch, counters, every_key = self._plan.batch, memory.counters.values, self._plan.every_key
-        if every_key is not None and lookup_keys(every_key, layer.blocks, batch.step, attention.kv_indices):
-            return
-        lists = (attention.kv_indptr[: len(flags.rows) + 1], attention.kv_indices)
-        ops.lookup_blocks(layer.windows, batch, Read.FRONT, layer.blocks, layer.front, counters, flags, *lists)
-        # Stamped for the next step too: a request within its budget reads them again.
-        ops.claim_blocks(layer.front, layer.blocks_of_one, batch.step, protect_back=False, stamp_back=True)
-        recalled = (layer.block_kv, layer.blocks.table, counters)
-        ops.recall_blocks(memory.host.kv, layer.number, layer.front, *recalled, attention.kv_indices)
-
-
-def score_windows(
-    memory: KVMemory, layer: Layer, batch: Batch, read: Read, flags: FlagList | None = None
-) -> torch.Tensor:
-    """Score the pages of requests over their budget with the latest queries; only for flagged rows if given."""
-    workspace = memory.scores[read != Read.FRONT] if read != Read.FIRST else None
-    if workspace is not None:
-        workspace = workspace[: len(batch.rows) * memory.geometry.num_kv_heads]
-    return memory.ops.score_pages(layer.last_q, layer.summary, batch, read, flags, workspace, layer.codes)
-
-
-def select_windows(
-    memory: KVMemory,
-    layer: Layer,
-    batch: Batch,
-    read: Read,
-    scale: float,
-    flags: FlagList | None = None,
-    scores: torch.Tensor | None = None,
-) -> None:
-    """Select the windows of requests over their budget; only of flagged rows if given. Scores first, if not given."""
-    config = memory.config
-    if scores is None:
-        scores = score_windows(memory, layer, batch, read, flags)
-    rule = (config.sink_pages, config.recent_pages, config.group_pooling)
-    memory.ops.select_pages(scores, batch, read, *rule, layer.windows, flags, scale)
-
-
-def make_resident(memory: KVMemory, layer: Layer, batch: Batch, read: Read) -> None:
-    """Recall what the next step's windows lack."""
-    ops, counters = memory.ops, memory.counters.values
-    ops.lookup_blocks(layer.windows, batch, read, layer.blocks, layer.back, counters)
-    # Between steps, nothing of what the next step reads may go; in a step, nothing of what this step reads either.
-    ops.claim_blocks(layer.back, layer.blocks_of_one, batch.step, protect_back=read == Read.FIRST, stamp_back=True)
-    if memory.config.refetch and read == Read.BACK:
-        list_selected(layer, batch)
-    ops.recall_blocks(memory.host.kv, layer.number, layer.back, layer.block_kv, layer.blocks.table, counters)
+    def _retrieve(
+        self, layer: Layer, selector: Selector, attention: DecodeAttention, flags: FlagList, scale: float
+    ) -> None:
+        """Correct and fetch what this step reads; beside what follows, select and fetch what the next step reads."""
+        memory, batch, todo = self.memory, self._plan.batch, self._plan.todo
+        scores = None
+        if todo.selects:
+            if todo.scores_once:
+                scores = selector.score(layer, batch, Half.BACK)
+            selector.write_windows(layer, batch, Half.FRONT, scale, flags, scores)
+        pairs = todo.every_pair
+        if pairs is None or not lookup_pairs(pairs, layer.blocks, batch.step, attention.kv_indices):
+            make_front_resident(memory, layer, batch, flags, attention)
+        if todo.selects:
+            with self._stream.fork():
+                selector.write_windows(layer, batch, Half.BACK, scale, scores=scores)
+                make_next_resident(memory, layer, batch, Half.BACK)

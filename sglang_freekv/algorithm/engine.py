@@ -1,14 +1,16 @@
-"""The two sides of the engine over one memory, with the attention that the device has."""
+"""The two phases of the engine over one memory, with the attention that the device has."""
 
 from __future__ import annotations
 
-from sglang_freekv.algorithm.decode import Retrieval
+from sglang_freekv.algorithm.decode import Decode
 from sglang_freekv.algorithm.prefill import Prefill
+from sglang_freekv.algorithm.selector import SELECTORS
 from sglang_freekv.algorithm.stream import SideStream
 from sglang_freekv.memory.kv_memory import KVMemory
+from sglang_freekv.memory.layers import DENSE, WINDOWED
 
 
-def build_engine(memory: KVMemory) -> tuple[Retrieval, Prefill]:
+def build_engine(memory: KVMemory) -> tuple[Decode, Prefill]:
     """Build decode and prefill for one rank: torch attention on a CPU, FlashInfer on a GPU."""
     g, device = memory.geometry, memory.device
     if device == "cpu":
@@ -23,10 +25,15 @@ def build_engine(memory: KVMemory) -> tuple[Retrieval, Prefill]:
 
         workspace = (allocate_float_workspace(g, device),)
 
-    sizes = (memory.max_requests, memory.config.max_budget_pages)
-    window = WindowAttention(g, *sizes, device, *workspace)
-    dense = None
-    if memory.config.dense_layers:
-        dense = WindowAttention(g, memory.max_requests, memory.max_pages, device, *workspace)
-    side = SideStream(device)
-    return Retrieval(memory, window, dense, side), Prefill(memory, PrefillAttention(g, *workspace), side)
+    # Most pages that a row reads.
+    widths = {WINDOWED: memory.sizes.max_budget, DENSE: memory.max_pages}
+    attentions = {
+        kind: WindowAttention(g, memory.max_requests, width, device, *workspace)
+        for kind, width in widths.items()
+        if kind == WINDOWED or kind in memory.kinds
+    }
+    selector = SELECTORS[memory.config.selector_name](memory)
+    selectors = {kind: selector for kind in widths if kind.selects}
+    stream = SideStream(device)
+    decode = Decode(memory, attentions, selectors, stream)
+    return decode, Prefill(memory, PrefillAttention(g, *workspace), selectors, stream)

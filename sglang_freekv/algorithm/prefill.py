@@ -10,12 +10,16 @@ from dataclasses import dataclass
 
 import torch
 
-from freekv_kernels import Batch, KeyList, Read
-from sglang_freekv.algorithm.decode import make_resident, select_windows
+from freekv_kernels import Batch, Claim, Half, PairList, pairs_of
+from sglang_freekv.algorithm.inputs import ExtendInput
+from sglang_freekv.algorithm.residency import make_next_resident
+from sglang_freekv.algorithm.selector import Selector
 from sglang_freekv.algorithm.stream import SideStream
+from sglang_freekv.attention.base import PrefillAttention
 from sglang_freekv.attention.prefix_pieces import PrefixPiece, cut_prefixes
 from sglang_freekv.memory.geometry import num_pages_of
-from sglang_freekv.memory.kv_memory import KVMemory, Layer
+from sglang_freekv.memory.kv_memory import KVMemory
+from sglang_freekv.memory.layers import Layer, LayerKind
 
 
 @dataclass
@@ -25,7 +29,7 @@ class PrefillPlan:
     slots: torch.Tensor  # int64 [num_tokens], of the new tokens
     page_starts: torch.Tensor  # int64 [num_runs + 1], index of the first token of each page, and num_tokens
     last_slots: torch.Tensor  # int64 [num_runs], of the last token that the chunk writes to each page
-    opened: KeyList  # of the pages whose first token the chunk writes, the newest pages first
+    opened: PairList  # of the pages whose first token the chunk writes, the newest pages first
     groups: list[list[PrefixPiece]]  # the pieces of a group fit the arena together
     group_pages: list[torch.Tensor]  # int64, the host pages of each group
     completed: Batch  # the requests whose prompt ends with this chunk
@@ -33,14 +37,20 @@ class PrefillPlan:
 
 
 class Prefill:
-    """The prefill side of the engine, for one rank. `plan` once per batch, then `run` for each layer in order.
+    """The prefill phase of the engine, for one rank. `plan` once per batch, then `run` for each layer in order.
 
     Everything that touches the host store or the block tables runs on the side stream, in order; so the arena is filled
     while the layer before computes.
     """
 
-    def __init__(self, memory: KVMemory, attention, side: SideStream) -> None:
-        self.memory, self._attention, self._side = memory, attention, side
+    def __init__(
+        self,
+        memory: KVMemory,
+        attention: PrefillAttention,
+        selectors: dict[LayerKind, Selector],
+        stream: SideStream,
+    ) -> None:
+        self.memory, self.selectors, self._attention, self._stream = memory, selectors, attention, stream
         self._plan: PrefillPlan | None = None
         self._num_fills = 0  # of the plan so far; fill i uses half i % 2 of the arena
         self._filled: torch.cuda.Event | None = None  # after the last of them
@@ -49,103 +59,72 @@ class Prefill:
     def last_plan(self) -> PrefillPlan | None:
         return self._plan
 
-    def plan(
-        self,
-        rows: torch.Tensor,
-        slots: torch.Tensor,
-        req_to_token: torch.Tensor,
-        rows_cpu: list[int],
-        prefix_lens: list[int],
-        extend_lens: list[int],
-        is_final: list[bool],
-    ) -> PrefillPlan:
-        """Start an extend batch.
-
-        Parameters
-        ----------
-        rows : int64, ``[batch_size]``, device
-            `req_pool_idx` of the requests.
-        slots : int64, ``[num_tokens]``, device
-            Token slots of the chunk; the requests' tokens are concatenated.
-        req_to_token : int32, ``[max_requests + 1, max_context]``, device
-            Token slots, those of the chunk included.
-        rows_cpu : list of int
-            `rows` on the host.
-        prefix_lens, extend_lens : list of int
-            Tokens already in the host store, and tokens of the chunk.
-        is_final : list of bool
-            Whether the prompt ends with this chunk.
-        """
+    def plan(self, chunk: ExtendInput) -> PrefillPlan:
+        """Start an extend batch."""
         memory, page_size = self.memory, self.memory.geometry.page_size
-        lens = [prefix + extend for prefix, extend in zip(prefix_lens, extend_lens, strict=True)]
-        page_table = snapshot_page_table(rows, req_to_token, max(lens), page_size)
-        groups = list(cut_prefixes(page_table, prefix_lens, memory.config.arena_pages, page_size))
-        completed, last_tokens = self._completed(rows, slots, rows_cpu, page_table, lens, extend_lens, is_final)
-        page_starts = to_device(_page_starts(prefix_lens, extend_lens, page_size), memory.device)
+        page_table = snapshot_page_table(chunk.rows, chunk.req_to_token, max(chunk.lens), page_size)
+        arena_pages = memory.arena.shape[1] // page_size
+        groups = list(cut_prefixes(page_table, chunk.prefix_lens, arena_pages, page_size))
+        last_tokens = to_device(_last_tokens(chunk), memory.device)
+        completed = self._first_step(chunk, page_table, last_tokens)
+        memory.budgets.start(completed.rows, completed.budget_pages)
+        page_starts = to_device(_page_starts(chunk.prefix_lens, chunk.extend_lens, page_size), memory.device)
         self._plan = PrefillPlan(
-            slots=slots,
+            slots=chunk.slots,
             page_starts=page_starts,
-            last_slots=slots[page_starts[1:] - 1],
-            opened=self._opened(page_table, rows_cpu, prefix_lens, lens),
+            last_slots=chunk.slots[page_starts[1:] - 1],
+            opened=self._opened(chunk, page_table),
             groups=groups,
             group_pages=[torch.cat([piece.pages for piece in group]) for group in groups],
             completed=completed,
             last_tokens=last_tokens,
         )
-        num_pages = sum(map(len, self._plan.group_pages))
-        memory.counters.arena_filled_bytes += num_pages * memory.geometry.page_bytes
-        memory.clear_lists()
-        memory.blocks.release(self._plan.opened)
-        memory.host.mark_filled(slots)
-        self._attention.plan(extend_lens, groups)
-        self._num_fills = 0
-        with self._side.fork():
-            self._side.keep(slots, page_starts, self._plan.last_slots, last_tokens)
-            self._side.keep(*self._plan.opened, *self._plan.group_pages, *completed)
-            self._fill_next()
+        self._begin(chunk)
         return self._plan
 
-    def _completed(
-        self,
-        rows: torch.Tensor,
-        slots: torch.Tensor,
-        rows_cpu: list[int],
-        page_table: torch.Tensor,
-        lens: list[int],
-        extend_lens: list[int],
-        is_final: list[bool],
-    ) -> tuple[Batch, torch.Tensor]:
-        """The requests whose prompt is complete, at their first decode step, and the index of their last tokens."""
+    def _begin(self, chunk: ExtendInput) -> None:
+        """Give the pages that the chunk opens to their new owners, and start to fill the arena."""
+        plan, memory = self._plan, self.memory
+        num_pages = sum(map(len, plan.group_pages))
+        memory.counters.arena_filled_bytes += num_pages * memory.geometry.page_bytes
+        memory.tables.clear()
+        memory.blocks.forget(plan.opened)
+        memory.host.mark_filled(plan.slots)
+        self._attention.plan(chunk.extend_lens, plan.groups)
+        self._num_fills = 0
+        with self._stream.fork():
+            self._stream.keep(plan.slots, plan.page_starts, plan.last_slots, plan.last_tokens)
+            self._stream.keep(*plan.opened, *plan.group_pages, *plan.completed)
+            self._fill_next()
+
+    def _first_step(self, chunk: ExtendInput, page_table: torch.Tensor, last_tokens: torch.Tensor) -> Batch:
+        """The requests whose prompt is complete, at their first decode step."""
         memory, page_size, device = self.memory, self.memory.geometry.page_size, self.memory.device
-        final = [i for i, ends in enumerate(is_final) if ends and rows_cpu[i] > 0]
+        final, lens = _completed(chunk), chunk.lens
         which = to_device(final, device)
-        last_tokens = to_device([sum(extend_lens[: i + 1]) - 1 for i in final], device)
-        batch = Batch(
-            rows=rows[which].long(),
-            slots=slots[last_tokens],
+        budgets = [pages for i in final for pages in memory.budgets.of(chunk.rows_cpu[i])]
+        return Batch(
+            rows=chunk.rows[which].long(),
+            slots=chunk.slots[last_tokens],
             page_table=page_table[which],
             num_pages=to_device([num_pages_of(lens[i], page_size) for i in final], device),
             num_pages_next=to_device([num_pages_of(lens[i] + 1, page_size) for i in final], device),
-            budget_pages=to_device([memory.windows.budget_of(rows_cpu[i]) for i in final], device),
+            budget_pages=to_device(budgets, device).view(-1, memory.geometry.num_kv_heads),
             step=memory.blocks.step,
         )
-        memory.windows.start(batch.rows, batch.budget_pages)
-        return batch, last_tokens
 
-    def _opened(
-        self, page_table: torch.Tensor, rows_cpu: list[int], prefix_lens: list[int], lens: list[int]
-    ) -> KeyList:
-        """Keys of the pages whose first token the chunk writes, the newest pages first; padding has none."""
+    def _opened(self, chunk: ExtendInput, page_table: torch.Tensor) -> PairList:
+        """Pairs of the pages whose first token the chunk writes, the newest pages first; padding has none."""
         g, device = self.memory.geometry, self.memory.device
         opened = [
             (request, page)
-            for request, (row, first, last) in enumerate(zip(rows_cpu, prefix_lens, lens, strict=True))
+            for request, (first, last) in enumerate(zip(chunk.prefix_lens, chunk.lens, strict=True))
             for page in range(num_pages_of(first, g.page_size), num_pages_of(last, g.page_size))
-            if row > 0
+            if chunk.rows_cpu[request] > 0
         ][::-1]
-        request, page = to_device([x for pair in opened for x in pair], device).view(-1, 2).unbind(1)
-        keys = page_table[request, page][:, None] * g.num_kv_heads + torch.arange(g.num_kv_heads, device=device)
-        return KeyList(keys.flatten(), to_device([keys.numel()], device).int())
+        request, page = to_device([x for place in opened for x in place], device).view(-1, 2).unbind(1)
+        pairs = pairs_of(page_table[request, page], g.num_kv_heads)
+        return PairList(pairs.flatten(), to_device([pairs.numel()], device).int())
 
     def run(self, number: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
         """One layer of an extend batch; the requests' tokens are concatenated.
@@ -163,43 +142,35 @@ class Prefill:
         model dtype, ``[num_tokens, num_qo_heads, head_dim]``
         """
         layer, attention = self.memory.layers[number], self._attention
-        with self._side.fork():
-            self._side.keep(q, k, v)
+        with self._stream.fork():
+            self._stream.keep(q, k, v)
             self._write_through(layer, k, v)
             if len(self._plan.last_tokens):
                 self._start_windows(layer, q, scale)
         state = attention.attend_chunk(q, k, v, scale)
         for group in range(len(self._plan.groups)):
             half, filled = (self._num_fills - 1) % 2, self._filled
-            with self._side.fork():
+            with self._stream.fork():
                 self._fill_next()  # into the half that the attention before has read
-            self._side.wait(filled)
+            self._stream.wait(filled)
             state = attention.attend_prefix(state, q, group, self.memory.arena[half], scale)
         if number == self.memory.geometry.num_layers - 1:
-            self._side.join()
+            self._stream.join()
         return attention.finish(state)
 
     def _write_through(self, layer: Layer, k: torch.Tensor, v: torch.Tensor) -> None:
         """Write the chunk to the host store, to summaries, and to blocks as far as no running request loses one."""
-        plan, ops = self._plan, self.memory.ops
-        if layer.number not in self.memory.blocks.dense_layers:
-            # Stamped as used by the step before: the next decode step may evict them.
-            step = self.memory.blocks.step
-            ops.claim_blocks(plan.opened, layer.blocks_of_one, step, protect_back=True, stamp_back=False)
-        written = (layer.host_kv, layer.summary, layer.block_kv, layer.blocks.table)
-        ops.store_pages(k, v, plan.slots, plan.page_starts, *written)
-        if layer.codes is not None:
-            ops.encode_pages(plan.last_slots, layer.host_kv, layer.summary, layer.codes)
+        plan, memory = self._plan, self.memory
+        if layer.kind.is_cached:
+            memory.ops.claim_blocks(plan.opened, layer.blocks, memory.blocks.step, Claim.AS_OLD)
+        memory.ops.store_pages(k, v, plan.slots, plan.page_starts, layer.store)
+        memory.seal(layer, plan.last_slots)
 
     def _start_windows(self, layer: Layer, q: torch.Tensor, scale: float) -> None:
         """Select the first windows with the last prompt token's query."""
-        plan, memory, g = self._plan, self.memory, self.memory.geometry
-        batch = plan.completed
+        plan, g = self._plan, self.memory.geometry
         last_q = q[plan.last_tokens].view(-1, g.num_kv_heads, g.group_size, g.head_dim)
-        layer.last_q[batch.rows] = last_q
-        if layer.number not in memory.blocks.dense_layers:
-            select_windows(memory, layer, batch, Read.FIRST, scale)
-            make_resident(memory, layer, batch, Read.FIRST)
+        start_windows(self.memory, self.selectors.get(layer.kind), layer, plan.completed, last_q, scale)
 
     def _fill_next(self) -> None:
         """Lay out the next group of prefix pieces: of this layer, or of the next."""
@@ -208,10 +179,40 @@ class Prefill:
             return
         number, group = divmod(self._num_fills, len(plan.groups))
         layer, half = memory.layers[number], self._num_fills % 2
-        pages = plan.group_pages[group]
-        memory.ops.fill_arena(memory.arena[half], layer.host_kv, pages, layer.block_kv, layer.blocks.table)
+        memory.ops.fill_arena(memory.arena[half], layer.store, plan.group_pages[group])
         self._num_fills += 1
-        self._filled = self._side.mark()
+        self._filled = self._stream.mark()
+
+
+def start_windows(
+    memory: KVMemory, selector: Selector | None, layer: Layer, batch: Batch, last_q: torch.Tensor, scale: float
+) -> None:
+    """Give requests, whose prompts are complete, their first windows in one layer, and the windows their blocks.
+
+    Parameters
+    ----------
+    selector : Selector or None
+        None where the layer selects nothing.
+    batch : Batch
+        At the requests' first decode step.
+    last_q : model dtype, ``[batch_size, num_kv_heads, group_size, head_dim]``, device
+        Queries of the prompts' last tokens, which the first step compares its own with.
+    scale : float, of the logits
+    """
+    layer.last_q[batch.rows] = last_q
+    if selector is not None:
+        selector.write_windows(layer, batch, Half.BOTH, scale)
+        make_next_resident(memory, layer, batch, Half.BOTH)
+
+
+def _completed(chunk: ExtendInput) -> list[int]:
+    """Index of the requests whose prompt ends with the chunk; padding has none."""
+    return [i for i, (is_final, row) in enumerate(zip(chunk.is_final, chunk.rows_cpu, strict=True)) if is_final and row]
+
+
+def _last_tokens(chunk: ExtendInput) -> list[int]:
+    """Index, in the batch, of the last token of those."""
+    return [sum(chunk.extend_lens[: i + 1]) - 1 for i in _completed(chunk)]
 
 
 def _page_starts(prefix_lens: list[int], extend_lens: list[int], page_size: int) -> list[int]:

@@ -51,29 +51,30 @@ class DecodeAttention(ABC):
     @property
     def num_rows(self) -> int:
         """Rows of the planned batch."""
-        return len(self._num_pages) * self.geometry.num_kv_heads
+        return len(self._num_pages)
 
     def plan(self, num_pages: list[int]) -> None:
         """Prepare the runs of a step, eager or in a CUDA graph; returns at once where the last plan still holds.
 
         Parameters
         ----------
-        num_pages : list of int, ``[batch_size]``
-            Pages that each request reads, at least 1, which is also what padding reads.
+        num_pages : list of int, ``[batch_size * num_kv_heads]``
+            Pages that each row reads, at least 1, which is also what padding reads.
 
         Raises
         ------
         ValueError
-            If the batch or a request is larger than what the page lists hold.
+            If the batch or a row is larger than what the page lists hold.
         """
         if num_pages == self._num_pages:
             return
-        if len(num_pages) > self.max_requests or not 1 <= min(num_pages) <= max(num_pages) <= self.max_pages:
+        num_requests = len(num_pages) // self.geometry.num_kv_heads
+        if num_requests > self.max_requests or not 1 <= min(num_pages) <= max(num_pages) <= self.max_pages:
             raise ValueError(
-                f"FreeKV: attention was planned for {len(num_pages)} requests that read {min(num_pages)} to "
+                f"FreeKV: attention was planned for {num_requests} requests whose heads read {min(num_pages)} to "
                 f"{max(num_pages)} pages; it was set up for at most {self.max_requests} of 1 to {self.max_pages}"
             )
-        indptr = indptr_of([n for n in num_pages for _ in range(self.geometry.num_kv_heads)])
+        indptr = indptr_of(num_pages)
         if self.kv_indptr.is_cuda:
             indptr = indptr.pin_memory()
         self.kv_indptr[: len(indptr)].copy_(indptr, non_blocking=True)

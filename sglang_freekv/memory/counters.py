@@ -21,18 +21,18 @@ class Counters:
     audited_batches, audit_failures : int
     """
 
-    def __init__(self, block_bytes: int, device: str) -> None:
+    def __init__(self, record_bytes: int, device: str) -> None:
         self.values = torch.zeros(len(Count), dtype=torch.int64, device=device)
         self.steps = self.decoded_tokens = self.arena_filled_bytes = 0
         self.audited_batches = self.audit_failures = 0
-        self._block_bytes = block_bytes
+        self._record_bytes = record_bytes
 
     def __getitem__(self, count: Count) -> int:
         return int(self.values[count])
 
     def as_dict(self) -> dict[str, int]:
         totals = {count.name.lower(): total for count, total in zip(Count, self.values.tolist(), strict=True)}
-        recalled_bytes = totals.pop("recalls") * self._block_bytes
+        recalled_bytes = totals.pop("recalls") * self._record_bytes
         return {
             "steps": self.steps,
             "decoded_tokens": self.decoded_tokens,

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import prod
 
 import torch
+
+from freekv_kernels import PLAIN, Codec
 
 # What FlashInfer's kernels multiply: head widths, and query heads per KV head. It has no kernel for 96, and says so
 # nowhere: it would leave the last 32 elements of a row out.
@@ -33,6 +36,7 @@ class Geometry:
     dtype: torch.dtype
     page_size: int = 32  # tokens per page
     key_bits: int = 0  # of each element of a key, in the codes on the device; 0: no codes
+    codec: Codec = PLAIN  # of the records of the host store
 
     def __post_init__(self) -> None:
         if self.head_dim * self.key_bits % 8:
@@ -47,25 +51,21 @@ class Geometry:
 
     @property
     def block_bytes(self) -> int:
-        """K and V of one (page, layer, KV head): what one recall moves."""
+        """K and V of one (page, KV head) on the device."""
         return 2 * self.page_size * self.head_dim * self.dtype.itemsize
+
+    @property
+    def record_bytes(self) -> int:
+        """K and V of one (page, layer, KV head) in the host store: what one recall moves."""
+        elements = prod(self.codec.record_shape(self.page_size, self.head_dim))
+        return elements * self.codec.dtype(self.dtype).itemsize
 
     @property
     def page_bytes(self) -> int:
         """One page of the host store: all layers and heads."""
-        return self.num_layers * self.num_kv_heads * self.block_bytes
-
-    @property
-    def summary_bytes(self) -> int:
-        """What pages are selected by: minimum, maximum and codes of one page's keys, all layers and heads."""
-        return self.page_bytes // self.page_size + self.num_layers * self.num_kv_heads * self.code_bytes
-
-    @property
-    def code_bytes(self) -> int:
-        """Codes of the keys of one (page, layer, KV head)."""
-        return self.page_size * self.head_dim * self.key_bits // 8
+        return self.num_layers * self.num_kv_heads * self.record_bytes
 
     @property
     def token_bytes(self) -> int:
-        """KV of one token, all layers and heads."""
+        """KV of one token in the host store, all layers and heads."""
         return self.page_bytes // self.page_size

@@ -2,33 +2,19 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 
-from freekv_kernels import REFERENCE, Batch, BlockTables, FlagList, KeyList, MissList, Ops, triton_ops
+from freekv_kernels import REFERENCE, Half, Ops, PageStore, triton_ops
 from sglang_freekv.config import FreeKVConfig
+from sglang_freekv.memory.budgets import Budgets
 from sglang_freekv.memory.counters import Counters
 from sglang_freekv.memory.device_blocks import DeviceBlocks
 from sglang_freekv.memory.geometry import Geometry, num_pages_of
 from sglang_freekv.memory.host_store import HostStore
-from sglang_freekv.memory.windows import Windows
-
-
-class Layer(NamedTuple):
-    """What the ops read and write in one layer: views of the tensors of `KVMemory`."""
-
-    number: int
-    host_kv: torch.Tensor  # [num_pages, num_kv_heads, 2, page_size, head_dim], CPU
-    summary: torch.Tensor  # [num_pages, num_kv_heads, 2, head_dim]
-    codes: torch.Tensor | None  # uint8 [num_pages, num_kv_heads, page_size, head_dim * key_bits // 8]
-    block_kv: torch.Tensor  # [num_blocks, 2, page_size, head_dim]
-    blocks: BlockTables  # without the leading dimension
-    blocks_of_one: BlockTables  # with a leading dimension of 1
-    windows: torch.Tensor  # int32 [2, max_requests + 1, num_kv_heads, max_budget_pages]
-    last_q: torch.Tensor  # [max_requests + 1, num_kv_heads, group_size, head_dim]
-    front: MissList  # missing pages of the windows that this step reads
-    back: MissList  # of those that the next step reads
+from sglang_freekv.memory.layers import Layer, kinds_of
+from sglang_freekv.memory.page_index import INDEXES
+from sglang_freekv.memory.step_tables import StepTables
+from sglang_freekv.memory.windows import Windows, WindowSizes
 
 
 class KVMemory:
@@ -37,11 +23,12 @@ class KVMemory:
     Parameters
     ----------
     geometry : Geometry
+        The owner of what config and geometry both say: page size and bits of codes.
     config : FreeKVConfig
-    num_pages : int
+    num_host_pages : int
         Pages of the host store, the padding page 0 included.
     num_blocks : int
-        Device blocks per layer; dense layers have one per (page, head) instead.
+        Device blocks of each cached layer.
     max_requests : int
         Rows of SGLang's request table; row 0 is padding and comes on top.
     max_context : int
@@ -50,10 +37,16 @@ class KVMemory:
     ops : Ops, optional
         By default Triton kernels on a GPU, and their references on a CPU.
 
-    Raises
-    ------
-    ValueError
-        If geometry and config differ in what both hold.
+    Attributes
+    ----------
+    runs_references : bool
+        Whether the ops are the references, which wait for what they compute: a step may spare what it does not need.
+    sizes : WindowSizes
+    kinds : tuple of LayerKind
+        Of each layer.
+    index : PageIndex
+        What pages are chosen by.
+    layers : list of Layer
     """
 
     def __init__(
@@ -61,7 +54,7 @@ class KVMemory:
         geometry: Geometry,
         config: FreeKVConfig,
         *,
-        num_pages: int,
+        num_host_pages: int,
         num_blocks: int,
         max_requests: int,
         max_context: int,
@@ -69,117 +62,102 @@ class KVMemory:
         ops: Ops | None = None,
     ) -> None:
         g = geometry
-        for name in ("page_size", "key_bits"):
-            in_geometry, in_config = getattr(g, name), getattr(config, name)
-            if in_geometry != in_config:
-                raise ValueError(f"{name} is {in_geometry} in the geometry and {in_config} in the config; give one.")
         self.geometry, self.config, self.max_requests, self.device = g, config, max_requests, device
         self.ops = ops or (REFERENCE if device == "cpu" else triton_ops())
+        self.runs_references = self.ops is REFERENCE
         self.max_pages = num_pages_of(max_context, g.page_size)
-        self.counters = Counters(g.block_bytes, device)
-        self.host = HostStore(g, num_pages, device)
-        self.blocks = DeviceBlocks(
-            g,
-            self.ops,
-            num_pages=num_pages,
-            num_blocks=num_blocks,
-            dense_layers=config.dense_layers,
-            device=device,
-        )
-        self.windows = Windows(g, max_requests, config.max_budget_pages, device)
+        self.sizes = WindowSizes.of(config, g.page_size)
+        self.kinds = kinds_of(config, g.num_layers)
+        self.counters = Counters(g.record_bytes, device)
+        self.host = HostStore(g, num_host_pages, device)
+        self.index = INDEXES[config.selector_name](g, num_host_pages, device)
+        self.windows = Windows(g, max_requests, self.sizes.max_budget, device)
+        self.budgets = Budgets(max_requests, g.num_kv_heads, self.sizes.max_budget, device)
         # [half, arena_tokens, 2, num_kv_heads, head_dim]
         self.arena = torch.empty((2, config.arena_tokens, 2, g.num_kv_heads, g.head_dim), dtype=g.dtype, device=device)
-        self._allocate_step()
-        self.layers = [self._layer(number) for number in range(g.num_layers)]
+        self._allocate_blocks(num_blocks)
 
-    def _allocate_step(self) -> None:
-        """Tables and lists of one step, at fixed addresses, as CUDA graphs hold them."""
-        g, max_requests, device = self.geometry, self.max_requests, self.device
-        num_rows = max_requests * g.num_kv_heads
-        num_entries = num_rows * self.config.max_budget_pages
+    def resize_blocks(self, num_blocks: int) -> None:
+        """Take another number of device blocks, all free; no request may be running, and captured graphs are void."""
+        self.layers, self.blocks, self.tables = [], None, None  # the old ones go before the new ones come
+        if self.device != "cpu":
+            torch.cuda.empty_cache()
+        self._allocate_blocks(num_blocks)
 
-        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-            return torch.zeros(shape, dtype=dtype, device=device)
-
-        per_request = [zeros(max_requests) for _ in range(5)]
-        page_table = zeros(max_requests, self.max_pages)
-        self._batch = Batch(*per_request[:2], page_table, *per_request[2:], self.blocks.step)
-        self._counts = zeros(3, g.num_layers, 1, dtype=torch.int32)  # of flags, front and back misses
-        self._flag_counts = list(self._counts[0])
-        # A debug dump tells the flags of every layer; otherwise one after the other uses the same memory.
-        num_kept = g.num_layers if self.config.debug_dump else 1
-        self._flags = zeros(num_rows, dtype=torch.int32), zeros(num_kept, num_rows, dtype=torch.bool)
-        self._misses = [
-            (zeros(num_entries), zeros(num_entries, dtype=torch.int32), zeros(num_entries, dtype=torch.int32))
-            for _ in ("front", "back")
-        ]
-        self.opened = KeyList(zeros(num_rows), zeros(1, dtype=torch.int32))
-        # Correction runs beside the speculation of an earlier layer, so each has its own. A CPU runs one after the
-        # other, and takes memory for the scores that it needs.
-        shape = (num_rows, g.group_size, self.max_pages)
-        self.scores = [None if device == "cpu" else zeros(*shape, dtype=torch.float32) for _ in ("front", "back")]
+    def _allocate_blocks(self, num_blocks: int) -> None:
+        """Blocks, and all that knows their addresses."""
+        self.blocks = DeviceBlocks(
+            self.geometry,
+            self.ops,
+            num_host_pages=self.host.num_host_pages,
+            num_blocks=num_blocks,
+            kinds=self.kinds,
+            device=self.device,
+        )
+        self.tables = StepTables(
+            self.geometry,
+            width=self.sizes.max_budget,
+            max_requests=self.max_requests,
+            max_pages=self.max_pages,
+            step=self.blocks.step,
+            keeps_flags=self.config.debug_dump is not None,  # a dump tells those of every layer
+            device=self.device,
+        )
+        self.layers = [self._layer(number) for number in range(self.geometry.num_layers)]
 
     def _layer(self, number: int) -> Layer:
-        _, front_count, back_count = self._counts[:, number]
-        (front_keys, *front), (back_keys, *back) = self._misses
-        blocks_of_one = self.blocks.tables.layers(number, number + 1)
+        table = self.blocks.tables.table[number]
         return Layer(
             number=number,
-            host_kv=self.host.kv[:, number],
-            summary=self.host.summary[number],
-            codes=self.host.codes[number] if self.geometry.key_bits else None,
-            block_kv=self.blocks.kv[number],
-            blocks=BlockTables(*(tensor[0] for tensor in blocks_of_one)),
-            blocks_of_one=blocks_of_one,
+            kind=self.kinds[number],
+            store=PageStore(
+                host_kv=self.host.kv[:, number],
+                summary=self.index.summary(number),
+                block_kv=self.blocks.kv[number],
+                table=table,
+                codec=self.geometry.codec,
+            ),
+            blocks=self.blocks.tables.layers(number, number + 1),
             windows=self.windows.pages[:, number],
             last_q=self.windows.last_q[number],
-            front=MissList(front_keys, front_count, *front),
-            back=MissList(back_keys, back_count, *back),
+            front=self.tables.misses(number, Half.FRONT),
+            back=self.tables.misses(number, Half.BACK),
         )
-
-    def batch(self, batch_size: int, max_pages: int | None = None) -> Batch:
-        """The tables for a decode step of `batch_size` requests; of `max_pages` pages where no graph holds them."""
-        rows, slots, page_table, *counts, step = self._batch
-        per_request = [tensor[:batch_size] for tensor in (rows, slots, *counts)]
-        return Batch(*per_request[:2], page_table[:batch_size, :max_pages], *per_request[2:], step)
-
-    def flags(self, batch_size: int) -> list[FlagList]:
-        """The lists of flagged rows of all layers, for a batch; one after the other uses the same memory."""
-        num_rows = batch_size * self.geometry.num_kv_heads
-        rows, is_flagged = (tensor[..., :num_rows] for tensor in self._flags)
-        per_layer = is_flagged.expand(self.geometry.num_layers, -1)
-        return [FlagList(rows, *of_layer) for of_layer in zip(self._flag_counts, per_layer, strict=True)]
 
     def admit(self, row: int, budget_tokens: int | None = None) -> None:
         """A request takes `row` of the request table; its budget is the configured one unless given (tokens)."""
-        budget_tokens = self.config.budget_tokens if budget_tokens is None else budget_tokens
-        self.windows.admit(row, budget_tokens // self.geometry.page_size)
+        budget_pages = self.sizes.budget if budget_tokens is None else budget_tokens // self.geometry.page_size
+        self.budgets.admit(row, budget_pages)
 
-    def clear_lists(self) -> None:
-        """Empty the lists of all layers."""
-        self._counts.zero_()
+    def seal(self, layer: Layer, slots: torch.Tensor) -> None:
+        """The pages that end with one of these token slots are full now: what hangs on full pages hears of it here.
+
+        Parameters
+        ----------
+        slots : int64, ``[n]``, device
+            Just written, at most one of a page; most do not end their page.
+        """
+        self.index.seal(self.ops, layer.number, layer.store, slots)
 
     def begin_step(self) -> None:
         """A decode step starts: the windows written for it come to the front."""
         self.counters.steps += 1
-        self.blocks.begin_step(self.counters.steps)
+        self.blocks.advance(self.counters.steps)
 
     def device_bytes(self) -> dict[str, int]:
         """Device memory by purpose, measured from the tensors."""
-        scores = sum(tensor.nbytes for tensor in self.scores if tensor is not None)
-        lists = sum(tensor.nbytes for lists in self._misses for tensor in lists)
         return {
             "device_blocks_bytes": self.blocks.nbytes,
             "block_table_bytes": sum(tensor.nbytes for tensor in self.blocks.tables),
-            "page_summaries_bytes": self.host.summary.nbytes + self.host.codes.nbytes,
+            "page_summaries_bytes": self.index.nbytes,
             "windows_bytes": self.windows.nbytes,
             "prefill_arena_bytes": self.arena.nbytes,
-            "workspace_bytes": scores + lists + self._batch.page_table.nbytes,
+            "workspace_bytes": self.tables.nbytes,
         }
 
-    def release(self) -> None:
+    def unpin(self) -> None:
         """Give the host store's memory back to the system."""
-        self.host.release()
+        self.host.unpin()
 
     def check_integrity(self) -> None:
         """Raise RuntimeError where an invariant of the pools is broken."""

@@ -161,7 +161,7 @@ class PinnedMemory:
     Attributes
     ----------
     tensor : uint8, ``[num_bytes]``, CPU; zero
-        Keeps the memory; stays valid as CPU memory after `release`.
+        Keeps the memory; stays valid as CPU memory after `unpin`.
 
     Raises
     ------
@@ -194,7 +194,7 @@ class PinnedMemory:
         try:
             self._register(pieces)
         except MemoryError:
-            self.release()
+            self.unpin()
             raise
         end = time.perf_counter()
         gib = num_bytes / GIB
@@ -204,7 +204,7 @@ class PinnedMemory:
             f"{gib / (end - populated):.1f} GiB/s)"
         )
 
-    def release(self) -> None:
+    def unpin(self) -> None:
         """Unpin everything; no kernel may use the memory after this. Repeating it does nothing.
 
         Memory that is still pinned when the process dies is unpinned by the kernel, which can take a minute.

@@ -7,6 +7,8 @@ from typing import Any
 
 from sglang_freekv.config import FreeKVConfig, UnsupportedConfiguration
 from sglang_freekv.memory.geometry import Geometry
+from sglang_freekv.memory.layers import kinds_of
+from sglang_freekv.memory.page_index import INDEXES
 from sglang_freekv.memory.units import in_words
 
 GIB = 1 << 30
@@ -44,7 +46,7 @@ class MemoryPlan:
     def cached_blocks_bytes(self) -> int:
         """Device blocks of the layers that have windows: what ``--freekv-device-blocks-memory`` sizes."""
         g = self.geometry
-        return self.num_blocks * (g.num_layers - len(self.config.dense_layers)) * g.block_bytes
+        return self.num_blocks * sum(kind.is_cached for kind in kinds_of(self.config, g.num_layers)) * g.block_bytes
 
     def describe(self) -> str:
         """One line per pool, for the log."""
@@ -101,12 +103,16 @@ def workspace_bytes(geometry: Geometry, config: FreeKVConfig, max_context: int, 
     """
     g, width = geometry, config.max_budget_pages
     max_pages = -(-max_context // g.page_size)
-    batch = 8 * (max_pages + 5)  # page table, row, slot, lengths, budget
+    batch = 8 * (max_pages + 4 + g.num_kv_heads)  # page table, row, slot, lengths, budgets
     scores = 2 * 4 * g.num_qo_heads * max_pages  # of the main and of the side stream
-    misses = 2 * (8 + 4 + 4) * g.num_kv_heads * width  # front and back: key, entry, block
+    misses = 2 * (8 + 4 + 4) * g.num_kv_heads * width  # front and back: pair, entry, block
     flags, opened = (4 + 1) * g.num_kv_heads, 8 * g.num_kv_heads
     window_attention = 4 * g.num_kv_heads * (width + 2)  # kv_indices, kv_indptr, last_page_len
-    dense_attention = 4 * g.num_kv_heads * (max_pages + 2) if config.dense_layers else 0
+    dense_attention = (
+        4 * g.num_kv_heads * (max_pages + 2)
+        if not all(kind.is_cached for kind in kinds_of(config, g.num_layers))
+        else 0
+    )
     return max_requests * (batch + scores + misses + flags + opened + window_attention + dense_attention)
 
 
@@ -145,7 +151,9 @@ def plan_memory(
         If a pool cannot hold what one request needs; the message says which flag to change.
     """
     g, num_heads = geometry, geometry.num_kv_heads
-    page_summary_bytes = g.summary_bytes + 4 * g.num_layers * num_heads  # and entries of the block table
+    page_summary_bytes = (
+        INDEXES[config.selector_name].page_bytes(g) + 4 * g.num_layers * num_heads
+    )  # and entries of the block table
     if config.host_memory_gib is not None:
         host_bytes = int(config.host_memory_gib * GIB)
     else:
@@ -160,7 +168,7 @@ def plan_memory(
             f"{in_words(g.page_bytes)}, and one more is padding); raise --freekv-host-memory"
         )
 
-    num_dense = len(config.dense_layers)
+    num_dense = sum(not kind.is_cached for kind in kinds_of(config, g.num_layers))
     dense_bytes = (num_pages + 1) * num_dense * num_heads * g.block_bytes
     summaries_bytes = (num_pages + 1) * page_summary_bytes
     arena_bytes = 2 * config.arena_tokens * 2 * num_heads * g.head_dim * g.dtype.itemsize
@@ -168,7 +176,7 @@ def plan_memory(
     window_bytes = 2 * g.num_layers * num_heads * config.max_budget_pages * 4 + last_q_bytes  # of one request
     layer_blocks_bytes = (g.num_layers - num_dense) * g.block_bytes  # one block in each layer that has a window
     blocks_per_request = 2 * config.max_budget_pages * num_heads
-    num_keys = (num_pages + 1) * num_heads  # with this many blocks everything stays resident
+    num_pairs = (num_pages + 1) * num_heads  # with this many blocks everything stays resident
 
     def workspace(num_requests: int) -> int:
         return 0 if max_context is None else workspace_bytes(g, config, max_context, num_requests)
@@ -177,7 +185,7 @@ def plan_memory(
     per_request = window_bytes + workspace(1)
     blocks_bytes = None
     if config.device_blocks_memory_gib is not None:  # more than everything would not be used
-        blocks_bytes = min(int(config.device_blocks_memory_gib * GIB), num_keys * layer_blocks_bytes)
+        blocks_bytes = min(int(config.device_blocks_memory_gib * GIB), num_pairs * layer_blocks_bytes)
     if max_context is not None:
         if blocks_bytes is not None and blocks_bytes > left - per_request:
             raise UnsupportedConfiguration(
@@ -191,13 +199,13 @@ def plan_memory(
             fitting = (left - blocks_bytes) // per_request
         else:
             with_own_blocks = left // (per_request + blocks_per_request * layer_blocks_bytes)
-            with_all_resident = (left - num_keys * layer_blocks_bytes) // per_request
+            with_all_resident = (left - num_pairs * layer_blocks_bytes) // per_request
             fitting = max(with_own_blocks, with_all_resident)
         max_requests = min(max_requests, max(fitting, 1))
     if blocks_bytes is None:
         blocks_bytes = left - max_requests * per_request
-    num_blocks = min(blocks_bytes // layer_blocks_bytes, num_keys) if layer_blocks_bytes else num_keys
-    if num_blocks < num_keys:
+    num_blocks = min(blocks_bytes // layer_blocks_bytes, num_pairs) if layer_blocks_bytes else num_pairs
+    if num_blocks < num_pairs:
         max_requests = min(max_requests, num_blocks // blocks_per_request)
     if max_requests < 1:
         raise UnsupportedConfiguration(
@@ -205,7 +213,7 @@ def plan_memory(
             f"back window take {in_words(blocks_per_request * layer_blocks_bytes)} at a budget of "
             f"{config.max_budget_tokens:,} tokens; raise --freekv-device-blocks-memory or --mem-fraction-static, or "
             f"lower --freekv-max-budget, --freekv-budget or --freekv-host-memory (page summaries take "
-            f"{g.summary_bytes / g.page_bytes:.1%} of it)"
+            f"{page_summary_bytes / g.page_bytes:.1%} of it)"
         )
     return MemoryPlan(
         geometry=g,

@@ -2,9 +2,26 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
+from sglang_freekv.config import FreeKVConfig
 from sglang_freekv.memory.geometry import Geometry
+
+
+class WindowSizes(NamedTuple):
+    """The parts of a window, in pages."""
+
+    sink: int
+    recent: int
+    budget: int  # what a request has that asks for nothing
+    max_budget: int  # what a request may ask for: the width of a window
+
+    @classmethod
+    def of(cls, config: FreeKVConfig, page_size: int) -> WindowSizes:
+        tokens = (config.sink_tokens, config.recent_tokens, config.budget_tokens, config.max_budget_tokens)
+        return cls(*(n // page_size for n in tokens))
 
 
 class Windows:
@@ -16,35 +33,18 @@ class Windows:
     Attributes
     ----------
     pages : int32, ``[2, num_layers, max_requests + 1, num_kv_heads, max_budget_pages]``, device
-        Ascending, -1 padded. A request within its budget changes its window only when it opens a page, in both.
+        Ascending, -1 padded. A row within its budget changes its window only when a page is opened, in both halves.
     last_q : model dtype, ``[num_layers, max_requests + 1, num_kv_heads, group_size, head_dim]``, device
         Latest queries.
-    budget_pages : int64, ``[max_requests + 1]``, device
     """
 
     def __init__(self, geometry: Geometry, max_requests: int, max_budget_pages: int, device: str) -> None:
-        g = geometry
-        rows = max_requests + 1
+        g, rows = geometry, max_requests + 1
         shape = (2, g.num_layers, rows, g.num_kv_heads, max_budget_pages)
         self.pages = torch.full(shape, -1, dtype=torch.int32, device=device)
         self.last_q = torch.zeros(
             (g.num_layers, rows, g.num_kv_heads, g.group_size, g.head_dim), dtype=g.dtype, device=device
         )
-        self.budget_pages = torch.full((rows,), max_budget_pages, dtype=torch.int64, device=device)
-        self._budget_pages = [max_budget_pages] * rows  # the host's copy
-
-    def admit(self, row: int, budget_pages: int) -> None:
-        """A request takes a row of the request table. The device hears of its budget when it starts to decode: the last
-        step of the row's last owner may not have run yet."""
-        self._budget_pages[row] = budget_pages
-
-    def start(self, rows: torch.Tensor, budget_pages: torch.Tensor) -> None:
-        """Requests start to decode, in the order of the forward passes; both int64 ``[n]``, device."""
-        self.budget_pages.index_copy_(0, rows, budget_pages)
-
-    def budget_of(self, row: int) -> int:
-        """Budget in pages, without asking the device."""
-        return self._budget_pages[row]
 
     @property
     def nbytes(self) -> int:

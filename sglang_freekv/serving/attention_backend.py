@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
-from sglang_freekv.algorithm.audit import AuditError, audit_blocks, audit_summaries, audit_windows
+from sglang_freekv.algorithm.audit import AuditError, audit_blocks, audit_index, audit_windows
 from sglang_freekv.algorithm.engine import build_engine
+from sglang_freekv.algorithm.inputs import DecodeInput, ExtendInput
 from sglang_freekv.serving.debug_dump import DebugDump
 from sglang_freekv.serving.health import audited
 from sglang_freekv.serving.kv_pool import FreeKVPool
@@ -21,12 +22,12 @@ if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from sglang.srt.model_executor.model_runner import ModelRunner
 
-    from sglang_freekv.algorithm.decode import Retrieval
+    from sglang_freekv.algorithm.decode import Decode
     from sglang_freekv.algorithm.prefill import Prefill
 
 
 class FreeKVAttentionBackend(AttentionBackend):
-    """Decode through `Retrieval`, extend through `Prefill`. Registered under the names of SGLang's own backends.
+    """Decode through `Decode`, extend through `Prefill`. Registered under the names of SGLang's own backends.
 
     With CUDA graphs, SGLang captures the runs of a decode step, and calls `init_forward_metadata_out_graph` before each
     replay. The scheduler may change its request table while the graph runs: what a step reads of it is copied there.
@@ -42,7 +43,7 @@ class FreeKVAttentionBackend(AttentionBackend):
         self.token_to_kv_pool, self.req_to_token_pool = pool, model_runner.req_to_token_pool
         # SGLang builds the request pool before the token pool; here, both exist.
         self.req_to_token_pool.memory = pool.memory
-        self.retrieval, self.prefill = build_engine(self.memory)
+        self.decode, self.prefill = build_engine(self.memory)
         self._first_layer = pool.start_layer
         folder = self.memory.config.debug_dump
         self._dump = DebugDump(Path(folder), self.memory, model_runner.ps.tp_rank) if folder else None
@@ -64,7 +65,7 @@ class FreeKVAttentionBackend(AttentionBackend):
             return
         is_decode = forward_mode.is_decode()
         if is_decode:
-            plan = self.retrieval.last_plan
+            plan = self.decode.last_plan
             slots, requests = plan.batch.slots, (plan.batch, plan.flags)
         else:
             plan = self.prefill.last_plan
@@ -74,9 +75,9 @@ class FreeKVAttentionBackend(AttentionBackend):
         if self.memory.config.audit:
             with audited(self.memory.counters, partial(self._save_evidence, requests)):
                 audit_blocks(self.memory)
-                audit_summaries(self.memory, slots // self.memory.geometry.page_size)
+                audit_index(self.memory, slots // self.memory.geometry.page_size)
                 if is_decode:
-                    audit_windows(self.retrieval)
+                    audit_windows(self.decode)
 
     def _save_evidence(self, requests: tuple, error: AuditError) -> None:
         """Dump every request of a batch whose audit failed."""
@@ -90,13 +91,15 @@ class FreeKVAttentionBackend(AttentionBackend):
         elif forward_batch.forward_mode.is_extend():
             rids = forward_batch.rids or []
             self.prefill.plan(
-                forward_batch.req_pool_indices,
-                forward_batch.out_cache_loc,
-                self.req_to_token_pool.req_to_token,
-                self._rows or [0] * forward_batch.batch_size,
-                list(forward_batch.extend_prefix_lens_cpu),
-                list(forward_batch.extend_seq_lens_cpu),
-                [rid != self._unfinished_rid for rid in rids] or [False] * forward_batch.batch_size,
+                ExtendInput(
+                    rows=forward_batch.req_pool_indices,
+                    slots=forward_batch.out_cache_loc,
+                    req_to_token=self.req_to_token_pool.req_to_token,
+                    rows_cpu=self._rows or [0] * forward_batch.batch_size,
+                    prefix_lens=list(forward_batch.extend_prefix_lens_cpu),
+                    extend_lens=list(forward_batch.extend_seq_lens_cpu),
+                    is_final=[rid != self._unfinished_rid for rid in rids] or [False] * forward_batch.batch_size,
+                )
             )
 
     def init_forward_metadata_out_graph(self, forward_batch: ForwardBatch, in_capture: bool = False) -> None:
@@ -105,15 +108,15 @@ class FreeKVAttentionBackend(AttentionBackend):
 
     def _plan_decode(self, forward_batch: ForwardBatch, in_graph: bool) -> None:
         num_requests = len(self._rows)
-        self.retrieval.plan(
-            forward_batch.req_pool_indices,
-            forward_batch.seq_lens,
-            forward_batch.out_cache_loc,
-            self.req_to_token_pool.req_to_token,
-            self._rows,
-            forward_batch.seq_lens_cpu[:num_requests].tolist(),
-            in_graph,
+        step = DecodeInput(
+            rows=forward_batch.req_pool_indices,
+            seq_lens=forward_batch.seq_lens,
+            slots=forward_batch.out_cache_loc,
+            req_to_token=self.req_to_token_pool.req_to_token,
+            rows_cpu=self._rows,
+            seq_lens_cpu=forward_batch.seq_lens_cpu[:num_requests].tolist(),
         )
+        self.decode.plan(step, in_graph)
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
         """Nothing to allocate: the tables of a step have fixed addresses, with or without graphs."""
@@ -127,14 +130,14 @@ class FreeKVAttentionBackend(AttentionBackend):
         return 1
 
     def forward_decode(self, q, k, v, layer, forward_batch, save_kv_cache=True, **kwargs) -> torch.Tensor:
-        return self._run(self.retrieval, q, k, v, layer, save_kv_cache, kwargs)
+        return self._run(self.decode, q, k, v, layer, save_kv_cache, kwargs)
 
     def forward_extend(self, q, k, v, layer, forward_batch, save_kv_cache=True, **kwargs) -> torch.Tensor:
         return self._run(self.prefill, q, k, v, layer, save_kv_cache, kwargs)
 
     def _run(
         self,
-        side: Retrieval | Prefill,
+        phase: Decode | Prefill,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
@@ -147,7 +150,7 @@ class FreeKVAttentionBackend(AttentionBackend):
         heads = [x.reshape(len(x), -1, head_dim) for x in (q, k, v)]
         if padding := self.memory.geometry.head_dim - head_dim:
             heads = [torch.nn.functional.pad(x, (0, padding)) for x in heads]
-        out = side.run(layer.layer_id - self._first_layer, *heads, layer.scaling)
+        out = phase.run(layer.layer_id - self._first_layer, *heads, layer.scaling)
         return out[..., :head_dim].flatten(1)
 
     def support_triton(self) -> bool:

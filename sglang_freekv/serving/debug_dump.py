@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from freekv_kernels import Batch, FlagList
+from freekv_kernels import Batch, FlagList, Half
 from sglang_freekv.memory.kv_memory import KVMemory
 from sglang_freekv.request_params import request_dump_interval
 
@@ -122,8 +122,8 @@ class DebugDump:
             "format": FORMAT,
             "rank": self._rank,
             "config": {name: value for name, value in asdict(memory.config).items() if name != "debug_dump"},
-            "geometry": asdict(g) | {"dtype": str(g.dtype).removeprefix("torch.")},
-            "host_pages": memory.host.num_pages - 1,
+            "geometry": asdict(g) | {"dtype": str(g.dtype).removeprefix("torch."), "codec": g.codec.name},
+            "host_pages": memory.host.num_host_pages - 1,
             "device_blocks": memory.blocks.num_blocks,
         }
 
@@ -139,7 +139,7 @@ class DebugDump:
             "num_tokens": page_size * (num_pages - 1) + filled[-1] if filled else 0,
             "num_pages": num_pages,
             "num_pages_next": int(batch.num_pages_next[index]),
-            "budget_pages": int(batch.budget_pages[index]),
+            "budget_pages": batch.budget_pages[index].tolist(),
             "host_page_runs": _runs(pages.tolist()),
             "not_full": [[page, n] for page, n in enumerate(filled) if n != page_size],
             "counters": memory.counters.as_dict(),
@@ -149,13 +149,13 @@ class DebugDump:
     def _describe_layer(self, batch: Batch, index: int, number: int, flags: list[FlagList] | None) -> dict[str, Any]:
         """Windows by KV head, in logical pages; `absent` are those of them without a block."""
         memory, layer = self._memory, self._memory.layers[number]
-        if number in memory.blocks.dense_layers:
+        if not layer.kind.selects:
             return {"layer": number, "dense": True}
         pages, step = batch.page_table[index, : int(batch.num_pages[index])], int(batch.step)
-        is_resident = (layer.blocks.table[pages] >= 0).tolist()  # [num_pages][num_kv_heads]
+        is_resident = (layer.store.table[pages] >= 0).tolist()  # [num_pages][num_kv_heads]
         described: dict[str, Any] = {"layer": number}
-        for name, half in (("front", step % 2), ("back", (step + 1) % 2)):
-            padded = layer.windows[half, batch.rows[index]].tolist()
+        for name, half in (("front", Half.FRONT), ("back", Half.BACK)):
+            padded = layer.windows[half.indices(step)[0], batch.rows[index]].tolist()
             described[name] = windows = [[page for page in window if page >= 0] for window in padded]
             # A page that only the next step opens has no host page yet.
             described[f"{name}_absent"] = [

@@ -41,7 +41,7 @@ class FreeKVPool(KVCache):
         self.memory = KVMemory(
             g,
             plan.config,
-            num_pages=plan.num_pages + 1,
+            num_host_pages=plan.num_pages + 1,
             num_blocks=plan.num_blocks,
             max_requests=plan.max_requests,
             max_context=max_context,

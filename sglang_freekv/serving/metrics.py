@@ -33,7 +33,7 @@ class FreeKVPoolStats(PoolStats):
         num_free = self.full_available_size // page_size
         values = {
             **memory.counters.as_dict(),
-            "host_pages_used": memory.host.num_pages - 1 - num_free,
+            "host_pages_used": memory.host.num_host_pages - 1 - num_free,
             "host_pages_free": num_free,
             "host_pages_evictable": self.full_evictable_size // page_size,
             "device_blocks_used": memory.blocks.num_resident,

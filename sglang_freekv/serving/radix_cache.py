@@ -28,7 +28,7 @@ class _ReleasesHostStore:
 
     def release_host_resources(self) -> None:
         """Unpin the host store: the kernel would take long over it when the process dies."""
-        self.token_to_kv_pool_allocator.get_kvcache().memory.release()
+        self.token_to_kv_pool_allocator.get_kvcache().memory.unpin()
 
 
 class FreeKVChunkCache(_ReleasesHostStore, ChunkCache):

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from freekv_kernels import FlagList, KeyList, MissList, Read
+from freekv_kernels import Claim, FlagList, Half, MissList, PairList, pairs_of, window_pairs
 from sglang_freekv.config import FreeKVConfig
 from sglang_freekv.memory.geometry import Geometry, num_pages_of
 from sglang_freekv.memory.kv_memory import KVMemory
@@ -32,7 +32,7 @@ class KernelInputs:
     Parameters
     ----------
     geometry : Geometry
-        At least two layers, and codes of keys.
+        At least two layers, and codes of pairs.
     batch_size : int
     context_tokens : int
         Of each request, a multiple of the page size; the last pages are filled differently.
@@ -59,35 +59,36 @@ class KernelInputs:
         g = self.geometry = geometry
         self.batch_size, self.context_tokens, self.device = batch_size, context_tokens, device
         self.config, self.miss_rate = config, miss_rate
-        self.num_rows, self.width = batch_size * g.num_kv_heads, config.max_budget_pages
+        self.num_rows = batch_size * g.num_kv_heads
         self.num_pages = num_pages_of(context_tokens, g.page_size)
         self.memory = KVMemory(
             g,
             config,
-            num_pages=1 + batch_size * self.num_pages,
-            num_blocks=2 * self.num_rows * self.width,
+            num_host_pages=1 + batch_size * self.num_pages,
+            num_blocks=2 * self.num_rows * (config.max_budget_tokens // g.page_size),
             max_requests=batch_size,
             max_context=max_context,
             device=device,
         )
-        self.layer = self.memory.layers[_LAYER]
+        self.layer, self.sizes = self.memory.layers[_LAYER], self.memory.sizes
+        self.width = self.sizes.max_budget
         self._begin(max_context)
         self._fill_keys()
         self.is_flagged = torch.rand(self.num_rows, device=device) < flag_rate
-        self.back_keys, self.front_keys = self._write_windows(), self._write_windows()
+        self.back_pairs, self.front_pairs = self._write_windows(), self._write_windows()
         self.kv_indptr = torch.arange(self.num_rows + 1, dtype=torch.int32, device=device) * self.width
         self.kv_indices = torch.zeros(self.num_rows * self.width, dtype=torch.int32, device=device)
         self._fill_blocks()
 
-    def begin_step(self) -> dict[str, Call]:
+    def write_tables(self) -> dict[str, Call]:
         memory = self.memory
-        tables = (self.batch, self.last_page_len, memory.windows.pages, memory.host.filled, memory.opened)
-        inputs = (self.rows, self.seq_lens, self.slots, self.req_to_token, memory.windows.budget_pages)
+        tables = (self.batch, self.last_page_len, memory.windows.pages, memory.host.filled, memory.tables.opened)
+        inputs = (self.rows, self.seq_lens, self.slots, self.req_to_token, memory.budgets.pages)
         return {"every request": Call((*inputs, self.geometry.page_size, *tables))}
 
-    def release_blocks(self) -> dict[str, Call]:
+    def forget_blocks(self) -> dict[str, Call]:
         tables = self.memory.blocks.tables
-        opened = self._keys_of(self.pages_by_residency[-self.batch_size :])
+        opened = self._pairs_of(self.pages_by_residency[-self.batch_size :])
         return {"pages opened by a step": Call((opened, tables), changed=tables)}
 
     def list_pages(self) -> dict[str, Call]:
@@ -100,90 +101,87 @@ class KernelInputs:
         layer, flags, counters = self.layer, self._flags(), self.memory.counters.values
         q, k, v = self._qkv(self.batch_size)
         flags.count.zero_()
-        written = (layer.host_kv, layer.summary, layer.block_kv, layer.blocks.table, layer.last_q)
-        args = (q, k, v, self.batch, self.config.tau, *written, flags, counters)
+        args = (q, k, v, self.batch, self.config.tau, layer.store, layer.last_q, flags, counters)
         return {"one token each": Call(args, changed=(layer.last_q, flags.count))}
 
     def score_pages(self) -> dict[str, Call]:
-        args = (self.layer.last_q, self.layer.summary, self.batch)
-        flagged, codes = {"flags": self._flags(), "out": self._scores()}, {"codes": self.layer.codes}
+        args = (self.layer.last_q, self.layer.store.summary, self.batch)
+        flagged, codes = {"flags": self._flags(), "out": self._scores()}, {"codes": self.memory.index.codes[_LAYER]}
         return {
-            "front, flagged rows": Call((*args, Read.FRONT), flagged),
-            "back": Call((*args, Read.BACK), {"out": self._scores()}),
-            "first": Call((*args, Read.FIRST)),
-            "front, flagged rows, by codes": Call((*args, Read.FRONT), flagged | codes),
-            "back, by codes": Call((*args, Read.BACK), {"out": self._scores()} | codes),
-            "first, by codes": Call((*args, Read.FIRST), codes),
+            "front, flagged rows": Call((*args, Half.FRONT), flagged),
+            "back": Call((*args, Half.BACK), {"out": self._scores()}),
+            "first": Call((*args, Half.BOTH)),
+            "front, flagged rows, by codes": Call((*args, Half.FRONT), flagged | codes),
+            "back, by codes": Call((*args, Half.BACK), {"out": self._scores()} | codes),
+            "first, by codes": Call((*args, Half.BOTH), codes),
         }
 
     def select_pages(self) -> dict[str, Call]:
-        def call(read: Read, pooling: str, flags: FlagList | None = None) -> Call:
+        def call(half: Half, pooling: str, flags: FlagList | None = None) -> Call:
             scores = self._scores()
-            fixed = (self.config.sink_pages, self.config.recent_pages, pooling, self.layer.windows)
-            return Call((scores, self.batch, read, *fixed, flags), changed=(scores,))
+            fixed = (self.sizes.sink, self.sizes.recent, pooling, self.layer.windows)
+            return Call((scores, self.batch, half, *fixed, flags), changed=(scores,))
 
         return {
-            "front, flagged rows": call(Read.FRONT, "softmax", self._flags()),
-            "back": call(Read.BACK, "softmax"),
-            "back, mean": call(Read.BACK, "mean"),
-            "first": call(Read.FIRST, "softmax"),
+            "front, flagged rows": call(Half.FRONT, "softmax", self._flags()),
+            "back": call(Half.BACK, "softmax"),
+            "back, mean": call(Half.BACK, "mean"),
+            "first": call(Half.BOTH, "softmax"),
         }
 
     def lookup_blocks(self) -> dict[str, Call]:
-        def call(read: Read, *front: Any) -> Call:
-            misses = self._misses(self.back_keys)
+        def call(half: Half, *front: Any) -> Call:
+            misses = self._misses(self.back_pairs)
             misses.count.zero_()
-            args = (self.layer.windows, self.batch, read, self.layer.blocks, misses, self.memory.counters.values)
+            args = (self.layer.windows, self.batch, half, self.layer.blocks, misses, self.memory.counters.values)
             return Call((*args, *front), changed=(misses.count,))
 
         return {
-            "front": call(Read.FRONT, self._flags(), self.kv_indptr, self.kv_indices),
-            "back": call(Read.BACK),
-            "first": call(Read.FIRST),
+            "front": call(Half.FRONT, self._flags(), self.kv_indptr, self.kv_indices),
+            "back": call(Half.BACK),
+            "first": call(Half.BOTH),
         }
 
     def claim_blocks(self) -> dict[str, Call]:
-        tables, one, step = self.memory.blocks.tables, self.layer.blocks_of_one, self.batch.step
-        front, back = self._misses(self.front_keys), self._misses(self.back_keys)
-        in_step, in_chunk = (self._keys_of(self.pages_by_residency[:n]) for n in (self.batch_size, self.num_pages))
+        tables, one, step = self.memory.blocks.tables, self.layer.blocks, self.batch.step
+        front, back = self._misses(self.front_pairs), self._misses(self.back_pairs)
+        in_step, in_chunk = (self._pairs_of(self.pages_by_residency[:n]) for n in (self.batch_size, self.num_pages))
         return {
-            "pages opened by a step, all layers": Call((in_step, tables, step, True, True), {}, tables),
-            "pages opened by a chunk": Call((in_chunk, one, step, True, False), {}, one),
-            "front": Call((front, one, step, False, False), {}, (*one, front.blocks)),
-            "back": Call((back, one, step, False, True), {}, (*one, back.blocks)),
-            "first": Call((back, one, step, True, True), {}, (*one, back.blocks)),
+            "pages opened by a step, all layers": Call((in_step, tables, step, Claim.BETWEEN_STEPS), {}, tables),
+            "pages opened by a chunk": Call((in_chunk, one, step, Claim.AS_OLD), {}, one),
+            "front": Call((front, one, step, Claim.IN_STEP), {}, (*one, front.blocks)),
+            "back": Call((back, one, step, Claim.IN_STEP), {}, (*one, back.blocks)),
+            "first": Call((back, one, step, Claim.BETWEEN_STEPS), {}, (*one, back.blocks)),
         }
 
     def recall_blocks(self) -> dict[str, Call]:
-        host_kv, layer, counters = self.memory.host.kv, self.layer, self.memory.counters.values
+        store, counters = self.layer.store, self.memory.counters.values
 
-        def call(keys: torch.Tensor, *kv_indices: torch.Tensor) -> Call:
-            misses = self._misses(keys)
+        def call(pairs: torch.Tensor, *kv_indices: torch.Tensor) -> Call:
+            misses = self._misses(pairs)
             count = int(misses.count)
-            misses.blocks[:count] = torch.randperm(len(layer.block_kv), device=self.device)[:count].int()
-            recalled = (misses, layer.block_kv, layer.blocks.table, counters)
-            return Call((host_kv, layer.number, *recalled, *kv_indices))
+            misses.blocks[:count] = torch.randperm(len(store.block_kv), device=self.device)[:count].int()
+            return Call((store, misses, counters, *kv_indices))
 
-        return {"front": call(self.front_keys, self.kv_indices), "back": call(self.back_keys)}
+        return {"front": call(self.front_pairs, self.kv_indices), "back": call(self.back_pairs)}
 
     def store_pages(self) -> dict[str, Call]:
-        layer, page_size = self.layer, self.geometry.page_size
+        page_size = self.geometry.page_size
         pages = self._pages_of_chunk()
         slots = (pages[:, None] * page_size + torch.arange(page_size, device=self.device)).flatten()
         page_starts = torch.arange(len(pages) + 1, device=self.device) * page_size
         _, k, v = self._qkv(len(slots))
-        written = (layer.host_kv, layer.summary, layer.block_kv, layer.blocks.table)
-        return {"a chunk": Call((k, v, slots, page_starts, *written))}
+        return {"a chunk": Call((k, v, slots, page_starts, self.layer.store))}
 
     def encode_pages(self) -> dict[str, Call]:
         last_slots = self._pages_of_chunk() * self.geometry.page_size + self.geometry.page_size - 1
-        written = (self.layer.host_kv, self.layer.summary, self.layer.codes)
+        written = (self.layer.store, self.memory.index.codes[_LAYER])
         return {"one token each": Call((self.batch.slots, *written)), "a chunk": Call((last_slots, *written))}
 
     def fill_arena(self) -> dict[str, Call]:
-        layer = self.layer
-        pages = self.pages[0][: self.config.arena_pages]
-        return {"a prefix": Call((self.memory.arena[0], layer.host_kv, pages, layer.block_kv, layer.blocks.table))}
+        arena = self.memory.arena[0]
+        pages = self.pages[0][: len(arena) // self.geometry.page_size]
+        return {"a prefix": Call((arena, self.layer.store, pages))}
 
     def _begin(self, max_context: int) -> None:
         """Requests on random host pages of their own; of every `page_size` of them, one opens a page in this step."""
@@ -198,75 +196,71 @@ class KernelInputs:
         self.req_to_token[1:, : tokens.shape[1]] = tokens
         self.last_page_len = torch.zeros(self.num_rows, dtype=torch.int32, device=device)
 
-        self.batch = memory.batch(self.batch_size)
+        self.batch = memory.tables.batch(self.batch_size)
         memory.begin_step()
-        args, _, _ = self.begin_step()["every request"]
-        memory.ops.begin_step(*args)
+        args, _, _ = self.write_tables()["every request"]
+        memory.ops.write_tables(*args)
 
     def _pages_of_chunk(self) -> torch.Tensor:
         return self.pages[0][: _CHUNK_TOKENS // self.geometry.page_size]
 
     def _fill_keys(self) -> None:
-        layer = self.layer
-        layer.summary.copy_(layer.summary.normal_().sort(2).values)
-        layer.codes.random_()
-        layer.last_q.normal_()
+        store = self.layer.store
+        store.summary.copy_(store.summary.normal_().sort(2).values)
+        self.memory.index.codes[_LAYER].random_()
+        self.layer.last_q.normal_()
         encoded = torch.cat((self._pages_of_chunk(), self.pages[:, -1]))
-        low, high = layer.summary[encoded].cpu().float()[:, :, :, None].unbind(2)
+        low, high = store.summary[encoded].cpu().float()[:, :, :, None].unbind(2)
         k = low.lerp(high, torch.rand((*low.shape[:2], self.geometry.page_size, low.shape[-1])))
-        layer.host_kv[encoded.cpu(), :, 0] = k.to(layer.host_kv.dtype)
+        store.host_kv[encoded.cpu(), :, 0] = k.to(store.host_kv.dtype)
 
     def _write_windows(self) -> torch.Tensor:
-        """Write random windows, over which those written before become the other side; int64 ``[num_rows, width]``."""
-        memory, layer, config = self.memory, self.layer, self.config
+        """Write random windows, over which those written before become the other half; int64 ``[num_rows, width]``."""
+        memory, layer, sizes = self.memory, self.layer, self.sizes
         memory.begin_step()
-        memory.ops.select_pages(
-            self._scores(), self.batch, Read.FRONT, config.sink_pages, config.recent_pages, "mean", layer.windows
-        )
-        side = int(self.batch.step) % 2
-        window = layer.windows[side, self.rows].long()
-        pages = self.batch.page_table.gather(1, window.flatten(1)).view_as(window)
-        heads = torch.arange(self.geometry.num_kv_heads, device=self.device)[:, None]
-        return (pages * self.geometry.num_kv_heads + heads).flatten(0, 1)
+        memory.ops.select_pages(self._scores(), self.batch, Half.FRONT, sizes.sink, sizes.recent, "mean", layer.windows)
+        (half,) = Half.FRONT.indices(int(self.batch.step))
+        window = layer.windows[half, self.rows].long()
+        pairs, _ = window_pairs(window, self.batch.page_table, self.batch.num_pages)
+        return pairs.flatten(0, 1)
 
     def _fill_blocks(self) -> None:
-        """Give every block to a key: first to those of the windows, but for the misses, then to any others."""
+        """Give every block to a pair: first to those of the windows, but for the misses, then to any others."""
         tables, device = self.memory.blocks.tables, self.device
-        num_keys, num_blocks = tables.table[0].numel(), tables.owner.shape[1]
-        wanted = torch.cat((self.front_keys, self.back_keys)).unique()
-        self.is_missing = torch.zeros(num_keys, dtype=torch.bool, device=device)
+        num_pairs, num_blocks = tables.table[0].numel(), tables.owner.shape[1]
+        wanted = torch.cat((self.front_pairs, self.back_pairs)).unique()
+        self.is_missing = torch.zeros(num_pairs, dtype=torch.bool, device=device)
         self.is_missing[wanted] = torch.rand(len(wanted), device=device) < self.miss_rate
-        rank = torch.rand(num_keys, device=device) + 2 * self.is_missing
+        rank = torch.rand(num_pairs, device=device) + 2 * self.is_missing
         rank[wanted] -= 1
-        keys = rank.argsort()[: min(num_blocks, num_keys - int(self.is_missing.sum()))]
-        blocks = torch.randperm(num_blocks, device=device)[: len(keys)]
+        pairs = rank.argsort()[: min(num_blocks, num_pairs - int(self.is_missing.sum()))]
+        blocks = torch.randperm(num_blocks, device=device)[: len(pairs)]
         free = torch.ones(num_blocks, dtype=torch.bool, device=device)
         free[blocks] = False
         free = free.nonzero().flatten().int()
-        tables.table.flatten(1)[:, keys] = blocks.int()
-        tables.owner[:, blocks] = keys.int()
+        tables.table.flatten(1)[:, pairs] = blocks.int()
+        tables.owner[:, blocks] = pairs.int()
         tables.last_used[:, blocks] = 0
         tables.free_blocks[:, : len(free)] = free
         tables.num_free.fill_(len(free))
-        self.pages_by_residency = 1 + (self.layer.blocks.table[1:] >= 0).sum(-1).argsort()
+        self.pages_by_residency = 1 + (self.layer.store.table[1:] >= 0).sum(-1).argsort()
 
-    def _misses(self, keys: torch.Tensor) -> MissList:
-        """The keys of a window that have no block."""
-        capacity, listed = keys.numel(), keys.flatten()
+    def _misses(self, pairs: torch.Tensor) -> MissList:
+        """The pairs of a window that have no block."""
+        capacity, listed = pairs.numel(), pairs.flatten()
         entries = self.is_missing[listed].nonzero().flatten()
         misses = MissList(
             torch.zeros(capacity, dtype=torch.int64, device=self.device),
             self._count(len(entries)),
             *torch.zeros((2, capacity), dtype=torch.int32, device=self.device),
         )
-        misses.keys[: len(entries)] = listed[entries]
+        misses.pairs[: len(entries)] = listed[entries]
         misses.entries[: len(entries)] = entries.int()
         return misses
 
-    def _keys_of(self, pages: torch.Tensor) -> KeyList:
-        num_kv_heads = self.geometry.num_kv_heads
-        keys = (pages[:, None] * num_kv_heads + torch.arange(num_kv_heads, device=self.device)).flatten()
-        return KeyList(keys, torch.tensor([len(keys)], dtype=torch.int32, device=self.device))
+    def _pairs_of(self, pages: torch.Tensor) -> PairList:
+        pairs = pairs_of(pages, self.geometry.num_kv_heads).flatten()
+        return PairList(pairs, torch.tensor([len(pairs)], dtype=torch.int32, device=self.device))
 
     def _flags(self) -> FlagList:
         rows = torch.zeros(self.num_rows, dtype=torch.int32, device=self.device)

@@ -61,7 +61,7 @@ def test_chunks_and_steps_of_a_changing_batch_match_the_reference(settings: dict
     engine.leave(requests[0])
     engine.decode()
     audit_blocks(engine.memory)
-    audit_windows(engine.retrieval)
+    audit_windows(engine.decoder)
     counters = engine.memory.counters
     assert counters[Count.RECALLS] > 0 and counters[Count.DEMAND_MISSES] == 0
     assert (engine.corrected > 0) == (engine.config.tau > -1)
@@ -102,5 +102,5 @@ def test_a_recorded_step_can_be_replayed_for_other_batches_and_lengths() -> None
     engine.leave(first)
     engine.decode()
     audit_blocks(engine.memory)
-    audit_windows(engine.retrieval)
+    audit_windows(engine.decoder)
     assert engine.corrected > 0 and engine.kept > 0 and engine.memory.counters[Count.RECALLS] > 0

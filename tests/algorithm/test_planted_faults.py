@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from freekv_kernels import Count
-from sglang_freekv.algorithm.audit import AuditError, audit_blocks, audit_summaries, audit_windows
+from sglang_freekv.algorithm.audit import AuditError, audit_blocks, audit_index, audit_windows
 from sglang_freekv.config import FreeKVConfig
 from sglang_freekv.memory.geometry import Geometry
 from tests.support.random_traces import make_trace
@@ -26,8 +26,8 @@ def engine() -> SimulatedEngine:
 
 def audit(engine: SimulatedEngine) -> None:
     audit_blocks(engine.memory)
-    audit_summaries(engine.memory, torch.tensor(engine.requests[0].pages))
-    audit_windows(engine.retrieval)
+    audit_index(engine.memory, torch.tensor(engine.requests[0].pages))
+    audit_windows(engine.decoder)
 
 
 def front(engine: SimulatedEngine, request: int = 0) -> torch.Tensor:
@@ -83,11 +83,11 @@ def select_another_page(engine: SimulatedEngine) -> None:
 
 
 def corrupt_summary(engine: SimulatedEngine) -> None:
-    engine.memory.host.summary[0, engine.requests[0].pages[2], 0, 1, 5] += 1
+    engine.memory.index.summaries[0, engine.requests[0].pages[2], 0, 1, 5] += 1
 
 
 def corrupt_code(engine: SimulatedEngine) -> None:
-    engine.memory.host.codes[0, engine.requests[0].pages[2], 1, 4, 3] ^= 1
+    engine.memory.index.codes[0, engine.requests[0].pages[2], 1, 4, 3] ^= 1
 
 
 def run_with_absent_page(engine: SimulatedEngine) -> None:
@@ -136,7 +136,7 @@ def test_codes_that_prefill_leaves_to_the_last_owner_of_a_page_are_noticed(
         engine.prefill_whole(newcomer)
     assert set(newcomer.pages) <= set(old.pages)
     with pytest.raises(AuditError, match="wrong codes"):
-        audit_summaries(engine.memory, torch.tensor(newcomer.pages))
+        audit_index(engine.memory, torch.tensor(newcomer.pages))
     monkeypatch.setattr(engine.checks, "host_pages", lambda request: None)
     with pytest.raises(AssertionError, match="worse by"):  # the windows alone give it away
         for _ in range(20):
@@ -151,7 +151,7 @@ def test_codes_that_no_step_writes_when_it_fills_a_page_are_noticed(engine: Simu
     with pytest.raises(AssertionError, match="codes of page"):
         engine.decode()
     with pytest.raises(AuditError, match="wrong codes"):
-        audit_summaries(engine.memory, torch.tensor(request.pages))
+        audit_index(engine.memory, torch.tensor(request.pages))
 
 
 def test_the_audit_ignores_what_lies_behind_the_last_token(engine: SimulatedEngine) -> None:

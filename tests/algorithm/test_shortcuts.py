@@ -44,7 +44,7 @@ def count_ops(engine: SimulatedEngine) -> Counter[str]:
 
 def test_within_the_budget_a_layer_appends_and_attends() -> None:
     engine = make_engine([3 * PAGE + 5, 2 * PAGE + 9])
-    assert count_ops(engine) == {"begin_step": 1, "append_tokens": LAYERS}
+    assert count_ops(engine) == {"write_tables": 1, "append_tokens": LAYERS}
 
 
 def test_a_page_that_has_lost_its_block_is_looked_up_and_fetched() -> None:

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 import sglang_freekv.attention.gpu as gpu_attention
 from freekv_kernels import REFERENCE, Ops
 from sglang_freekv.algorithm.engine import build_engine
+from sglang_freekv.algorithm.inputs import DecodeInput, ExtendInput
 from sglang_freekv.config import FreeKVConfig
 from sglang_freekv.memory import host_store
 from sglang_freekv.memory.geometry import Geometry
@@ -30,7 +31,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU runs th
 
 PAGE, NUM_LAYERS = 32, 3
 GEOMETRY = Geometry(NUM_LAYERS, num_qo_heads=6, num_kv_heads=2, head_dim=64, dtype=torch.bfloat16, key_bits=2)
-IN_CPU_MEMORY = {"host_kv"}  # arguments that kernels read over the link
+IN_CPU_MEMORY = {"host_kv"}  # arguments, and fields of them, that kernels read over the link
 
 
 def tensors_of(arguments: object) -> list[torch.Tensor]:
@@ -85,8 +86,10 @@ def kernel(name: str, reference) -> object:
 
     def call(*args: object, **kwargs: object) -> torch.Tensor:
         for argument, value in {**dict(zip(names, args, strict=False)), **kwargs}.items():
-            for tensor in tensors_of(value):
-                assert tensor.is_cuda == (argument not in IN_CPU_MEMORY), f"{name}: {argument} is on {tensor.device}"
+            fields = value._asdict() if hasattr(value, "_asdict") else {argument: value}
+            for field, part in fields.items():
+                for tensor in tensors_of(part):
+                    assert tensor.is_cuda == (field not in IN_CPU_MEMORY), f"{name}: {field} is on {tensor.device}"
         return torch.empty(1, device="cuda")
 
     return call
@@ -131,19 +134,19 @@ def test_every_op_gets_tensors_of_its_device_and_the_host_waits_for_none(gpu: Fa
         budget_tokens=4 * PAGE, sink_tokens=PAGE, recent_tokens=PAGE, arena_tokens=4 * PAGE, dense_layers=dense_layers
     )
     ops = Ops(*(kernel(name, getattr(REFERENCE, name)) for name in Ops._fields))
-    sizes = {"num_pages": 60, "num_blocks": 200, "max_requests": 4, "max_context": 32 * PAGE}
+    sizes = {"num_host_pages": 60, "num_blocks": 200, "max_requests": 4, "max_context": 32 * PAGE}
     memory = KVMemory(GEOMETRY, config, **sizes, device="cuda", ops=ops)
-    retrieval, prefill = build_engine(memory)
+    decode, prefill = build_engine(memory)
     memory.admit(1, 3 * PAGE)
     req_to_token = torch.empty(5, 32 * PAGE, dtype=torch.int32, device="cuda")
     rows, lens = torch.empty(2, 2, dtype=torch.int64, device="cuda")
 
     for prefixes, chunk in (([0, 0], 300), ([300, 300], 4), ([9 * PAGE, 0], 40)):
         slots = torch.empty(2 * chunk, dtype=torch.int64, device="cuda")
-        prefill.plan(rows, slots, req_to_token, [1, 2], prefixes, [chunk, chunk], [True, False])
+        prefill.plan(ExtendInput(rows, slots, req_to_token, [1, 2], prefixes, [chunk, chunk], [True, False]))
         for layer in range(NUM_LAYERS):
             assert prefill.run(layer, *qkv(2 * chunk), 0.1).is_cuda
     for length, in_graph in ((65, False), (320, False), (321, False), (321, True)):
-        retrieval.plan(rows, lens, rows[:1], req_to_token, [1], [length], in_graph)
+        decode.plan(DecodeInput(rows, lens, rows[:1], req_to_token, [1], [length]), in_graph)
         for layer in range(NUM_LAYERS):
-            assert retrieval.run(layer, *qkv(2), 0.1).is_cuda
+            assert decode.run(layer, *qkv(2), 0.1).is_cuda

@@ -76,10 +76,10 @@ def softmax_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: t
 
 def begin_step(attention: DecodeAttention, kv_lens: list[int]) -> None:
     """Plan, then list random blocks for every row, and the lengths of their last pages, as kernels do in the engine."""
-    num_pages = [(n + PAGE - 1) // PAGE for n in kv_lens]
-    attention.plan(num_pages)
     heads, device = attention.geometry.num_kv_heads, attention.kv_indices.device
-    indices = torch.cat([torch.randint(NUM_BLOCKS, (n * heads,)) for n in num_pages])
+    num_pages = [(n + PAGE - 1) // PAGE for n in kv_lens for _ in range(heads)]
+    attention.plan(num_pages)
+    indices = torch.randint(NUM_BLOCKS, (sum(num_pages),))
     attention.kv_indices[: len(indices)] = indices.int().to(device)
     last_page_len = torch.tensor([(n - 1) % PAGE + 1 for n in kv_lens]).repeat_interleave(heads)
     attention.last_page_len[: len(last_page_len)] = last_page_len.int().to(device)
@@ -147,6 +147,22 @@ def test_batch_sizes_may_alternate(impl):
         check_step(attention, q, block_kv, kv_lens)
 
 
+def test_heads_of_one_request_may_read_unequally_many_blocks(impl):
+    attention = impl.window(impl.geometry(4, 64), max_requests=2, max_pages=8)
+    block_kv, q = impl.randn(NUM_BLOCKS, 2, PAGE, 64), impl.randn(2, 2, 4, 64)
+    num_pages, last_lens = [1, 8, 3, 3], [5, 5, PAGE, PAGE]
+    attention.plan(num_pages)
+    attention.kv_indices[:15] = torch.randint(NUM_BLOCKS, (15,)).int().to(attention.kv_indices.device)
+    attention.last_page_len[:4] = torch.tensor(last_lens).int().to(attention.kv_indices.device)
+    out = attention.run(q, block_kv, SCALE)
+    indptr, indices = attention.kv_indptr.tolist(), attention.kv_indices.long()
+    for row, (n, last_len) in enumerate(zip(num_pages, last_lens, strict=True)):
+        own = block_kv[indices[indptr[row] : indptr[row + 1]]]
+        k, v = (own[:, half].reshape(-1, 1, 64)[: (n - 1) * PAGE + last_len] for half in (0, 1))
+        expected = softmax_attention(q.flatten(0, 1)[row][None], k, v)[0]
+        torch.testing.assert_close(out.flatten(0, 1)[row].cpu().double(), expected, rtol=0, atol=TOLERANCE[q.dtype])
+
+
 class CountedPlans(TorchWindowAttention):
     """Counts how often the kernel is planned."""
 
@@ -159,19 +175,19 @@ class CountedPlans(TorchWindowAttention):
 
 def test_only_other_page_counts_are_planned():
     attention = CountedPlans(Impl("cpu", torch.float32).geometry(4, 64), max_requests=4, max_pages=8)
-    num_pages = [2, 3]
+    num_pages = [2, 2, 3, 3]
     attention.plan(num_pages)
-    attention.plan([2, 3])
+    attention.plan([2, 2, 3, 3])
     assert (attention.count, attention.kv_indptr[:5].tolist()) == (1, [0, 2, 4, 7, 10])
     num_pages[0] = 4  # the caller's list
-    attention.plan([2, 3])
+    attention.plan([2, 2, 3, 3])
     assert attention.count == 1
-    attention.plan([2, 3, 1])
-    attention.plan([2, 3])
+    attention.plan([2, 2, 3, 3, 1, 1])
+    attention.plan([2, 2, 3, 3])
     assert (attention.count, attention.num_rows) == (3, 4)
 
 
-@pytest.mark.parametrize("num_pages", [[1] * 5, [0, 1], [9]])
+@pytest.mark.parametrize("num_pages", [[1] * 10, [0, 1], [9, 9]])
 def test_a_batch_beyond_the_page_lists_is_refused(num_pages):
     attention = TorchWindowAttention(Impl("cpu", torch.float32).geometry(4, 64), max_requests=4, max_pages=8)
     with pytest.raises(ValueError, match="at most 4 of 1 to 8"):
@@ -207,7 +223,7 @@ def test_workspaces_hold_every_plan(cuda, group_size, head_dim):
     attention, prefill = cuda.window(geometry, max_requests=256, max_pages=4096), cuda.prefill(geometry)
     for batch_size in (1, 2, 16, 32, 33, 36, 37, 256):
         for num_pages in (1, 64, 4096):
-            attention.plan([num_pages] * batch_size)
+            attention.plan([num_pages] * (batch_size * attention.geometry.num_kv_heads))
     for extend_lens in ([1], [20], [8192], [1] * 256, [100] * 80):
         for num_tokens in (PAGE, 16384):
             pieces = [PrefixPiece(i, torch.empty(0), i * num_tokens, num_tokens) for i in range(len(extend_lens))]

@@ -7,12 +7,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from freekv_kernels import REFERENCE, Batch, Count, FlagList
+from freekv_kernels import REFERENCE, Batch, Count, FlagList, PageStore
 
 PAGES, LAYERS, LAYER, PAGE, BLOCKS = 7, 2, 1, 8, 5
 
 
-def batch_of(slots, num_pages, budget_pages, rows, device):
+def batch_of(slots, num_pages, budget_pages, rows, device, heads=2):
+    budget_pages = [[pages] * heads for pages in budget_pages]
     slots, num_pages, budget_pages, rows = (
         torch.tensor(x, device=device) for x in (slots, num_pages, budget_pages, rows)
     )
@@ -40,7 +41,7 @@ def make(impl, heads=2, group=3, dim=16, dtype=torch.float32):
         q=randn(3, heads, group, dim),
         k=randn(3, heads, dim),
         v=randn(3, heads, dim),
-        batch=batch_of([3 * PAGE + 5, 4 * PAGE, 7 * PAGE - 1], [9, 9, 3], [4, 4, 4], [2, 5, 1], impl.device),
+        batch=batch_of([3 * PAGE + 5, 4 * PAGE, 7 * PAGE - 1], [9, 9, 3], [4, 4, 4], [2, 5, 1], impl.device, heads),
         tau=0.5,
         host=impl.host(torch.randn(PAGES, LAYERS, heads, 2, PAGE, dim).to(dtype)),
         summary=randn(PAGES, heads, 2, dim).sort(2).values,
@@ -53,8 +54,8 @@ def make(impl, heads=2, group=3, dim=16, dtype=torch.float32):
 
 
 def append(ops, case):
-    written = (case.host[:, LAYER], case.summary, case.block_kv, case.table, case.last_q)
-    ops.append_tokens(case.q, case.k, case.v, case.batch, case.tau, *written, case.flags, case.counters)
+    store = PageStore(case.host[:, LAYER], case.summary, case.block_kv, case.table)
+    ops.append_tokens(case.q, case.k, case.v, case.batch, case.tau, store, case.last_q, case.flags, case.counters)
     if case.q.is_cuda:
         torch.cuda.synchronize()
 
@@ -167,7 +168,7 @@ def test_tau_above_one_flags_every_row_over_its_budget_and_no_other(impl):
 def test_a_request_as_long_as_its_budget_is_not_over_it(impl):
     case = make(impl)
     case.tau = 1.01
-    case.batch = case.batch._replace(num_pages=case.batch.budget_pages.clone())
+    case.batch = case.batch._replace(num_pages=case.batch.budget_pages[:, 0].clone())
     append(impl.ops, case)
     assert flagged(case) == []
     assert case.counters[[Count.ROWS, Count.FLAGGED_ROWS]].tolist() == [0, 10]

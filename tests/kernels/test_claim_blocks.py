@@ -1,6 +1,6 @@
 """Claims take free blocks first, never a protected one, and keep block table and owners inverse.
 
-Which victim goes, and which key gets which block, is up to the implementation.
+Which victim goes, and which pair gets which block, is up to the implementation.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from freekv_kernels import BlockTables, KeyList, MissList
+from freekv_kernels import BlockTables, Claim, MissList, PairList
 
 STALE = 77
 STEP = 5
@@ -19,12 +19,12 @@ STEP = 5
 class Blocks:
     """The tables of some layers, and claims of lists with a capacity larger than what they hold."""
 
-    def __init__(self, impl: SimpleNamespace, num_blocks: int, num_keys: int = 100, layers: int = 1) -> None:
+    def __init__(self, impl: SimpleNamespace, num_blocks: int, num_pairs: int = 100, layers: int = 1) -> None:
         self.impl = impl
         per_block = {"size": (layers, num_blocks), "dtype": torch.int32, "device": impl.device}
         free = torch.arange(num_blocks, dtype=torch.int32, device=impl.device).flip(0)
         self.tables = BlockTables(
-            table=torch.full((layers, num_keys // 2, 2), -1, dtype=torch.int32, device=impl.device),
+            table=torch.full((layers, num_pairs // 2, 2), -1, dtype=torch.int32, device=impl.device),
             owner=torch.full(fill_value=-1, **per_block),
             last_used=torch.full(fill_value=-1, **per_block),
             free_blocks=free.repeat(layers, 1),
@@ -32,36 +32,36 @@ class Blocks:
             hand=torch.zeros(layers, dtype=torch.int32, device=impl.device),
         )
 
-    def claim(self, keys, layers=None, step=STEP, protect_back=False, stamp_back=False):
-        """Claim from a KeyList, in all layers if none are given; None."""
-        wanted = KeyList(self._list(keys), self._count(keys))
-        self._claim(wanted, layers or (0, len(self.tables.owner)), step, protect_back, stamp_back)
+    def claim(self, pairs, layers=None, step=STEP, claim=Claim.AS_OLD):
+        """Claim from a PairList, in all layers if none are given; None."""
+        wanted = PairList(self._list(pairs), self._count(pairs))
+        self._claim(wanted, layers or (0, len(self.tables.owner)), step, claim)
 
-    def claim_misses(self, keys, step=STEP, protect_back=False, stamp_back=False) -> list[int]:
+    def claim_misses(self, pairs, step=STEP, claim=Claim.AS_OLD) -> list[int]:
         """Claim from a MissList in layer 0; the blocks to fill."""
         entries, claimed = (
-            torch.full((len(keys) + 3,), STALE, dtype=torch.int32, device=self.impl.device) for _ in "ab"
+            torch.full((len(pairs) + 3,), STALE, dtype=torch.int32, device=self.impl.device) for _ in "ab"
         )
-        misses = MissList(self._list(keys), self._count(keys), entries, claimed)
-        self._claim(misses, (0, 1), step, protect_back, stamp_back)
-        assert (claimed[len(keys) :] == STALE).all() and (entries == STALE).all()
-        return claimed[: len(keys)].tolist()
+        misses = MissList(self._list(pairs), self._count(pairs), entries, claimed)
+        self._claim(misses, (0, 1), step, claim)
+        assert (claimed[len(pairs) :] == STALE).all() and (entries == STALE).all()
+        return claimed[: len(pairs)].tolist()
 
-    def _claim(self, wanted, layers, step, protect_back, stamp_back) -> None:
+    def _claim(self, wanted, layers, step, claim) -> None:
         before = [tensor.clone() for tensor in wanted[:2]]
         step = torch.tensor([step], device=self.impl.device)
-        self.impl.ops.claim_blocks(wanted, self.tables.layers(*layers), step, protect_back, stamp_back)
+        self.impl.ops.claim_blocks(wanted, self.tables.layers(*layers), step, claim)
         assert all(torch.equal(x, y) for x, y in zip(before, wanted, strict=False))
         self.check()
 
-    def _list(self, keys) -> torch.Tensor:
-        return torch.tensor([*keys, 0, 1, 2], dtype=torch.int64, device=self.impl.device)
+    def _list(self, pairs) -> torch.Tensor:
+        return torch.tensor([*pairs, 0, 1, 2], dtype=torch.int64, device=self.impl.device)
 
-    def _count(self, keys) -> torch.Tensor:
-        return torch.tensor([len(keys)], dtype=torch.int32, device=self.impl.device)
+    def _count(self, pairs) -> torch.Tensor:
+        return torch.tensor([len(pairs)], dtype=torch.int32, device=self.impl.device)
 
-    def blocks_of(self, keys, layer: int = 0) -> list[int]:
-        return self.tables.table[layer].flatten()[keys].tolist()
+    def blocks_of(self, pairs, layer: int = 0) -> list[int]:
+        return self.tables.table[layer].flatten()[pairs].tolist()
 
     def check(self) -> None:
         """Table and owners are each other's inverse; the other blocks are free, once, and carry no stamp."""
@@ -80,11 +80,11 @@ def short_rounds(impl, monkeypatch) -> None:
     if impl.name == "triton":
         from freekv_kernels import claim_blocks_triton
 
-        for name, value in {"_NUM_PROGRAMS": 3, "_KEYS": 4, "_CANDIDATES": 8}.items():
+        for name, value in {"_NUM_PROGRAMS": 3, "_PAIRS": 4, "_CANDIDATES": 8}.items():
             monkeypatch.setattr(claim_blocks_triton, name, value)
 
 
-def test_every_key_gets_a_block_of_its_own(impl):
+def test_every_pair_gets_a_block_of_its_own(impl):
     blocks = Blocks(impl, 8)
     claimed = blocks.claim_misses([3, 50, 7])
     assert claimed == blocks.blocks_of([3, 50, 7])
@@ -117,19 +117,22 @@ def test_a_victims_owner_loses_its_entry(impl):
 
 
 @pytest.mark.usefixtures("short_rounds")
-@pytest.mark.parametrize(("old", "protect_back"), [((STEP, False), False), ((STEP, True), False), ((STEP, True), True)])
-def test_protected_blocks_are_never_victims_and_keys_without_one_can_be_claimed_later(impl, old, protect_back):
+@pytest.mark.parametrize(
+    ("old", "claim"),
+    [(Claim.AS_OLD, Claim.IN_STEP), (Claim.IN_STEP, Claim.IN_STEP), (Claim.IN_STEP, Claim.BETWEEN_STEPS)],
+)
+def test_protected_blocks_are_never_victims_and_pairs_without_one_can_be_claimed_later(impl, old, claim):
     blocks = Blocks(impl, 30)
     protected, others = list(range(20)), list(range(20, 30))
-    blocks.claim(protected, step=old[0], stamp_back=old[1])
+    blocks.claim(protected, claim=old)
     blocks.claim(others, step=1)
     kept = blocks.blocks_of(protected)
     wanted = list(range(50, 63))
-    claimed = blocks.claim_misses(wanted, protect_back=protect_back, stamp_back=True)
+    claimed = blocks.claim_misses(wanted, claim=claim)
     assert blocks.blocks_of(protected) == kept
     assert sorted(claimed)[:3] == [-1] * 3 and sorted(claimed)[3] >= 0
     assert claimed == blocks.blocks_of(wanted)
-    without = [key for key, block in zip(wanted, claimed, strict=True) if block < 0]
+    without = [pair for pair, block in zip(wanted, claimed, strict=True) if block < 0]
     assert min(blocks.claim_misses(without, step=STEP + 1)) >= 0
 
 
@@ -138,7 +141,7 @@ def test_the_hand_moves_on_so_that_victims_take_turns(impl, hand):
     blocks = Blocks(impl, 6)
     blocks.claim([0, 1, 2, 3, 4, 5], step=1)
     blocks.tables.hand.fill_(hand)
-    taken = [blocks.claim_misses([10 + i], step=2, protect_back=True)[0] for i in range(6)]
+    taken = [blocks.claim_misses([10 + i], step=2)[0] for i in range(6)]
     assert sorted(taken) == [0, 1, 2, 3, 4, 5]
 
 
@@ -152,7 +155,7 @@ def test_the_search_goes_all_the_way_round_for_the_one_block_that_may_go(impl, v
     blocks.tables.last_used.fill_(2 * STEP)
     blocks.tables.last_used[0, victim] = 3
     blocks.tables.hand.fill_(hand)
-    assert sorted(blocks.claim_misses([70, 71], stamp_back=True)) == [-1, victim]
+    assert sorted(blocks.claim_misses([70, 71], claim=Claim.IN_STEP)) == [-1, victim]
     assert sorted(blocks.blocks_of([70, 71])) == [-1, victim]
 
 
@@ -162,25 +165,25 @@ def test_an_empty_list_changes_nothing(impl):
     before = [tensor.clone() for tensor in blocks.tables]
     blocks.claim([])
     assert blocks.claim_misses([]) == []
-    no_keys = KeyList(torch.empty(0, dtype=torch.int64, device=impl.device), torch.zeros_like(blocks.tables.hand[:1]))
-    impl.ops.claim_blocks(no_keys, blocks.tables, torch.tensor([STEP], device=impl.device), True, False)
+    no_pairs = PairList(torch.empty(0, dtype=torch.int64, device=impl.device), torch.zeros_like(blocks.tables.hand[:1]))
+    impl.ops.claim_blocks(no_pairs, blocks.tables, torch.tensor([STEP], device=impl.device), Claim.AS_OLD)
     assert all(torch.equal(x, y) for x, y in zip(before, blocks.tables, strict=True))
 
 
 @pytest.mark.usefixtures("short_rounds")
 @pytest.mark.parametrize("step_of_others", [None, 1])
-def test_a_key_that_is_listed_several_times_gets_one_block_at_one_entry(impl, step_of_others):
+def test_a_pair_that_is_listed_several_times_gets_one_block_at_one_entry(impl, step_of_others):
     blocks = Blocks(impl, 20)
     if step_of_others is not None:
         blocks.claim(list(range(20)), step=step_of_others)
-    keys = [50, 60, 50, 51, 52, 60, 53, 50, 54, 50, 55, 60, 56, 57, 58]
-    claimed = blocks.claim_misses(keys)
-    for key in set(keys):
-        entries = [block for k, block in zip(keys, claimed, strict=True) if k == key and block >= 0]
-        assert entries == blocks.blocks_of([key])
+    pairs = [50, 60, 50, 51, 52, 60, 53, 50, 54, 50, 55, 60, 56, 57, 58]
+    claimed = blocks.claim_misses(pairs)
+    for pair in set(pairs):
+        entries = [block for k, block in zip(pairs, claimed, strict=True) if k == pair and block >= 0]
+        assert entries == blocks.blocks_of([pair])
 
 
-def test_a_key_that_has_a_block_keeps_it_and_its_stamp(impl):
+def test_a_pair_that_has_a_block_keeps_it_and_its_stamp(impl):
     blocks = Blocks(impl, 4)
     blocks.claim([1, 2], step=1)
     held = blocks.blocks_of([1, 2])
@@ -189,25 +192,26 @@ def test_a_key_that_has_a_block_keeps_it_and_its_stamp(impl):
     assert blocks.tables.last_used[0, held].tolist() == [2, 2]
 
 
-@pytest.mark.parametrize("protect_back", [False, True])
-@pytest.mark.parametrize("stamp_back", [False, True])
-def test_claimed_blocks_carry_the_stamp_of_the_step(impl, protect_back, stamp_back):
+@pytest.mark.parametrize(
+    ("claim", "stamp"), [(Claim.IN_STEP, 2 * STEP + 1), (Claim.BETWEEN_STEPS, 2 * STEP + 1), (Claim.AS_OLD, 2 * STEP)]
+)
+def test_claimed_blocks_carry_the_stamp_of_the_step(impl, claim, stamp):
     blocks = Blocks(impl, 4)
     blocks.claim([1, 2, 3], step=1)
-    blocks.claim([4, 5], protect_back=protect_back, stamp_back=stamp_back)
-    assert blocks.tables.last_used[0, blocks.blocks_of([4, 5])].tolist() == [2 * STEP + stamp_back] * 2
-    assert blocks.tables.last_used[0].max() == 2 * STEP + stamp_back
+    blocks.claim([4, 5], claim=claim)
+    assert blocks.tables.last_used[0, blocks.blocks_of([4, 5])].tolist() == [stamp] * 2
+    assert blocks.tables.last_used[0].max() == stamp
 
 
 @pytest.mark.usefixtures("short_rounds")
 @pytest.mark.parametrize("num_held", [0, 4, 10])
 def test_a_block_is_claimed_once_per_call_even_if_its_new_stamp_protects_nothing(impl, num_held):
     blocks = Blocks(impl, 10)
-    blocks.claim(list(range(num_held)), stamp_back=False)
-    claimed = blocks.claim_misses(list(range(50, 65)), protect_back=True, stamp_back=False)
+    blocks.claim(list(range(num_held)))
+    claimed = blocks.claim_misses(list(range(50, 65)))
     assert sorted(claimed) == [-1] * 5 + list(range(10))
     assert (blocks.tables.last_used == 2 * STEP).all()
-    assert sorted(blocks.claim_misses(list(range(70, 80)), protect_back=True)) == list(range(10))  # in the next, again
+    assert sorted(blocks.claim_misses(list(range(70, 80)))) == list(range(10))  # in the next, again
 
 
 @pytest.mark.usefixtures("short_rounds")
@@ -216,49 +220,49 @@ def test_layers_are_claimed_in_one_call_and_others_left_alone(impl):
     for layer, num_held in enumerate((0, 10, 6, 3)):
         blocks.claim(list(range(num_held)), layers=(layer, layer + 1), step=1)
     before = [tensor.clone() for tensor in blocks.tables]
-    keys = [40, 41, 42, 43, 44, 45]
-    blocks.claim(keys, layers=(1, 4), protect_back=True, stamp_back=True)
+    pairs = [40, 41, 42, 43, 44, 45]
+    blocks.claim(pairs, layers=(1, 4), claim=Claim.BETWEEN_STEPS)
     for layer in (1, 2, 3):
-        assert len({*blocks.blocks_of(keys, layer)}) == 6 and min(blocks.blocks_of(keys, layer)) >= 0
+        assert len({*blocks.blocks_of(pairs, layer)}) == 6 and min(blocks.blocks_of(pairs, layer)) >= 0
     assert blocks.tables.num_free.tolist() == [10, 0, 0, 1]
     assert [hand > 0 for hand in blocks.tables.hand.tolist()] == [False, True, True, False]
     assert all(torch.equal(x[0], y[0]) for x, y in zip(before, blocks.tables, strict=True))
 
 
-@pytest.mark.parametrize("num_keys", [128, 300])
-def test_a_list_longer_than_one_round_is_walked_to_its_end(impl, num_keys):
-    blocks = Blocks(impl, 400, num_keys=2000)
+@pytest.mark.parametrize("num_pairs", [128, 300])
+def test_a_list_longer_than_one_round_is_walked_to_its_end(impl, num_pairs):
+    blocks = Blocks(impl, 400, num_pairs=2000)
     blocks.claim(list(range(300)), step=1)  # 100 are free
-    keys = (400 + torch.randperm(1600)[:num_keys]).tolist()
-    claimed = blocks.claim_misses(keys)
-    assert len({*claimed}) == num_keys and min(claimed) >= 0
+    pairs = (400 + torch.randperm(1600)[:num_pairs]).tolist()
+    claimed = blocks.claim_misses(pairs)
+    assert len({*claimed}) == num_pairs and min(claimed) >= 0
 
 
 @pytest.mark.usefixtures("short_rounds")
-def test_any_sequence_of_claims_serves_as_many_keys_as_it_can(impl):
-    blocks = Blocks(impl, 24, num_keys=120)
+def test_any_sequence_of_claims_serves_as_many_pairs_as_it_can(impl):
+    blocks = Blocks(impl, 24, num_pairs=120)
     for step in range(1, 8):
-        protect_back, stamp_back = bool(torch.rand(()) < 0.5), bool(torch.rand(()) < 0.5)
+        claim = list(Claim)[int(torch.randint(len(Claim), ()))]
         missing = (torch.tensor(blocks.blocks_of(list(range(120)))) < 0).nonzero().flatten()
-        keys = missing[torch.randint(len(missing), (int(torch.randint(1, 30, ())),))].tolist()
+        pairs = missing[torch.randint(len(missing), (int(torch.randint(1, 30, ())),))].tolist()
         last_used = blocks.tables.last_used
-        protected = blocks.tables.owner[0, last_used[0] >= 2 * step + protect_back].long()
+        protected = blocks.tables.owner[0, last_used[0] >= 2 * step + claim.protect_back].long()
         kept = blocks.blocks_of(protected)
-        claimed = blocks.claim_misses(keys, step=step, protect_back=protect_back, stamp_back=stamp_back)
+        claimed = blocks.claim_misses(pairs, step=step, claim=claim)
         assert blocks.blocks_of(protected) == kept
-        assert sum(block >= 0 for block in claimed) == min(len({*keys}), 24 - len(kept))
-        assert all(block in (-1, now) for block, now in zip(claimed, blocks.blocks_of(keys), strict=True))
+        assert sum(block >= 0 for block in claimed) == min(len({*pairs}), 24 - len(kept))
+        assert all(block in (-1, now) for block, now in zip(claimed, blocks.blocks_of(pairs), strict=True))
 
 
 def test_block_tables_may_be_larger_than_2_gib(impl):
     blocks = Blocks(impl, 4, layers=2)
-    num_keys = (1 << 29) + 64  # of one layer: the second starts past 2 GiB; what is not touched costs no memory
-    table = torch.empty(2, num_keys // 2, 2, dtype=torch.int32, device=impl.device)
-    keys = [0, 3, num_keys - 1]
-    table.view(2, -1)[:, keys] = -1
-    wanted = KeyList(torch.tensor(keys, device=impl.device), torch.tensor([3], dtype=torch.int32, device=impl.device))
+    num_pairs = (1 << 29) + 64  # of one layer: the second starts past 2 GiB; what is not touched costs no memory
+    table = torch.empty(2, num_pairs // 2, 2, dtype=torch.int32, device=impl.device)
+    pairs = [0, 3, num_pairs - 1]
+    table.view(2, -1)[:, pairs] = -1
+    wanted = PairList(torch.tensor(pairs, device=impl.device), torch.tensor([3], dtype=torch.int32, device=impl.device))
     blocks.tables = blocks.tables._replace(table=table)
-    impl.ops.claim_blocks(wanted, blocks.tables, torch.tensor([STEP], device=impl.device), True, True)
+    impl.ops.claim_blocks(wanted, blocks.tables, torch.tensor([STEP], device=impl.device), Claim.BETWEEN_STEPS)
     for layer in (0, 1):
-        held = blocks.blocks_of(keys, layer)
-        assert blocks.tables.owner[layer, held].tolist() == keys
+        held = blocks.blocks_of(pairs, layer)
+        assert blocks.tables.owner[layer, held].tolist() == pairs

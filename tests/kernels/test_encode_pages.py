@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from freekv_kernels import REFERENCE
-from tests.support.op_tables import decode_keys
+from tests.support.op_tables import decode_keys, store_of
 
 LAYERS, LAYER = 3, 1
 
@@ -26,7 +26,7 @@ def make(impl, bits, num_pages=8, heads=2, page_size=16, dim=16, dtype=torch.flo
 
 def encode(ops, slots, memory):
     slots = torch.tensor(slots, device=memory.codes.device)
-    ops.encode_pages(slots, memory.host[:, LAYER], memory.summary, memory.codes)
+    ops.encode_pages(slots, store_of(memory.host[:, LAYER], memory.summary), memory.codes)
     if slots.is_cuda:
         torch.cuda.synchronize()
 
@@ -118,6 +118,6 @@ def test_pages_past_two_billion_elements_are_reached(impl):
     summary = torch.empty(last + 1, heads, 2, dim, dtype=torch.float16)
     summary[last] = torch.stack((k.amin(1), k.amax(1)), 1)
     codes = torch.empty(last + 1, heads, page_size, dim // 2, dtype=torch.uint8)
-    impl.ops.encode_pages(torch.tensor([last * page_size + page_size - 1]), host, summary, codes)
+    impl.ops.encode_pages(torch.tensor([last * page_size + page_size - 1]), store_of(host, summary), codes)
     decoded, step = decode_keys(summary[last], codes[last])
     assert ((decoded - k.double()).abs() <= 0.501 * step).all()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from freekv_kernels import PageStore
+
 LAYERS, LAYER, PAGE = 3, 1, 8
 
 
@@ -24,7 +26,8 @@ def fill(impl, host, pages, block_kv, table, spare_tokens=5):
     _, _, heads, _, _, dim = host.shape
     shape = (len(pages) * PAGE + spare_tokens, 2, heads, dim)
     arena = torch.full(shape, 7.0, dtype=host.dtype, device=impl.device)
-    impl.ops.fill_arena(arena, host[:, LAYER], torch.tensor(pages, device=impl.device), block_kv, table)
+    store = PageStore(host[:, LAYER], None, block_kv, table)
+    impl.ops.fill_arena(arena, store, torch.tensor(pages, device=impl.device))
     return arena.cpu()
 
 
@@ -63,7 +66,7 @@ def test_storing_then_filling_the_arena_gives_the_tokens_back(impl):
     k, v = torch.randn(2, 2 * PAGE, 2, 16, device=impl.device)
     slots = torch.cat((torch.arange(PAGE) + 4 * PAGE, torch.arange(PAGE) + 2 * PAGE)).to(impl.device)
     page_starts = torch.tensor([0, PAGE, 2 * PAGE], device=impl.device)
-    impl.ops.store_pages(k, v, slots, page_starts, host[:, LAYER], summary, block_kv, table)
+    impl.ops.store_pages(k, v, slots, page_starts, PageStore(host[:, LAYER], summary, block_kv, table))
     arena = fill(impl, host, [4, 2], block_kv, table)
     assert torch.equal(arena[: 2 * PAGE, 0], k.cpu())
     assert torch.equal(arena[: 2 * PAGE, 1], v.cpu())

@@ -26,21 +26,21 @@ def list_pages(impl: SimpleNamespace, num_pages: list[int], num_kv_heads: int) -
 
 
 def expected(page_table: torch.Tensor, num_pages: list[int], num_kv_heads: int) -> list[int]:
-    keys = []
+    pairs = []
     for request, count in enumerate(num_pages):
         for head in range(num_kv_heads):
             pages = page_table[request, :count].tolist()
-            keys += [page * num_kv_heads + head for page in pages] or [0]
-    return keys
+            pairs += [page * num_kv_heads + head for page in pages] or [0]
+    return pairs
 
 
 @pytest.mark.parametrize("num_kv_heads", [1, 3, 8])
 @pytest.mark.parametrize("num_pages", [[1], [MAX_PAGES], [4, MAX_PAGES, 1, 6], [0], [5, 0, 0]])
 def test_every_page_is_listed_in_order_and_padding_reads_key_0(impl, num_pages, num_kv_heads):
     page_table, kv_indices = list_pages(impl, num_pages, num_kv_heads)
-    keys = expected(page_table, num_pages, num_kv_heads)
-    assert kv_indices[: len(keys)].tolist() == keys
-    assert (kv_indices[len(keys) :] == STALE).all()
+    pairs = expected(page_table, num_pages, num_kv_heads)
+    assert kv_indices[: len(pairs)].tolist() == pairs
+    assert (kv_indices[len(pairs) :] == STALE).all()
 
 
 def test_pages_of_several_blocks_are_listed(impl, monkeypatch):
@@ -49,6 +49,6 @@ def test_pages_of_several_blocks_are_listed(impl, monkeypatch):
 
         monkeypatch.setattr(list_pages_triton, "_BLOCK_PAGES", 4)
     page_table, kv_indices = list_pages(impl, [MAX_PAGES, 0, 5, 4], 2)
-    keys = expected(page_table, [MAX_PAGES, 0, 5, 4], 2)
-    assert kv_indices[: len(keys)].tolist() == keys
-    assert (kv_indices[len(keys) :] == STALE).all()
+    pairs = expected(page_table, [MAX_PAGES, 0, 5, 4], 2)
+    assert kv_indices[: len(pairs)].tolist() == pairs
+    assert (kv_indices[len(pairs) :] == STALE).all()

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from freekv_kernels import REFERENCE, Batch, BlockTables, Count, FlagList, MissList, Read, lookup_keys
+from freekv_kernels import REFERENCE, Batch, BlockTables, Count, FlagList, Half, MissList, lookup_pairs
 
 PAGES, HEADS, REQUESTS, LAYERS = 40, 2, 4, 3
 STALE = 77
@@ -30,12 +30,12 @@ class Case:
         entries: list[int] | None = None,
         flagged: tuple[int, ...] = (),
         step: int = 6,
-        read: Read = Read.FRONT,
+        half: Half = Half.FRONT,
         width: int = 5,
         shared: bool = False,
     ) -> None:
         device, size = impl.device, len(windows)
-        self.impl, self.read, self.step = impl, read, step
+        self.impl, self.half, self.step = impl, half, step
 
         def ints(x):
             return torch.tensor(x, dtype=torch.int64, device=device)
@@ -46,10 +46,10 @@ class Case:
         # Of one layer, as the engine stores them: a strided view. The other half holds pages that exist.
         self.windows = torch.zeros(2, LAYERS, REQUESTS + 1, HEADS, width, dtype=torch.int32, device=device)[:, 1]
         rows = torch.arange(size) % REQUESTS + 1
-        half = (step + (read != Read.FRONT)) % 2
+        index = (step + (half != Half.FRONT)) % 2
         for row, window in zip(rows.tolist(), windows, strict=True):
-            self.windows[half, row] = -1
-            self.windows[half, row, :, : len(window)] = ints(window).int()
+            self.windows[index, row] = -1
+            self.windows[index, row, :, : len(window)] = ints(window).int()
         page_table = torch.arange(10, device=device) + (
             0 if shared else 10 * torch.arange(size, device=device)[:, None]
         )
@@ -61,7 +61,7 @@ class Case:
             page_table=page_table[:, :10],
             num_pages=ints(num_pages),
             num_pages_next=ints(num_pages if num_pages_next is None else num_pages_next),
-            budget_pages=ints(budgets),
+            budget_pages=ints(budgets)[:, None].repeat(1, HEADS),
             step=ints([step]),
         )
         self.table = torch.full((PAGES, HEADS), -1, dtype=torch.int32, device=device)
@@ -77,26 +77,26 @@ class Case:
         self.is_flagged[list(flagged)] = True
 
     def hold(self, pages: list[int], stamp: int = 1) -> None:
-        """Make host pages resident: block of a key = PAGES * HEADS - 1 - key."""
-        keys = torch.tensor(pages, device=self.table.device)[:, None] * HEADS + torch.arange(HEADS).to(
+        """Make host pages resident: block of a pair = PAGES * HEADS - 1 - pair."""
+        pairs = torch.tensor(pages, device=self.table.device)[:, None] * HEADS + torch.arange(HEADS).to(
             self.table.device
         )
-        self.table.view(-1)[keys] = (PAGES * HEADS - 1 - keys).int()
-        self.last_used[PAGES * HEADS - 1 - keys] = stamp
+        self.table.view(-1)[pairs] = (PAGES * HEADS - 1 - pairs).int()
+        self.last_used[PAGES * HEADS - 1 - pairs] = stamp
 
     def run(self, ops=None) -> Case:
-        blocks = BlockTables(self.table, *(None,) * 5)._replace(last_used=self.last_used)
+        blocks = BlockTables(self.table[None], *(None,) * 5)._replace(last_used=self.last_used[None])
         unwritten = (self.windows, self.table, self.kv_indptr, self.is_flagged, *self.batch)
         before = [tensor.clone() for tensor in unwritten]
         front = ()
-        if self.read == Read.FRONT:
+        if self.half == Half.FRONT:
             front = (FlagList(None, None, self.is_flagged), self.kv_indptr, self.kv_indices)
         ops = ops or self.impl.ops
-        ops.lookup_blocks(self.windows, self.batch, self.read, blocks, self.misses, self.counters, *front)
+        ops.lookup_blocks(self.windows, self.batch, self.half, blocks, self.misses, self.counters, *front)
         assert all(torch.equal(x, y) for x, y in zip(before, unwritten, strict=True))
         assert (self.kv_indices[self.kv_indptr[-1] :] == STALE).all()
-        assert (self.misses.blocks == STALE).all() and (self.misses.keys[self.misses.count :] == STALE).all()
-        if self.read != Read.FRONT:
+        assert (self.misses.blocks == STALE).all() and (self.misses.pairs[self.misses.count :] == STALE).all()
+        if self.half != Half.FRONT:
             assert (self.misses.entries == STALE).all() and (self.kv_indices == STALE).all()
         return self
 
@@ -106,13 +106,13 @@ class Case:
 
     @property
     def missing(self) -> list[tuple[int, int]]:
-        """Sorted (key, entry)."""
+        """Sorted (pair, entry)."""
         count = int(self.misses.count)
-        return sorted(zip(self.misses.keys[:count].tolist(), self.misses.entries[:count].tolist(), strict=True))
+        return sorted(zip(self.misses.pairs[:count].tolist(), self.misses.entries[:count].tolist(), strict=True))
 
     @property
     def missing_keys(self) -> list[int]:
-        return sorted(self.misses.keys[: int(self.misses.count)].tolist())
+        return sorted(self.misses.pairs[: int(self.misses.count)].tolist())
 
     def counted(self) -> dict[str, int]:
         return {count.name: n for count, n in zip(Count, self.counters.tolist(), strict=True) if n}
@@ -166,17 +166,17 @@ def test_entries_past_the_end_of_a_row_are_not_read(impl):
     case.run()
     assert case.missing_keys == [20, 21, 22, 23]
     assert [len(case.row(row)) for row in range(4)] == [4, 4, 2, 2]
-    case = Case(impl, [[0, 1, 2, 3]], [4], budget=3, num_pages_next=[5], read=Read.BACK).run()
+    case = Case(impl, [[0, 1, 2, 3]], [4], budget=3, num_pages_next=[5], half=Half.BACK).run()
     assert case.missing_keys == [0, 1, 2, 3, 4, 5]
 
 
-@pytest.mark.parametrize("read", Read)
+@pytest.mark.parametrize("half", Half)
 @pytest.mark.parametrize("step", [6, 7])
-def test_each_read_has_its_half_of_the_windows_and_its_stamp(impl, read, step):
-    case = Case(impl, [[1, 3]], [9], step=step, read=read, num_pages_next=[9], entries=[2])
+def test_each_read_has_its_half_of_the_windows_and_its_stamp(impl, half, step):
+    case = Case(impl, [[1, 3]], [9], step=step, half=half, num_pages_next=[9], entries=[2])
     case.hold([0, 1, 2, 3])
     case.run()
-    stamp = 2 * step + (read != Read.FRONT)
+    stamp = 2 * step + (half != Half.FRONT)
     assert case.stamp_of(1) == case.stamp_of(3) == [stamp] * HEADS
     assert case.stamp_of(0) == case.stamp_of(2) == [1] * HEADS
 
@@ -210,7 +210,7 @@ def test_two_requests_that_miss_the_same_page_list_it_twice(impl):
 
 
 def test_pages_that_do_not_exist_yet_are_no_entries(impl):
-    case = Case(impl, [[0, 4, 5, -1]], [5], read=Read.BACK, num_pages_next=[6])
+    case = Case(impl, [[0, 4, 5, -1]], [5], half=Half.BACK, num_pages_next=[6])
     case.hold([0])
     case.run()
     assert case.missing_keys == [8, 9]
@@ -218,17 +218,17 @@ def test_pages_that_do_not_exist_yet_are_no_entries(impl):
 
 
 def test_the_back_windows_of_requests_within_their_budget_are_not_looked_up(impl):
-    case = Case(impl, [[0, 1, 2, 3], [0, 1, 2, 3]], [4, 4], read=Read.BACK, num_pages_next=[4, 5])
+    case = Case(impl, [[0, 1, 2, 3], [0, 1, 2, 3]], [4, 4], half=Half.BACK, num_pages_next=[4, 5])
     case.hold([0, 10])
     case.run()
     assert case.missing_keys == [22, 23, 24, 25, 26, 27]
     assert case.stamp_of(0) == [1] * HEADS and case.stamp_of(10) == [13] * HEADS
-    nobody = Case(impl, [[0, 1]], [2], read=Read.BACK).run()
+    nobody = Case(impl, [[0, 1]], [2], half=Half.BACK).run()
     assert nobody.missing == [] and nobody.counted() == {}
 
 
 def test_first_windows_are_looked_up_within_the_budget_and_over_it(impl):
-    case = Case(impl, [[0, 1], [0, 2, 3, 4]], [2, 5], read=Read.FIRST)
+    case = Case(impl, [[0, 1], [0, 2, 3, 4]], [2, 5], half=Half.BOTH)
     case.hold([0, 12])
     case.run()
     assert case.missing_keys == [2, 3, 20, 21, 26, 27, 28, 29]
@@ -246,8 +246,8 @@ def test_flagged_rows_count_hits_and_misses_and_the_others_demand_misses(impl):
 
 
 @pytest.mark.parametrize("width", [1, 5, 8, 130])
-@pytest.mark.parametrize("read", Read)
-def test_the_kernel_and_the_reference_agree_on_random_windows(impl, width, read):
+@pytest.mark.parametrize("half", Half)
+def test_the_kernel_and_the_reference_agree_on_random_windows(impl, width, half):
     size, num_pages = 4, torch.randint(1, 11, (4,)).tolist()
     budgets = torch.randint(1, width + 1, (size,)).tolist()
     windows = [torch.randperm(12)[: min(width, 12)].tolist() for _ in range(size)]
@@ -255,7 +255,7 @@ def test_the_kernel_and_the_reference_agree_on_random_windows(impl, width, read)
     held = torch.randperm(PAGES)[: PAGES // 2].tolist()
     cases = []
     for ops in (impl.ops, REFERENCE):
-        case = Case(impl, windows, num_pages, budget=budgets, read=read, flagged=flagged, width=width)
+        case = Case(impl, windows, num_pages, budget=budgets, half=half, flagged=flagged, width=width)
         case.hold(held)
         cases.append(case.run(ops))
     ours, reference = cases
@@ -267,15 +267,15 @@ def test_the_kernel_and_the_reference_agree_on_random_windows(impl, width, read)
 @pytest.mark.parametrize("held", [[0, 1, 2, 10, 11], [0, 1, 10, 11], [0, 1, 2, 3, 10]], ids=str)
 def test_keys_listed_once_for_all_layers_find_what_windows_find_or_nothing(held):
     on_cpu = SimpleNamespace(ops=REFERENCE, device="cpu")
-    by_windows, by_keys = (Case(on_cpu, [[0, 1, 2], [0, 1]], [3, 2]) for _ in range(2))
-    for case in (by_windows, by_keys):
+    by_windows, by_pairs = (Case(on_cpu, [[0, 1, 2], [0, 1]], [3, 2]) for _ in range(2))
+    for case in (by_windows, by_pairs):
         case.hold(held)
     by_windows.run()
     is_complete = by_windows.missing == []
-    keys = [page * HEADS + h for pages in ([0, 1, 2], [10, 11]) for h in range(HEADS) for page in pages]
-    blocks = BlockTables(by_keys.table, *(None,) * 5)._replace(last_used=by_keys.last_used)
-    untouched = by_keys.last_used.clone()
-    assert lookup_keys(torch.tensor(keys), blocks, by_keys.batch.step, by_keys.kv_indices) == is_complete
-    assert torch.equal(by_keys.last_used, by_windows.last_used if is_complete else untouched)
-    assert torch.equal(by_keys.kv_indices, by_windows.kv_indices) or not is_complete
+    pairs = [page * HEADS + h for pages in ([0, 1, 2], [10, 11]) for h in range(HEADS) for page in pages]
+    blocks = BlockTables(by_pairs.table, *(None,) * 5)._replace(last_used=by_pairs.last_used)
+    untouched = by_pairs.last_used.clone()
+    assert lookup_pairs(torch.tensor(pairs), blocks, by_pairs.batch.step, by_pairs.kv_indices) == is_complete
+    assert torch.equal(by_pairs.last_used, by_windows.last_used if is_complete else untouched)
+    assert torch.equal(by_pairs.kv_indices, by_windows.kv_indices) or not is_complete
     assert is_complete == (2 in held and 11 in held)

@@ -7,22 +7,22 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from freekv_kernels import Batch, BlockTables, Count, FlagList, KeyList, MissList, Read
+from freekv_kernels import Batch, BlockTables, Claim, Count, FlagList, Half, MissList, PageStore, PairList
 
 LAYERS, HEADS, PAGE = 3, 2, 8
 
 
 def make_misses(
-    impl: SimpleNamespace, keys: list[int], blocks: list[int], entries: list[int] | None = None
+    impl: SimpleNamespace, pairs: list[int], blocks: list[int], entries: list[int] | None = None
 ) -> MissList:
     """A list whose capacity is larger than what it holds; the rest would be copied, were it read."""
 
     def padded(values: list[int], dtype: torch.dtype) -> torch.Tensor:
         return torch.tensor([*values, 0, 0, 0], dtype=dtype, device=impl.device)
 
-    count = torch.tensor([len(keys)], dtype=torch.int32, device=impl.device)
-    entries = padded(entries or [0] * len(keys), torch.int32)
-    return MissList(padded(keys, torch.int64), count, entries, padded(blocks, torch.int32))
+    count = torch.tensor([len(pairs)], dtype=torch.int32, device=impl.device)
+    entries = padded(entries or [0] * len(pairs), torch.int32)
+    return MissList(padded(pairs, torch.int64), count, entries, padded(blocks, torch.int32))
 
 
 class Case:
@@ -38,7 +38,8 @@ class Case:
     def recall(self, layer: int, misses: MissList, kv_indices: torch.Tensor | None = None) -> None:
         unwritten = (self.host_kv, self.table, *misses)
         before = [tensor.clone() for tensor in unwritten]
-        self.impl.ops.recall_blocks(self.host_kv, layer, misses, self.block_kv, self.table, self.counters, kv_indices)
+        store = PageStore(self.host_kv[:, layer], None, self.block_kv, self.table)
+        self.impl.ops.recall_blocks(store, misses, self.counters, kv_indices)
         assert all(torch.equal(x, y) for x, y in zip(before, unwritten, strict=True))
 
     def counted(self) -> dict[str, int]:
@@ -78,10 +79,10 @@ def test_an_empty_list_changes_nothing(impl):
 def test_every_miss_of_a_long_list_is_copied(impl, num_missing):
     case = Case(impl, pages=110)
     case.block_kv = torch.zeros(220, 2, PAGE, 4, device=impl.device)
-    keys, blocks = torch.randperm(220)[:num_missing], torch.randperm(220)[:num_missing]
-    case.recall(1, make_misses(impl, keys.tolist(), blocks.tolist()))
+    pairs, blocks = torch.randperm(220)[:num_missing], torch.randperm(220)[:num_missing]
+    case.recall(1, make_misses(impl, pairs.tolist(), blocks.tolist()))
     expected = torch.zeros_like(case.block_kv, device="cpu")
-    expected[blocks] = case.host_kv[:, 1].flatten(0, 1)[keys].cpu()
+    expected[blocks] = case.host_kv[:, 1].flatten(0, 1)[pairs].cpu()
     assert torch.equal(case.block_kv.cpu(), expected)
     assert case.counted() == {"RECALLS": num_missing}
 
@@ -105,14 +106,14 @@ def test_a_long_window_is_completed(impl, monkeypatch):
     case = Case(impl, pages=110)
     case.table.copy_(torch.randperm(220).view(110, HEADS))
     case.table[13, 1] = -1
-    keys, entries = torch.randint(220, (300,)), torch.randperm(400)[:300]
-    keys[::50] = 13 * HEADS + 1
+    pairs, entries = torch.randint(220, (300,)), torch.randperm(400)[:300]
+    pairs[::50] = 13 * HEADS + 1
     kv_indices = torch.full((400,), 777, dtype=torch.int32, device=impl.device)
-    case.recall(1, make_misses(impl, keys.tolist(), [-1] * 300, entries.tolist()), kv_indices)
+    case.recall(1, make_misses(impl, pairs.tolist(), [-1] * 300, entries.tolist()), kv_indices)
     expected = torch.full((400,), 777, dtype=torch.int32)
-    expected[entries] = case.table.cpu().view(-1)[keys].clamp(min=0)
+    expected[entries] = case.table.cpu().view(-1)[pairs].clamp(min=0)
     assert torch.equal(kv_indices.cpu(), expected)
-    assert case.counted() == {"ABSENT_PAGES": int((keys == 13 * HEADS + 1).sum())}
+    assert case.counted() == {"ABSENT_PAGES": int((pairs == 13 * HEADS + 1).sum())}
 
 
 def test_host_store_and_blocks_may_be_larger_than_2_gi_elements(impl):
@@ -124,7 +125,7 @@ def test_host_store_and_blocks_may_be_larger_than_2_gi_elements(impl):
     record = torch.arange(2 * PAGE * 64).view(2, PAGE, 64).to(torch.int8)
     case.host_kv[-1, 2, 1] = record
     misses = make_misses(impl, [pages * HEADS - 1], [num_blocks - 1])
-    impl.ops.recall_blocks(case.host_kv, 2, misses, case.block_kv, case.table, case.counters)
+    impl.ops.recall_blocks(PageStore(case.host_kv[:, 2], None, case.block_kv, case.table), misses, case.counters)
     assert torch.equal(case.block_kv[-1].cpu(), record)
 
 
@@ -159,7 +160,7 @@ class Steps:
             page_table=ints(self.REQUESTS, 10, dtype=torch.int64),
             num_pages=ints(self.REQUESTS, value=10, dtype=torch.int64),
             num_pages_next=ints(self.REQUESTS, value=10, dtype=torch.int64),
-            budget_pages=ints(self.REQUESTS, value=self.WIDTH, dtype=torch.int64),
+            budget_pages=ints(self.REQUESTS, HEADS, value=self.WIDTH, dtype=torch.int64),
             step=ints(1, dtype=torch.int64),
         )
         self.counters = ints(len(Count), dtype=torch.int64)
@@ -167,19 +168,20 @@ class Steps:
         self.kv_indices = ints(num_entries)
         self.num_entries = num_entries
 
-    def make_resident(self, read: Read) -> None:
+    def make_resident(self, half: Half) -> None:
         """What the engine does with the windows of a step."""
         device, ops = self.impl.device, self.impl.ops
         fields = [torch.full((self.num_entries,), 77, dtype=torch.int32, device=device) for _ in range(3)]
         misses = MissList(fields[0].long(), torch.zeros(1, dtype=torch.int32, device=device), *fields[1:])
         front = ()
-        if read == Read.FRONT:
+        if half == Half.FRONT:
             is_flagged = torch.rand(self.REQUESTS * HEADS, device=device) < 0.5
             front = (FlagList(None, None, is_flagged), self.kv_indptr, self.kv_indices)
-        ops.lookup_blocks(self.windows, self.batch, read, self.blocks, misses, self.counters, *front)
-        between_steps = read == Read.FIRST
-        ops.claim_blocks(misses, self.all_blocks, self.batch.step, protect_back=between_steps, stamp_back=True)
-        ops.recall_blocks(self.host_kv, 1, misses, self.block_kv, self.blocks.table, self.counters, *front[2:])
+        ops.lookup_blocks(self.windows, self.batch, half, self.all_blocks, misses, self.counters, *front)
+        claim = Claim.BETWEEN_STEPS if half == Half.BOTH else Claim.IN_STEP
+        ops.claim_blocks(misses, self.all_blocks, self.batch.step, claim)
+        store = PageStore(self.host_kv[:, 1], None, self.block_kv, self.blocks.table)
+        ops.recall_blocks(store, misses, self.counters, *front[2:])
         self.check()
 
     def select(self, half: int) -> None:
@@ -191,13 +193,13 @@ class Steps:
     def rewrite_pages(self, pages: list[int]) -> None:
         """Pages get a new owner, whose tokens stay resident where blocks are to be had."""
         ops, device = self.impl.ops, self.impl.device
-        keys = torch.tensor([page * HEADS + head for page in pages for head in range(HEADS)], device=device)
-        wanted = KeyList(keys, torch.tensor([len(keys)], dtype=torch.int32, device=device))
-        ops.release_blocks(wanted, self.all_blocks)
+        pairs = torch.tensor([page * HEADS + head for page in pages for head in range(HEADS)], device=device)
+        wanted = PairList(pairs, torch.tensor([len(pairs)], dtype=torch.int32, device=device))
+        ops.forget_blocks(wanted, self.all_blocks)
         self.check()
         self.host_kv[pages] = torch.randn(len(pages), LAYERS, HEADS, 2, PAGE, 4)
-        ops.claim_blocks(wanted, self.all_blocks, self.batch.step, protect_back=True, stamp_back=False)
-        resident = keys[self.blocks.table.view(-1)[keys] >= 0]
+        ops.claim_blocks(wanted, self.all_blocks, self.batch.step, Claim.AS_OLD)
+        resident = pairs[self.blocks.table.view(-1)[pairs] >= 0]
         records = self.host_kv[:, 1].flatten(0, 1)[resident.cpu()]
         self.block_kv[self.blocks.table.view(-1)[resident].long()] = records.to(device)
         self.check()
@@ -226,16 +228,16 @@ def test_attention_never_misses_a_page_whatever_steps_and_prompts_follow_each_ot
         steps.batch.page_table.copy_(rows.expand(steps.REQUESTS, 10))
         steps.batch.step.fill_(step)
         steps.select(half)  # correction
-        steps.make_resident(Read.FRONT)
+        steps.make_resident(Half.FRONT)
         entries = steps.windows[half, 1:].long()
         pages = steps.batch.page_table[:, None].expand(-1, HEADS, -1).gather(2, entries)
         for head in range(HEADS):
             read = steps.kv_indices.view(steps.REQUESTS, HEADS, -1)[:, head].long()
             assert torch.equal(steps.block_kv[read].cpu(), steps.host_kv[pages[:, head].cpu(), 1, head])
         steps.select(1 - half)
-        steps.make_resident(Read.BACK)
+        steps.make_resident(Half.BACK)
         wanted = steps.batch.page_table[:, None].expand(-1, HEADS, -1).gather(2, steps.windows[1 - half, 1:].long())
         steps.rewrite_pages(sorted(set(range(steps.PAGES)) - set(wanted.flatten().tolist()))[: 4 + step])
-        steps.make_resident(Read.FIRST)
+        steps.make_resident(Half.BOTH)
     assert steps.counters[Count.ABSENT_PAGES] == 0
     assert steps.counters[Count.RECALLS] > 0

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from freekv_kernels import Read, summarize_pages
-from tests.support.op_tables import batch_of, decode_keys, flags_of
+from freekv_kernels import Half, summarize_pages
+from tests.support.op_tables import batch_of, decode_keys, flags_of, store_of
 
 FREE = -7.0  # what nobody may overwrite
 
@@ -53,9 +53,9 @@ def free(num_rows, group, max_pages, device):
 )
 def test_a_score_is_the_sum_of_the_larger_products(impl, group, dim):
     queries, summary, table = inputs(impl, heads=3, group=group, dim=dim, batch=2)
-    batch = batch_of(table, [9, 5], [4, 4], rows=[2, 1])
+    batch = batch_of(table, [9, 5], [4, 4], rows=[2, 1], num_kv_heads=3)
     out = free(6, group, 9, impl.device)
-    assert impl.ops.score_pages(queries, summary, batch, Read.BACK, None, out) is out
+    assert impl.ops.score_pages(queries, summary, batch, Half.BACK, None, out) is out
     torch.testing.assert_close(out.cpu(), expected_scores(queries, summary, batch, 3))
 
 
@@ -66,9 +66,9 @@ def test_a_score_is_the_sum_of_the_larger_products(impl, group, dim):
 )
 def test_a_score_with_codes_is_the_largest_product_with_a_decoded_key(impl, group, dim, bits, page_size):
     queries, summary, table = inputs(impl, heads=3, group=group, dim=dim, batch=2)
-    batch, codes = batch_of(table, [9, 5], [4, 4], rows=[2, 1]), codes_for(summary, bits, page_size)
+    batch, codes = batch_of(table, [9, 5], [4, 4], rows=[2, 1], num_kv_heads=3), codes_for(summary, bits, page_size)
     out = free(6, group, 9, impl.device)
-    assert impl.ops.score_pages(queries, summary, batch, Read.BACK, None, out, codes) is out
+    assert impl.ops.score_pages(queries, summary, batch, Half.BACK, None, out, codes) is out
     torch.testing.assert_close(out.cpu(), expected_scores(queries, summary, batch, 3, codes), rtol=1e-5, atol=1e-5)
 
 
@@ -83,8 +83,9 @@ def test_with_codes_a_score_is_as_near_to_the_largest_logit_as_its_steps_are_sho
     errors = []
     for bits in (1, 2, 4):
         codes = codes_for(summary, bits, page_size)
-        impl.ops.encode_pages(torch.arange(4, device=impl.device) * page_size + page_size - 1, host, summary, codes)
-        scores = impl.ops.score_pages(q.to(impl.device), summary, batch, Read.FRONT, codes=codes).cpu()
+        last_slots = torch.arange(4, device=impl.device) * page_size + page_size - 1
+        impl.ops.encode_pages(last_slots, store_of(host, summary), codes)
+        scores = impl.ops.score_pages(q.to(impl.device), summary, batch, Half.FRONT, codes=codes).cpu()
         step = (summary[:, :, 1] - summary[:, :, 0]).cpu() / 2**bits
         bound = torch.einsum("hgd,phd->hgp", q[1].abs(), step / 2)
         error = (scores.view_as(largest) - largest).abs()
@@ -99,7 +100,7 @@ def test_no_token_of_a_page_exceeds_the_pages_score(impl):
     summarize_pages(summary, keys, torch.arange(64), 8)
     q = torch.randn(2, 2, 4, 16)
     batch = batch_of(torch.arange(8, device=impl.device)[None], [8], [4])
-    scores = impl.ops.score_pages(q.to(impl.device), summary.to(impl.device), batch, Read.FRONT).cpu()
+    scores = impl.ops.score_pages(q.to(impl.device), summary.to(impl.device), batch, Half.FRONT).cpu()
     logits = torch.einsum("hgd,thd->hgt", q[1], keys).view(2, 4, 8, 8).amax(-1)
     assert (scores >= logits - 1e-5).all()
 
@@ -109,7 +110,7 @@ def test_no_token_of_a_page_exceeds_the_pages_score(impl):
 def test_scores_of_16_bit_tensors_are_computed_in_fp32(impl, bits, dtype):
     queries, summary, table = inputs(impl, dim=64, dtype=dtype)
     batch, codes = batch_of(table, [9, 9, 9], [4, 4, 4]), codes_for(summary, bits)
-    scores = impl.ops.score_pages(queries, summary, batch, Read.FRONT, codes=codes)
+    scores = impl.ops.score_pages(queries, summary, batch, Half.FRONT, codes=codes)
     assert scores.dtype == torch.float32 and scores.shape == (6, 3, 9)
     near = {"rtol": 2e-3, "atol": 2e-2} if bits else {}  # a GPU rounds a decoded key to the 11 bits of tf32
     torch.testing.assert_close(scores.cpu(), expected_scores(queries, summary, batch, 2, codes), **near)
@@ -121,7 +122,7 @@ def test_requests_within_their_budget_and_padding_keep_their_values(impl, bits):
     codes = codes_for(summary, bits)
     batch = batch_of(table, [9, 8, 1, 0], [8, 8, 8, 0], rows=[3, 1, 2, 0])
     out = free(8, 3, 9, impl.device)
-    impl.ops.score_pages(queries, summary, batch, Read.FRONT, None, out, codes)
+    impl.ops.score_pages(queries, summary, batch, Half.FRONT, None, out, codes)
     expected = expected_scores(queries, summary, batch, 2, codes)
     expected[2:] = FREE
     torch.testing.assert_close(out.cpu(), expected)
@@ -131,10 +132,10 @@ def test_the_step_that_reads_decides_whether_a_request_is_over_its_budget(impl):
     queries, summary, table = inputs(impl, batch=1)
     batch = batch_of(table, [8], [8], num_pages_next=[9])
     expected = expected_scores(queries, summary, batch, 2)
-    for read in Read:
+    for half in Half:
         out = free(2, 3, 9, impl.device)
-        impl.ops.score_pages(queries, summary, batch, read, None, out)
-        wanted = torch.full_like(expected, FREE) if read == Read.FRONT else expected
+        impl.ops.score_pages(queries, summary, batch, half, None, out)
+        wanted = torch.full_like(expected, FREE) if half == Half.FRONT else expected
         torch.testing.assert_close(out.cpu(), wanted)
 
 
@@ -145,7 +146,7 @@ def test_of_a_list_only_its_rows_are_written_whatever_their_order(impl, bits, li
     codes = codes_for(summary, bits)
     batch = batch_of(table, [9, 7, 6], [4, 4, 4])
     out = free(6, 3, 9, impl.device)
-    impl.ops.score_pages(queries, summary, batch, Read.FRONT, flags_of(listed, 6, impl.device), out, codes)
+    impl.ops.score_pages(queries, summary, batch, Half.FRONT, flags_of(listed, 6, impl.device), out, codes)
     expected = expected_scores(queries, summary, batch, 2, codes)
     others = [row for row in range(6) if row not in listed]
     expected[others] = FREE
@@ -158,7 +159,7 @@ def test_a_wider_output_is_written_up_to_the_pages_of_the_table(impl, bits):
     codes = codes_for(summary, bits)
     batch = batch_of(table[:, :7], [7, 7, 6], [4, 4, 4])
     out = free(6, 3, 9, impl.device)
-    impl.ops.score_pages(queries, summary, batch, Read.FRONT, None, out, codes)
+    impl.ops.score_pages(queries, summary, batch, Half.FRONT, None, out, codes)
     torch.testing.assert_close(out[:, :, :7].cpu(), expected_scores(queries, summary, batch, 2, codes))
     assert (out[:, :, 7:] == FREE).all()
 
@@ -170,10 +171,10 @@ def test_programs_share_all_pages_of_long_requests(impl, bits, monkeypatch, num_
     monkeypatch.setattr("freekv_kernels.score_pages_triton.NUM_PROGRAMS", num_programs)
     queries, summary, table = inputs(impl, heads=1, group=1, dim=16 if bits else 128, pages=300, batch=3)
     codes = codes_for(summary, bits)
-    batch = batch_of(table, [300, 129, 64], [4, 4, 4])
+    batch = batch_of(table, [300, 129, 64], [4, 4, 4], num_kv_heads=1)
     out = free(3, 1, 300, impl.device)
     flags = None if listed is None else flags_of(listed, 3, impl.device)
-    impl.ops.score_pages(queries, summary, batch, Read.FRONT, flags, out, codes)
+    impl.ops.score_pages(queries, summary, batch, Half.FRONT, flags, out, codes)
     expected = expected_scores(queries, summary, batch, 1, codes)
     if listed is not None:
         expected[0] = FREE
@@ -188,7 +189,7 @@ def test_summaries_may_lie_more_than_2_to_the_31_elements_apart(impl):
     pages = [0, num_pages - 1, num_pages - 2]
     summary[pages] = torch.randn(3, heads, 2, dim).sort(2).values.to(summary)
     queries = torch.randn(2, heads, 1, dim).to(summary)
-    batch = batch_of(torch.tensor([pages], device=impl.device), [3], [2])
-    scores = impl.ops.score_pages(queries, summary, batch, Read.FRONT).cpu()
+    batch = batch_of(torch.tensor([pages], device=impl.device), [3], [2], num_kv_heads=heads)
+    scores = impl.ops.score_pages(queries, summary, batch, Half.FRONT).cpu()
     known = batch._replace(page_table=torch.tensor([[0, 1, 2]]))
     torch.testing.assert_close(scores, expected_scores(queries, summary[pages], known, heads))

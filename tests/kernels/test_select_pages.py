@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from freekv_kernels import Read
+from freekv_kernels import Half
 from freekv_kernels.select_pages import POOLINGS
 from tests.support.op_tables import batch_of, flags_of
 
@@ -50,47 +50,47 @@ def free_windows(requests, heads, width, device):
 def selected(impl, scores, n, budget, sink, recent, pooling):
     """The window of one (request, KV head); scores [group_size, max_pages]."""
     windows = free_windows(1, 1, budget, impl.device)[:, 1]
-    batch = batch_of(no_table(impl), [n], [budget])
+    batch = batch_of(no_table(impl), [n], [budget], num_kv_heads=1)
     workspace = scores[None].to(impl.device, copy=True)
-    impl.ops.select_pages(workspace, batch, Read.FRONT, sink, recent, pooling, windows, scale=SCALE)
+    impl.ops.select_pages(workspace, batch, Half.FRONT, sink, recent, pooling, windows, scale=SCALE)
     return windows[0, 1, 0].tolist()
 
 
 CASES = [  # pages of each request, budgets, sink, recent, width, reader
-    pytest.param([9, 20, 31], [8, 8, 8], 2, 3, 8, Read.FRONT, id="all-over"),
-    pytest.param([1, 8, 9], [8, 8, 8], 1, 1, 8, Read.BACK, id="one-page-at-and-over-the-budget"),
-    pytest.param([1, 8, 9], [8, 8, 8], 1, 1, 8, Read.FIRST, id="first-windows"),
-    pytest.param([30, 30, 5], [6, 10, 10], 2, 2, 12, Read.FIRST, id="own-budgets"),
-    pytest.param([30, 12], [9, 9], 0, 1, 9, Read.BACK, id="no-sink"),
-    pytest.param([30, 5, 4], [4, 4, 4], 1, 3, 4, Read.FRONT, id="nothing-selected"),
-    pytest.param([30, 5], [3, 3], 0, 3, 6, Read.BACK, id="recent-only"),
-    pytest.param([33], [8], 1, 2, 8, Read.BACK, id="page-not-opened-yet"),
-    pytest.param([10], [9], 1, 1, 40, Read.FIRST, id="wide-window"),
-    pytest.param([700], [64], 1, 2, 64, Read.FRONT, id="many-pages"),
+    pytest.param([9, 20, 31], [8, 8, 8], 2, 3, 8, Half.FRONT, id="all-over"),
+    pytest.param([1, 8, 9], [8, 8, 8], 1, 1, 8, Half.BACK, id="one-page-at-and-over-the-budget"),
+    pytest.param([1, 8, 9], [8, 8, 8], 1, 1, 8, Half.BOTH, id="first-windows"),
+    pytest.param([30, 30, 5], [6, 10, 10], 2, 2, 12, Half.BOTH, id="own-budgets"),
+    pytest.param([30, 12], [9, 9], 0, 1, 9, Half.BACK, id="no-sink"),
+    pytest.param([30, 5, 4], [4, 4, 4], 1, 3, 4, Half.FRONT, id="nothing-selected"),
+    pytest.param([30, 5], [3, 3], 0, 3, 6, Half.BACK, id="recent-only"),
+    pytest.param([33], [8], 1, 2, 8, Half.BACK, id="page-not-opened-yet"),
+    pytest.param([10], [9], 1, 1, 40, Half.BOTH, id="wide-window"),
+    pytest.param([700], [64], 1, 2, 64, Half.FRONT, id="many-pages"),
 ]
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
-@pytest.mark.parametrize("num_pages, budgets, sink, recent, width, read", CASES)
+@pytest.mark.parametrize("num_pages, budgets, sink, recent, width, half", CASES)
 def test_the_window_equals_the_loop_and_nothing_else_is_written(
-    impl, num_pages, budgets, sink, recent, width, read, pooling
+    impl, num_pages, budgets, sink, recent, width, half, pooling
 ):
     heads, requests = 2, len(num_pages)
-    max_pages = max(num_pages) - (read != Read.FRONT)  # the next step's last page may be yet to be opened
+    max_pages = max(num_pages) - (half != Half.FRONT)  # the next step's last page may be yet to be opened
     scores = torch.randn(requests * heads, 3, max_pages)
     windows = free_windows(requests, heads, width, impl.device)
     rows = list(range(requests, 0, -1))
     batch = batch_of(no_table(impl), num_pages, budgets, rows, step=5)
     workspace = scores.to(impl.device, copy=True)
-    impl.ops.select_pages(workspace, batch, read, sink, recent, pooling, windows[:, 1], scale=SCALE)
+    impl.ops.select_pages(workspace, batch, half, sink, recent, pooling, windows[:, 1], scale=SCALE)
 
     expected = torch.full_like(windows, FREE, device="cpu")
-    sides = {Read.FRONT: [1], Read.BACK: [0], Read.FIRST: [0, 1]}[read]  # of step 5
+    halves = {Half.FRONT: [1], Half.BACK: [0], Half.BOTH: [0, 1]}[half]  # of step 5
     for b, (row, n, budget) in enumerate(zip(rows, num_pages, budgets, strict=True)):
         for h in range(heads):
             args = (scores[b * heads + h].double().tolist(), n, budget, sink, recent, width, pooling)
-            for side in sides if n > budget or read == Read.FIRST else []:
-                expected[side, 1, row, h] = torch.tensor(expected_window(*args))
+            for index in halves if n > budget or half == Half.BOTH else []:
+                expected[index, 1, row, h] = torch.tensor(expected_window(*args))
     assert torch.equal(windows.cpu(), expected)
 
 
@@ -103,23 +103,25 @@ def test_groups_of_any_size_and_contexts_of_any_length(impl, group, max_pages, p
     assert selected(impl, scores, n, budget, sink, recent, pooling) == expected
 
 
-@pytest.mark.parametrize("step, side", [(4, 0), (7, 1)])
-def test_the_step_tells_front_from_back(impl, step, side):
-    for read, written in ((Read.FRONT, side), (Read.BACK, 1 - side)):
+@pytest.mark.parametrize("step, front", [(4, 0), (7, 1)])
+def test_the_step_tells_front_from_back(impl, step, front):
+    for half, written in ((Half.FRONT, front), (Half.BACK, 1 - front)):
         windows = free_windows(1, 1, 8, impl.device)[:, 1]
         scores = torch.randn(1, 2, 20, device=impl.device)
-        impl.ops.select_pages(scores, batch_of(no_table(impl), [20], [8], step=step), read, 1, 1, "softmax", windows)
+        impl.ops.select_pages(
+            scores, batch_of(no_table(impl), [20], [8], step=step, num_kv_heads=1), half, 1, 1, "softmax", windows
+        )
         assert (windows[written, 1] >= 0).all() and (windows[1 - written] == FREE).all()
 
 
 def test_the_step_that_reads_decides_how_many_pages_there_are(impl):
-    batch = batch_of(no_table(impl), [8], [8], num_pages_next=[9])
-    for read, last in ((Read.FRONT, FREE), (Read.BACK, 8), (Read.FIRST, 8)):
+    batch = batch_of(no_table(impl), [8], [8], num_pages_next=[9], num_kv_heads=1)
+    for half, last in ((Half.FRONT, FREE), (Half.BACK, 8), (Half.BOTH, 8)):
         windows = free_windows(1, 1, 8, impl.device)[:, 1]
         scores = torch.randn(1, 2, 8, device=impl.device)
-        impl.ops.select_pages(scores, batch, read, 1, 2, "softmax", windows)
-        assert windows[read % 2, 1, 0, -1] == last
-        assert windows[read % 2, 1, 0, -2] == (FREE if read == Read.FRONT else 7)
+        impl.ops.select_pages(scores, batch, half, 1, 2, "softmax", windows)
+        assert windows[half % 2, 1, 0, -1] == last
+        assert windows[half % 2, 1, 0, -2] == (FREE if half == Half.FRONT else 7)
 
 
 @pytest.mark.parametrize("listed", [[], [3], [1, 0, 4, 2, 5, 3]], ids=str)
@@ -129,7 +131,7 @@ def test_of_a_list_only_its_rows_are_written_whatever_their_order(impl, listed):
     windows = free_windows(3, heads, 8, impl.device)
     flags = flags_of(listed, 6, impl.device)
     batch = batch_of(no_table(impl), num_pages, budgets)
-    impl.ops.select_pages(scores.to(impl.device, copy=True), batch, Read.FRONT, 1, 2, "softmax", windows[:, 1], flags)
+    impl.ops.select_pages(scores.to(impl.device, copy=True), batch, Half.FRONT, 1, 2, "softmax", windows[:, 1], flags)
     expected = torch.full_like(windows, FREE, device="cpu")
     for row in listed:
         b, h = divmod(row, heads)
@@ -138,13 +140,13 @@ def test_of_a_list_only_its_rows_are_written_whatever_their_order(impl, listed):
     assert torch.equal(windows.cpu(), expected)
 
 
-@pytest.mark.parametrize("read", [Read.FRONT, Read.BACK])
-def test_padding_writes_nothing(impl, read):
+@pytest.mark.parametrize("half", [Half.FRONT, Half.BACK])
+def test_padding_writes_nothing(impl, half):
     windows = free_windows(2, 2, 8, impl.device)
     batch = batch_of(no_table(impl), [20, 0, 0], [8, 0, 8], rows=[1, 0, 0])
     scores = torch.randn(6, 3, 20, device=impl.device)
-    impl.ops.select_pages(scores, batch, read, 1, 1, "softmax", windows[:, 1])
-    assert (windows[:, 1, 0] == FREE).all() and (windows[read % 2, 1, 1] != FREE).all()
+    impl.ops.select_pages(scores, batch, half, 1, 1, "softmax", windows[:, 1])
+    assert (windows[:, 1, 0] == FREE).all() and (windows[half % 2, 1, 1] != FREE).all()
 
 
 @pytest.mark.parametrize("pooling", ["softmax", "mean"])

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from freekv_kernels import REFERENCE
+from freekv_kernels import REFERENCE, PageStore
 
 LAYERS, LAYER, PAGE = 3, 1, 8
 
@@ -34,7 +34,9 @@ def store(ops, k, v, slots, memory):
     pages = torch.tensor(slots) // PAGE
     starts = [i for i in range(len(slots)) if i == 0 or pages[i] != pages[i - 1]] + [len(slots)]
     slots, starts = torch.tensor(slots, device=k.device), torch.tensor(starts, device=k.device)
-    ops.store_pages(k, v, slots, starts, memory.host[:, LAYER], memory.summary, memory.block_kv, memory.table)
+    ops.store_pages(
+        k, v, slots, starts, PageStore(memory.host[:, LAYER], memory.summary, memory.block_kv, memory.table)
+    )
     if k.is_cuda:
         torch.cuda.synchronize()
 
@@ -137,7 +139,7 @@ def test_pages_and_blocks_past_two_billion_elements_are_reached(impl):
     if impl.device == "cuda":
         pytest.skip("costs gigabytes of pinned memory; untouched CPU memory costs nothing")
     memory = make(impl, num_pages=3, dtype=torch.float16, resident=())
-    record, far = 2 * 2 * PAGE * 16, 2**30 + 64  # elements of a page of one layer, and from page to page
+    record, far = 2 * 2 * PAGE * 16, 2**30 + 256  # elements of a page of one layer, and from page to page
     storage = torch.empty(2 * far + LAYERS * record, dtype=torch.float16)
     memory.host = storage.as_strided((3, LAYERS, 2, 2, PAGE, 16), (far, record, record // 2, PAGE * 16, 16, 1))
     memory.block_kv = torch.empty(2**31 // (record // 2) + 2, 2, PAGE, 16, dtype=torch.float16)

@@ -61,12 +61,12 @@ def test_a_request_on_reused_pages_sees_only_its_own_tokens(engine: SimulatedEng
 def test_a_step_that_has_not_run_keeps_the_budget_of_its_request_when_the_row_gets_another(
     engine: SimulatedEngine,
 ) -> None:
-    budgets = engine.memory.windows.budget_pages
+    budgets = engine.memory.budgets.pages
     old = engine.requests[0]
     engine.leave(old)
     newcomer = engine.start(make_trace(GEOMETRY, 10 * PAGE, seed=9), 9 * PAGE, budget_tokens=5 * PAGE)
     engine.prefill([(newcomer, 5 * PAGE + 1)])
     assert newcomer.row == old.row
-    assert budgets[old.row] == 4
+    assert (budgets[old.row] == 4).all()
     engine.prefill_whole(newcomer)
-    assert budgets[old.row] == 5
+    assert (budgets[old.row] == 5).all()

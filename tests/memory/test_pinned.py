@@ -92,9 +92,9 @@ def test_release_unpins_every_piece_and_repeating_it_does_nothing(caplog):
     driver = RecordingDriver()
     memory = PinnedMemory(8 * MIB, driver, piece_bytes=MIB)
     assert len(driver.pinned) == 8
-    memory.release()
+    memory.unpin()
     assert not driver.pinned
-    memory.release()
+    memory.unpin()
     assert not caplog.records
     assert not memory.tensor.any()  # still memory of the CPU
 
@@ -103,7 +103,7 @@ def test_a_piece_that_cannot_be_unpinned_is_reported_and_the_others_are_unpinned
     driver = RecordingDriver()
     memory = PinnedMemory(4 * MIB, driver, piece_bytes=MIB)
     del driver.pinned[memory.tensor.data_ptr() + MIB]
-    memory.release()
+    memory.unpin()
     assert not driver.pinned
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "not registered" in caplog.text

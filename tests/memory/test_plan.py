@@ -14,8 +14,8 @@ from sglang_freekv.attention.cpu import TorchWindowAttention
 from sglang_freekv.config import KEY_BITS, PAGE_SIZES, FreeKVConfig
 from sglang_freekv.flags import take_options
 from sglang_freekv.memory.geometry import Geometry
-from sglang_freekv.memory.host_store import HostStore
 from sglang_freekv.memory.kv_memory import KVMemory
+from sglang_freekv.memory.page_index import INDEXES
 from sglang_freekv.memory.plan import GIB, plan_memory, workspace_bytes
 from sglang_freekv.memory.units import in_words
 from sglang_freekv.serving import pool_sizes
@@ -85,9 +85,9 @@ def test_blocks_of_a_given_size_leave_room_for_the_buffers():
 def test_the_workspace_is_what_the_memory_and_the_attention_allocate(dense_layers):
     max_requests, config = 3, FreeKVConfig(dense_layers=dense_layers)
     max_pages = CONTEXT // 32
-    sizes = {"num_pages": 2, "num_blocks": 2, "max_requests": max_requests, "max_context": CONTEXT}
-    memory = KVMemory(LLAMA_8B, config, **sizes)
-    tensors = [*memory._batch[:-1], *memory._flags, *memory._misses[0], *memory._misses[1], memory.opened.keys]
+    sizes = {"num_host_pages": 2, "num_blocks": 2, "max_requests": max_requests, "max_context": CONTEXT}
+    tables = KVMemory(LLAMA_8B, config, **sizes).tables
+    tensors = [*tables._batch[:-1], *tables._flags, *tables._misses[0], *tables._misses[1], tables.opened.pairs]
     rows = max_requests * LLAMA_8B.num_kv_heads
     tensors += [torch.empty((rows, LLAMA_8B.group_size, max_pages), device="meta")] * 2  # scores; a CPU keeps none
     for width in (config.max_budget_pages, *([max_pages] if dense_layers else [])):
@@ -100,8 +100,8 @@ def test_the_workspace_is_what_the_memory_and_the_attention_allocate(dense_layer
 @pytest.mark.parametrize("page_size", PAGE_SIZES)
 def test_what_is_planned_for_a_page_is_what_pages_are_selected_by(page_size, key_bits):
     geometry = Geometry(3, 6, 2, 24, torch.bfloat16, page_size, key_bits)
-    host = HostStore(geometry, 5, "cpu")
-    assert host.summary.nbytes + host.codes.nbytes == 5 * geometry.summary_bytes
+    index = INDEXES["codes" if key_bits else "min-max"]
+    assert index(geometry, 5, "cpu").nbytes == 5 * index.page_bytes(geometry)
 
 
 def test_the_codes_of_a_key_must_be_whole_bytes():
@@ -109,12 +109,13 @@ def test_the_codes_of_a_key_must_be_whole_bytes():
         dataclasses.replace(LLAMA_8B, head_dim=20, key_bits=1)
 
 
-@pytest.mark.parametrize("changes", [{"key_bits": 0}, {"page_size": 16}], ids=str)
-def test_a_geometry_that_differs_from_the_config_is_refused(changes):
-    (name,) = changes
-    sizes = {"num_pages": 2, "num_blocks": 2, "max_requests": 1, "max_context": 1024}
-    with pytest.raises(ValueError, match=f"^{name} is {changes[name]} in the geometry and "):
-        KVMemory(dataclasses.replace(LLAMA_8B, **changes), CONFIG, **sizes)
+def test_the_geometry_owns_the_page_size_and_the_bits_of_codes():
+    sizes = {"num_host_pages": 2, "num_blocks": 2, "max_requests": 1, "max_context": 1024}
+    memory = KVMemory(dataclasses.replace(LLAMA_8B, page_size=16, key_bits=4), CONFIG, **sizes)
+    assert (memory.max_pages, memory.sizes.budget * 16) == (64, CONFIG.budget_tokens)
+    assert memory.index.codes.shape[3:] == (16, 64)
+    with pytest.raises(ValueError, match="An index of codes needs bits"):
+        KVMemory(dataclasses.replace(LLAMA_8B, key_bits=0), CONFIG, **sizes)
 
 
 def test_a_gpu_that_cannot_run_one_request_is_refused_with_the_flags_to_change():

@@ -363,7 +363,7 @@ def test_the_cache_of_either_sort_releases_the_host_store_when_the_scheduler_end
     from sglang_freekv.serving.radix_cache import create_radix_cache
 
     released = []
-    memory = types.SimpleNamespace(release=lambda: released.append(True))
+    memory = types.SimpleNamespace(unpin=lambda: released.append(True))
     pool = types.SimpleNamespace(memory=memory)
     allocator = types.SimpleNamespace(get_kvcache=lambda: pool, device="cpu")
     params = CacheInitParams(

@@ -24,7 +24,7 @@ EXTEND = SimpleNamespace(is_decode=lambda: False, is_extend=lambda: True, is_idl
 def make_backend(stored: int) -> FreeKVAttentionBackend:
     """A backend for one layer whose heads are stored `stored` wide; row 1 has the slots from page 1 on."""
     geometry = Geometry(1, NUM_QO_HEADS, NUM_KV_HEADS, stored, torch.float32, key_bits=CONFIG.key_bits)
-    memory = KVMemory(geometry, CONFIG, num_pages=40, num_blocks=200, max_requests=4, max_context=20 * PAGE)
+    memory = KVMemory(geometry, CONFIG, num_host_pages=40, num_blocks=200, max_requests=4, max_context=20 * PAGE)
     pool = FreeKVPool.__new__(FreeKVPool)
     pool.memory, pool.start_layer = memory, 0
     req_to_token = torch.zeros(5, 20 * PAGE, dtype=torch.int32)

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from freekv_kernels import Count, KeyList
+from freekv_kernels import Count, PairList
 from sglang_freekv.config import FreeKVConfig
 from sglang_freekv.memory.geometry import Geometry
 from sglang_freekv.serving import debug_dump
@@ -49,7 +49,7 @@ def step(engine: SimulatedEngine, dump: DebugDump, *reqs: SimpleNamespace) -> No
     """A decode step of the engine's requests, of which `reqs` may ask for dumps."""
     dump.begin_batch(reqs)
     engine.decode()
-    plan = engine.retrieval.last_plan
+    plan = engine.decoder.last_plan
     dump.end_batch(plan.batch, plan.flags)
 
 
@@ -63,7 +63,7 @@ def test_a_line_is_what_the_step_attended_to(engine: SimulatedEngine, dump: Debu
     step(engine, dump, asking(request.row))
     ((header, line),) = read(tmp_path)
     assert header["config"]["budget_tokens"] == 4 * PAGE and header["num_prompt_tokens"] == 9
-    assert (line["event"], line["num_tokens"], line["budget_pages"]) == ("decode", request.length, 4)
+    assert (line["event"], line["num_tokens"], line["budget_pages"]) == ("decode", request.length, [4, 4])
     pages = [page for first, count in line["host_page_runs"] for page in range(first, first + count)]
     assert pages == request.pages
     assert line["not_full"] == [[len(pages) - 1, (request.length - 1) % PAGE + 1]]
@@ -86,10 +86,10 @@ def test_lines_tell_which_heads_were_corrected(engine: SimulatedEngine, dump: De
 
 
 def test_the_flags_of_a_layer_outlive_the_next_layer(engine: SimulatedEngine):
-    first, second, _ = engine.memory.flags(2)
+    first, second, _ = engine.memory.tables.flags(2)
     assert first.is_flagged.data_ptr() != second.is_flagged.data_ptr()
     without = SimulatedEngine(GEOMETRY, FreeKVConfig(budget_tokens=4 * PAGE, sink_tokens=PAGE, recent_tokens=PAGE))
-    first, second, _ = without.memory.flags(2)
+    first, second, _ = without.memory.tables.flags(2)
     assert first.is_flagged.data_ptr() == second.is_flagged.data_ptr(), "without dumps it costs no memory"
 
 
@@ -99,8 +99,8 @@ def test_a_window_entry_without_a_block_is_told(engine: SimulatedEngine, dump: D
     engine.decode()
     lost, head = engine.front(0)[request.row, 1, 1].item(), 1
     key = request.pages[lost] * GEOMETRY.num_kv_heads + head
-    engine.memory.blocks.release(KeyList(torch.tensor([key]), torch.tensor([1], dtype=torch.int32)))
-    plan = engine.retrieval.last_plan
+    engine.memory.blocks.forget(PairList(torch.tensor([key]), torch.tensor([1], dtype=torch.int32)))
+    plan = engine.decoder.last_plan
     dump.end_batch(plan.batch, plan.flags)
     layers = read(tmp_path)[0][1]["layers"]
     assert layers[0]["front_absent"] == [[], [lost]]
@@ -164,7 +164,7 @@ def test_the_name_of_a_request_cannot_lead_out_of_the_folder(
 
 
 def test_a_failed_audit_leaves_every_request_of_the_batch(engine: SimulatedEngine, dump: DebugDump, tmp_path: Path):
-    plan = engine.retrieval.last_plan
+    plan = engine.decoder.last_plan
     path = dump.write_failure(RuntimeError("a block differs"), plan.batch, plan.flags)
     ((header, *lines),) = read(tmp_path)
     assert path.parent == tmp_path and "audit-failure" in path.name

@@ -12,7 +12,9 @@ from contextlib import contextmanager
 import torch
 
 from freekv_kernels import Ops
-from sglang_freekv.algorithm.decode import Retrieval
+from sglang_freekv.algorithm.decode import Decode
+from sglang_freekv.algorithm.inputs import DecodeInput
+from sglang_freekv.memory.layers import WINDOWED
 from tests.support.reference_checks import Request
 from tests.support.simulated_requests import SimulatedEngine
 
@@ -26,14 +28,14 @@ class RecordingEngine(SimulatedEngine):
     def record(self) -> None:
         g, size = self.geometry, self.memory.max_requests
         shape = (size * g.num_kv_heads, g.group_size, self.memory.max_pages)
-        self.memory.scores = [torch.zeros(shape), torch.zeros(shape)]  # at fixed addresses, as on a GPU
+        self.memory.tables._scores = [torch.zeros(shape), torch.zeros(shape)]  # at fixed addresses, as on a GPU
         heads = (g.num_qo_heads, g.num_kv_heads, g.num_kv_heads)
         self._qkv = [torch.randn(g.num_layers, size, n, g.head_dim, dtype=g.dtype) for n in heads]
         self._calls: list[Callable[[], torch.Tensor | None]] = []
         self._plan_padded([])
-        with self._recording(self.retrieval):
+        with self._recording(self.decoder):
             for layer in range(g.num_layers):
-                self.retrieval.run(layer, *(x[layer] for x in self._qkv), self.scale)
+                self.decoder.run(layer, *(x[layer] for x in self._qkv), self.scale)
 
     def plan_decode(self, requests: list[Request]) -> None:
         self._plan_padded(requests)
@@ -52,11 +54,11 @@ class RecordingEngine(SimulatedEngine):
         padding = self.memory.max_requests - len(requests)
         slots = self.req_to_token[self._tensor(rows), self._tensor(lens) - 1].long()
         padded_rows, padded_lens = self._tensor([*rows, *[0] * padding]), self._tensor([*lens, *[1] * padding])
-        self.retrieval.plan(padded_rows, padded_lens, slots, self.req_to_token, rows, lens, in_graph=True)
+        self.decoder.plan(DecodeInput(padded_rows, padded_lens, slots, self.req_to_token, rows, lens), in_graph=True)
 
     @contextmanager
-    def _recording(self, retrieval: Retrieval) -> Iterator[None]:
-        memory, attention = retrieval.memory, retrieval._window_attention
+    def _recording(self, decode: Decode) -> Iterator[None]:
+        memory, attention = decode.memory, decode.attentions[WINDOWED]
         ops, run = memory.ops, attention.run
         memory.ops = Ops(*(self._recorded(op, returns=False) for op in ops))
         attention.run = self._recorded(run, returns=True)

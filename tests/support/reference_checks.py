@@ -133,11 +133,11 @@ class ReferenceChecks:
             keys, values = (x[:, tokens].transpose(1, 2) for x in (trace.k, trace.v))  # [L, H, tokens, D]
             assert host.kv[page, :, :, 0, :num_tokens].equal(keys)
             assert host.kv[page, :, :, 1, :num_tokens].equal(values)
-            summary = host.summary[:, page].cpu()
+            summary = self.memory.index.summaries[:, page].cpu()
             assert summary[:, :, 0].equal(keys.amin(dim=2))
             assert summary[:, :, 1].equal(keys.amax(dim=2))
             if self.memory.geometry.key_bits and num_tokens == self.page_size:
-                decoded, step = decode_keys(summary, host.codes[:, page])
+                decoded, step = decode_keys(summary, self.memory.index.codes[:, page])
                 assert ((decoded - keys).abs() <= step * (0.5 + ROUNDING)).all(), f"codes of page {page}"
 
 

@@ -11,8 +11,9 @@ from dataclasses import replace
 
 import torch
 
-from freekv_kernels import KeyList, Ops
+from freekv_kernels import Ops, PairList
 from sglang_freekv.algorithm.engine import build_engine
+from sglang_freekv.algorithm.inputs import DecodeInput, ExtendInput
 from sglang_freekv.config import FreeKVConfig
 from sglang_freekv.memory.geometry import Geometry
 from sglang_freekv.memory.kv_memory import KVMemory
@@ -64,18 +65,19 @@ class SimulatedEngine:
         self.memory = KVMemory(
             g,
             config,
-            num_pages=num_pages,
+            num_host_pages=num_pages,
             num_blocks=num_blocks,
             max_requests=max_requests,
             max_context=num_pages * g.page_size,
             device=device,
             ops=ops,
         )
-        host, blocks = self.memory.host, self.memory.blocks
-        for tensor in (host.kv, host.summary, self.memory.arena, *blocks.kv):
+        host, index, blocks = self.memory.host, self.memory.index, self.memory.blocks
+        for tensor in (host.kv, index.summaries, self.memory.arena, *blocks.kv):
             tensor.fill_(math.nan)  # what is read before it is written shows
-        host.codes.fill_(UNWRITTEN_CODE)
-        self.retrieval, self.prefiller = build_engine(self.memory)
+        if g.key_bits:
+            index.codes.fill_(UNWRITTEN_CODE)
+        self.decoder, self.prefiller = build_engine(self.memory)
         self.rule = Rule(
             num_layers=g.num_layers,
             num_qo_heads=g.num_qo_heads,
@@ -176,7 +178,7 @@ class SimulatedEngine:
         slots = torch.cat([self.req_to_token[r.row, first:last] for r, first, last in spans]).long()
         starts, lens = [first for _, first, _ in spans], [num_tokens for _, num_tokens in chunks]
         is_final = [request.is_decoding for request, _ in chunks]
-        self.prefiller.plan(self._tensor(rows), slots, self.req_to_token, rows, starts, lens, is_final)
+        self.prefiller.plan(ExtendInput(self._tensor(rows), slots, self.req_to_token, rows, starts, lens, is_final))
         outputs = []
         for layer in range(self.geometry.num_layers):
             parts = [request.trace.tokens(layer, first, last) for request, first, last in spans]
@@ -221,16 +223,16 @@ class SimulatedEngine:
     def plan_decode(self, requests: list[Request]) -> None:
         rows, lens = [request.row for request in requests], [request.length for request in requests]
         slots = self.req_to_token[self._tensor(rows), self._tensor(lens) - 1].long()
-        self.retrieval.plan(self._tensor(rows), self._tensor(lens), slots, self.req_to_token, rows, lens)
+        self.decoder.plan(DecodeInput(self._tensor(rows), self._tensor(lens), slots, self.req_to_token, rows, lens))
 
     def run_decode(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return self.retrieval.run(layer, q, k, v, self.scale)
+        return self.decoder.run(layer, q, k, v, self.scale)
 
     def forget_blocks(self, pages: list[int]) -> None:
         """Evict every block of some pages."""
         num_kv_heads = self.geometry.num_kv_heads
-        keys = [page * num_kv_heads + head for page in pages for head in range(num_kv_heads)]
-        self.memory.blocks.release(KeyList(self._tensor(keys), self._tensor([len(keys)]).int()))
+        pairs = [page * num_kv_heads + head for page in pages for head in range(num_kv_heads)]
+        self.memory.blocks.forget(PairList(self._tensor(pairs), self._tensor([len(pairs)]).int()))
 
     def front(self, layer: int) -> torch.Tensor:
         """The windows `[max_requests + 1, H, W]` that the last step read."""

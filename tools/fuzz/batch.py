@@ -12,6 +12,7 @@ import torch
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
+from freekv_kernels import Half
 from tools.fuzz.attention import check_decode, check_prefill
 from tools.fuzz.setups import PAGE_SIZE
 
@@ -98,8 +99,8 @@ class Batch:
     def front_windows(self, layer: int, index: int) -> np.ndarray:
         """Logical pages that a decode step reads of a member: ``[num_kv_heads, n]``."""
         memory, num_pages = self._backend.memory, len(self.pages[index])
-        if layer in memory.blocks.dense_layers:
+        if not memory.kinds[layer].selects:
             return np.tile(np.arange(num_pages), (memory.geometry.num_kv_heads, 1))
-        side = int(memory.blocks.step) % 2
-        window = memory.windows.pages[side, layer, self.rows[index]].numpy()
+        (half,) = Half.FRONT.indices(int(memory.blocks.step))
+        window = memory.windows.pages[half, layer, self.rows[index]].numpy()
         return window[:, : min(num_pages, self.members[index].life.budget_pages)]

@@ -184,9 +184,10 @@ def a_reused_page_counts_its_last_owner_s_tokens(patch: MonkeyPatch) -> None:
 
 @fault("is not what was written|wrong output|wrong summary|wrong codes")
 def a_chunk_is_written_to_another_page_as_well(patch: MonkeyPatch) -> None:
-    def store(original, k, v, slots, page_starts, host_kv, *rest):
-        original(k, v, slots, page_starts, host_kv, *rest)
-        host_kv[1:][slots[-1] // host_kv.shape[3] % (len(host_kv) - 1), 0, 0, 0] = k[-1, 0]
+    def store(original, k, v, slots, page_starts, store):
+        original(k, v, slots, page_starts, store)
+        others = store.host_kv[1:]
+        others[slots[-1] // PAGE_SIZE % len(others), 0, 0, 0] = k[-1, 0]
 
     wrap_op(patch, "store_pages", store)
 

@@ -6,10 +6,10 @@ import sys
 
 from pytest import MonkeyPatch
 
-from freekv_kernels import Read
-from sglang_freekv.algorithm.decode import Retrieval
+from freekv_kernels import Half
+from sglang_freekv.algorithm.decode import Decode
+from sglang_freekv.memory.budgets import Budgets
 from sglang_freekv.memory.device_blocks import DeviceBlocks
-from sglang_freekv.memory.windows import Windows
 from tools.fuzz.planting import fault, faults_in, wrap, wrap_op
 
 # Blocks
@@ -17,22 +17,25 @@ from tools.fuzz.planting import fault, faults_in, wrap, wrap_op
 
 @fault("differs from host page|wrong output of a decode step")
 def a_decoded_token_does_not_reach_its_block(patch: MonkeyPatch) -> None:
-    def append(original, q, k, v, batch, tau, host_kv, summary, block_kv, *rest):
-        original(q, k, v, batch, tau, host_kv, summary, block_kv.clone(), *rest)
+    def append(original, q, k, v, batch, tau, store, *rest):
+        original(q, k, v, batch, tau, store._replace(block_kv=store.block_kv.clone()), *rest)
 
     wrap_op(patch, "append_tokens", append)
 
 
 @fault("differs from host page|wrong output of a decode step")
 def a_recall_copies_the_other_head(patch: MonkeyPatch) -> None:
-    wrap_op(patch, "recall_blocks", lambda original, host_kv, *rest: original(host_kv.flip(2).contiguous(), *rest))
+    def recall(original, store, *rest):
+        original(store._replace(host_kv=store.host_kv.flip(1).contiguous()), *rest)
+
+    wrap_op(patch, "recall_blocks", recall)
 
 
 @fault("disagree")
 def an_evicted_block_keeps_its_row_of_the_block_table(patch: MonkeyPatch) -> None:
-    def claim(original, keys, blocks, *stamps):
+    def claim(original, pairs, blocks, *stamps):
         before = blocks.table.clone()
-        claimed = original(keys, blocks, *stamps)
+        claimed = original(pairs, blocks, *stamps)
         blocks.table.copy_(blocks.table.where(blocks.table >= 0, before))
         return claimed
 
@@ -41,9 +44,9 @@ def an_evicted_block_keeps_its_row_of_the_block_table(patch: MonkeyPatch) -> Non
 
 @fault("disagree|not either free or owned")
 def two_requests_claim_the_same_free_block(patch: MonkeyPatch) -> None:
-    def claim(original, keys, blocks, *stamps):
+    def claim(original, pairs, blocks, *stamps):
         before = blocks.num_free.clone()
-        claimed = original(keys, blocks, *stamps)
+        claimed = original(pairs, blocks, *stamps)
         blocks.num_free.copy_(before)
         return claimed
 
@@ -51,28 +54,28 @@ def two_requests_claim_the_same_free_block(patch: MonkeyPatch) -> None:
 
 
 @fault("not either free or owned")
-def a_released_block_is_lost(patch: MonkeyPatch) -> None:
-    def release(original, keys, blocks):
+def a_forgotten_block_is_lost(patch: MonkeyPatch) -> None:
+    def forget(original, pairs, blocks):
         before = blocks.num_free.clone()
-        original(keys, blocks)
+        original(pairs, blocks)
         blocks.num_free.copy_(before)
 
-    wrap_op(patch, "release_blocks", release)
+    wrap_op(patch, "forget_blocks", forget)
 
 
 @fault("lost their blocks|has no block|without a block|wrong output of a decode step")
 def a_claim_takes_blocks_of_windows(patch: MonkeyPatch) -> None:
-    def claim(original, keys, blocks, protect_from, stamp):
-        return original(keys, blocks, 1 << 31, stamp)
+    def claim(original, pairs, blocks, protect_from, stamp):
+        return original(pairs, blocks, 1 << 31, stamp)
 
     wrap(patch, sys.modules["freekv_kernels.claim_blocks"], "_claim", claim)
 
 
 @fault("lost their blocks|has no block|without a block|wrong output of a decode step")
 def a_window_does_not_stamp_its_blocks(patch: MonkeyPatch) -> None:
-    def lookup(original, windows, batch, read, blocks, *rest, **kwargs):
+    def lookup(original, windows, batch, half, blocks, *rest, **kwargs):
         before = blocks.last_used.clone()
-        original(windows, batch, read, blocks, *rest, **kwargs)
+        original(windows, batch, half, blocks, *rest, **kwargs)
         blocks.last_used.copy_(before)
 
     wrap_op(patch, "lookup_blocks", lookup)
@@ -80,10 +83,10 @@ def a_window_does_not_stamp_its_blocks(patch: MonkeyPatch) -> None:
 
 @fault("has no block|without a block|wrong output of a decode step", setup="stamps end")
 def stamps_that_ended_are_never_old(patch: MonkeyPatch) -> None:
-    def begin_step(self, number):
+    def advance(self, number):
         self.step.fill_(2) if number == 1 << 29 else self.step.add_(1)
 
-    patch.setattr(DeviceBlocks, "begin_step", begin_step)
+    patch.setattr(DeviceBlocks, "advance", advance)
 
 
 # Windows and what a step reads
@@ -98,13 +101,13 @@ def a_row_keeps_the_budget_of_its_last_owner(patch: MonkeyPatch) -> None:
             original(self, row, budget_pages)
         self.seen.add(row)
 
-    wrap(patch, Windows, "admit", admit)
+    wrap(patch, Budgets, "admit", admit)
 
 
 @fault("worse by|not of the expected form")
 def the_first_window_is_chosen_by_another_row_s_query(patch: MonkeyPatch) -> None:
-    def score(original, last_q, summary, batch, read, *rest):
-        return original(last_q.roll(1, 0) if read == Read.FIRST else last_q, summary, batch, read, *rest)
+    def score(original, last_q, summary, batch, half, *rest):
+        return original(last_q.roll(1, 0) if half == Half.BOTH else last_q, summary, batch, half, *rest)
 
     wrap_op(patch, "score_pages", score)
 
@@ -113,9 +116,9 @@ def the_first_window_is_chosen_by_another_row_s_query(patch: MonkeyPatch) -> Non
 def a_step_reads_the_request_table_when_it_runs(patch: MonkeyPatch) -> None:
     """Not when it was planned; what finished meanwhile has given its row to another request."""
 
-    def plan(original, self, rows, seq_lens, slots, req_to_token, *rest):
-        self.live_table = req_to_token
-        return original(self, rows, seq_lens, slots, req_to_token, *rest)
+    def plan(original, self, step, *rest):
+        self.live_table = step.req_to_token
+        return original(self, step, *rest)
 
     def run(original, self, *args):
         batch, page_size = self.last_plan.batch, self.memory.geometry.page_size
@@ -123,14 +126,14 @@ def a_step_reads_the_request_table_when_it_runs(patch: MonkeyPatch) -> None:
         batch.page_table.copy_(self.live_table[batch.rows, :width:page_size] // page_size)
         return original(self, *args)
 
-    wrap(patch, Retrieval, "plan", plan)
-    wrap(patch, Retrieval, "run", run)
+    wrap(patch, Decode, "plan", plan)
+    wrap(patch, Decode, "run", run)
 
 
 @fault("wrong output of a prefill")
 def prefill_reads_its_prefix_from_other_pages(patch: MonkeyPatch) -> None:
-    def fill(original, arena, host_kv, pages, *rest):
-        original(arena, host_kv, pages.roll(1), *rest)
+    def fill(original, arena, store, pages):
+        original(arena, store, pages.roll(1))
 
     wrap_op(patch, "fill_arena", fill)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from sglang_freekv.algorithm.audit import audit_summaries
+from sglang_freekv.algorithm.audit import audit_index
 from sglang_freekv.memory.kv_memory import KVMemory
 from tools.fuzz.texts import Values
 
@@ -17,18 +17,20 @@ class Ledger:
 
     Attributes
     ----------
-    content : int64, ``[num_pages * page_size]``
+    content : int64, ``[num_host_pages * page_size]``
         Hash of the token that each slot holds, with all tokens before it.
-    filled : int32, ``[num_pages]``
+    filled : int32, ``[num_host_pages]``
         Tokens of each page's present owner.
     """
 
     def __init__(self, memory: KVMemory, values: Values) -> None:
         self.memory, self.values = memory, values
         self.page_size = memory.geometry.page_size
-        self.content = np.full(memory.host.num_pages * self.page_size, UNWRITTEN)
+        self.content = np.full(memory.host.num_host_pages * self.page_size, UNWRITTEN)
         self.filled = memory.host.filled.numpy().copy()
-        self._engine = {name: getattr(memory.host, name).numpy() for name in ("kv", "summary", "codes")}
+        self._engine = {"kv": memory.host.kv.numpy(), "summaries": memory.index.summaries.numpy()}
+        if memory.geometry.key_bits:
+            self._engine["codes"] = memory.index.codes.numpy()
         self._copies = {name: tensor.copy() for name, tensor in self._engine.items()}
 
     def write(self, slots: np.ndarray, hashes: np.ndarray) -> None:
@@ -41,15 +43,15 @@ class Ledger:
         self._check_summaries(touched)
         full = touched[self.filled[touched] == self.page_size]
         if len(full):
-            audit_summaries(self.memory, torch.from_numpy(full))  # and their codes
-        for name in ("summary", "codes"):
+            audit_index(self.memory, torch.from_numpy(full))  # and their codes
+        for name in self._engine.keys() - {"kv"}:
             self._copies[name][:, touched] = self._engine[name][:, touched]
 
     def _check_summaries(self, pages: np.ndarray) -> None:
         keys = self._copies["kv"][pages, :, :, 0]  # [n, num_layers, num_kv_heads, page_size, head_dim]
         is_written = (np.arange(self.page_size) < self.filled[pages, None])[:, None, None, :, None]
         low, high = (reduce(3, initial=x, where=is_written) for reduce, x in ((keys.min, np.inf), (keys.max, -np.inf)))
-        is_wrong = self._engine["summary"][:, pages].swapaxes(0, 1) != np.stack((low, high), 3)
+        is_wrong = self._engine["summaries"][:, pages].swapaxes(0, 1) != np.stack((low, high), 3)
         assert not is_wrong.any(), f"host store: wrong summary of pages {np.unique(pages[is_wrong.nonzero()[0]])}"
 
     def check(self) -> None:

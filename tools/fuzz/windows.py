@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from freekv_kernels import Count
+from freekv_kernels import Count, Half
 from sglang_freekv.algorithm.audit import audit_windows
 from sglang_freekv.testing.reference_decoder import ReferenceRequest, Rule, explain_difference
 from tools.fuzz.batch import Batch
@@ -50,7 +50,7 @@ class WindowChecks:
         assert self._memory.counters[Count.ABSENT_PAGES] == 0, "a window had a page without a block"
         if batch.mode.is_decode():
             self._next.clear()
-            audit_windows(self._scheduler.backend.retrieval)
+            audit_windows(self._scheduler.backend.decode)
             is_compared = self._memory.counters.steps % _REFERENCE_EVERY == 0
             for index, member in enumerate(batch.members):
                 self._check_front(batch, index, is_compared)
@@ -91,8 +91,8 @@ class WindowChecks:
         """Which entries of the next step's windows have a block now, unless the request left while the batch ran."""
         if life not in self._scheduler.running:
             return
-        side = (int(self._memory.blocks.step) + 1) % 2
-        window = self._windows[side, self._layers, life.req.req_pool_idx]  # [layers, num_kv_heads, max_budget_pages]
+        (half,) = Half.BACK.indices(int(self._memory.blocks.step))
+        window = self._windows[half, self._layers, life.req.req_pool_idx]  # [layers, num_kv_heads, max_budget_pages]
         layer, head, entry = ((window >= 0) & (window < len(pages))).nonzero()
         logical, layer = window[layer, head, entry], np.array(self._layers)[layer]
         page = pages[logical]

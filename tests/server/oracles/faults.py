@@ -22,15 +22,15 @@ def register() -> None:
     assert "sglang_freekv.memory.kv_memory" not in sys.modules, "the engine has its ops already"
     fault, ops = Path(os.environ[FAULT_FILE]), freekv_kernels.REFERENCE
 
-    def store_pages(k, v, slots, page_starts, host_kv, summary, block_kv, table):
+    def store_pages(k, v, slots, page_starts, store):
         v = v.roll(1, 0) if fault.read_text() == STORE else v
-        ops.store_pages(k, v, slots, page_starts, host_kv, summary, block_kv, table)
+        ops.store_pages(k, v, slots, page_starts, store)
         if fault.read_text() == BLOCK:
-            blocks = table[slots // host_kv.shape[3]].unique().long()
-            block_kv[blocks, 1] = block_kv[blocks, 1].roll(1, 1)
+            blocks = store.table[slots // store.block_kv.shape[2]].unique().long()
+            store.block_kv[blocks, 1] = store.block_kv[blocks, 1].roll(1, 1)
 
     freekv_kernels.REFERENCE = ops._replace(store_pages=store_pages)
-    from sglang_freekv import health  # with the engine, so after the fault
+    from sglang_freekv.serving import health  # with the engine, so after the fault
 
     health.GRACE_S = GRACE_S
 

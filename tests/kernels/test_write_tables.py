@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from freekv_kernels import Batch, KeyList
+from freekv_kernels import Batch, PairList
 
 PAGE, LAYERS, HEADS, WIDTH = 8, 3, 2, 5
 MAX_REQUESTS, MAX_PAGES, HOST_PAGES = 7, 12, 40
@@ -36,7 +36,7 @@ class Step:
         self.host_pages = torch.stack([torch.randperm(HOST_PAGES - 1)[:MAX_PAGES] + 1 for _ in range(MAX_REQUESTS + 1)])
         req_to_token = (self.host_pages[:, :, None] * PAGE + torch.arange(PAGE)).flatten(1).int()
         self.slots = req_to_token[self.rows, self.lens - 1].long()[:num_slots]
-        budget_pages = torch.full((MAX_REQUESTS + 1,), WIDTH)
+        budget_pages = torch.full((MAX_REQUESTS + 1, num_kv_heads), WIDTH)
         for row, budget in zip(rows, budgets or [], strict=False):
             budget_pages[row] = budget
         self.budget_pages = budget_pages
@@ -44,15 +44,16 @@ class Step:
         self.buffers = Batch(
             *(stale(MAX_REQUESTS) for _ in range(2)),
             stale(MAX_REQUESTS, MAX_PAGES),
-            *(stale(MAX_REQUESTS) for _ in range(3)),
+            *(stale(MAX_REQUESTS) for _ in range(2)),
+            stale(MAX_REQUESTS, num_kv_heads),
             torch.zeros(1, dtype=torch.int64, device=impl.device),
         )
         self.batch = Batch(*(x[:size] for x in self.buffers[:6]), self.buffers.step)
         self.last_page_len = stale(MAX_REQUESTS * num_kv_heads, dtype=torch.int32)
         self.windows = stale(2, num_layers, MAX_REQUESTS + 1, num_kv_heads, WIDTH, dtype=torch.int32)
         self.filled = stale(HOST_PAGES, dtype=torch.int32)
-        self.opened = KeyList(stale(MAX_REQUESTS * num_kv_heads), stale(1, dtype=torch.int32))
-        impl.ops.begin_step(
+        self.opened = PairList(stale(MAX_REQUESTS * num_kv_heads), stale(1, dtype=torch.int32))
+        impl.ops.write_tables(
             self.rows.to(impl.device),
             self.lens.to(impl.device, len_dtype),
             self.slots.to(impl.device),
@@ -73,7 +74,7 @@ def test_every_request_finds_its_host_pages_and_its_lengths(impl):
     assert step.batch.slots.tolist() == step.slots.tolist()
     assert step.batch.num_pages.tolist() == [1, 1, 2, 4]
     assert step.batch.num_pages_next.tolist() == [1, 2, 2, 4]
-    assert step.batch.budget_pages.tolist() == [WIDTH] * 4
+    assert step.batch.budget_pages.tolist() == [[WIDTH] * HEADS] * 4
     assert step.last_page_len[: 4 * HEADS].tolist() == [1] * HEADS + [PAGE] * HEADS + [1] * HEADS + [5] * HEADS
     for request, row in enumerate([4, 1, 6, 2]):
         num_pages = step.batch.num_pages[request]
@@ -132,8 +133,8 @@ def test_the_keys_of_opened_pages_are_listed_and_no_others(impl):
     step = Step(impl, rows=[4, 1, 6, 2], lens=[1, PAGE, 2 * PAGE + 1, 3])
     pages = [step.host_pages[4, 0].item(), step.host_pages[6, 2].item()]
     count = step.opened.count.item()
-    assert sorted(step.opened.keys[:count].tolist()) == sorted(p * HEADS + h for p in pages for h in range(HEADS))
-    assert (step.opened.keys[count:] == STALE).all()
+    assert sorted(step.opened.pairs[:count].tolist()) == sorted(p * HEADS + h for p in pages for h in range(HEADS))
+    assert (step.opened.pairs[count:] == STALE).all()
 
 
 def test_a_request_within_its_budget_attends_to_the_page_it_opens(impl):
@@ -149,20 +150,20 @@ def test_the_page_that_fills_the_budget_is_added_and_the_next_is_not(impl):
     expected[:, :, 4, :, 2] = 2
     assert torch.equal(fills.windows, expected)
     assert fills.opened.count == 2 * HEADS  # over its budget or not, a page that starts is opened
-    assert fills.batch.budget_pages.tolist() == [3, 3]
+    assert fills.batch.budget_pages.tolist() == [[3] * HEADS] * 2
 
 
 def test_more_requests_than_one_vector_are_listed_in_turn(impl, monkeypatch):
     if impl.name == "triton":
-        from freekv_kernels import begin_step_triton
+        from freekv_kernels import write_tables_triton
 
-        monkeypatch.setattr(begin_step_triton, "_BLOCK_REQUESTS", 2)
-        monkeypatch.setattr(begin_step_triton, "_BLOCK_PAGES", 4)
+        monkeypatch.setattr(write_tables_triton, "_BLOCK_REQUESTS", 2)
+        monkeypatch.setattr(write_tables_triton, "_BLOCK_PAGES", 4)
     lens = [1, PAGE + 1, PAGE, 4 * PAGE + 1, 2 * PAGE + 1]
     step = Step(impl, rows=[5, 1, 4, 2, 3], lens=lens)
     pages = [step.host_pages[row, (n - 1) // PAGE].item() for row, n in zip([5, 1, 2, 3], [1, 9, 33, 17], strict=True)]
-    keys = [page * HEADS + head for page in pages for head in range(HEADS)]
-    assert step.opened.keys[: step.opened.count].tolist() == keys
+    pairs = [page * HEADS + head for page in pages for head in range(HEADS)]
+    assert step.opened.pairs[: step.opened.count].tolist() == pairs
     for request, row in enumerate([5, 1, 4, 2, 3]):
         num_pages = step.batch.num_pages[request]
         assert step.batch.page_table[request, :num_pages].tolist() == step.host_pages[row, :num_pages].tolist()
@@ -172,7 +173,7 @@ def test_more_requests_than_one_vector_are_listed_in_turn(impl, monkeypatch):
 def test_heads_and_layers_may_be_any_number(impl, num_layers, num_kv_heads):
     step = Step(impl, rows=[3, 1], lens=[PAGE + 1, 4], num_layers=num_layers, num_kv_heads=num_kv_heads)
     page = step.host_pages[3, 1].item()
-    assert step.opened.keys[: step.opened.count].tolist() == [page * num_kv_heads + h for h in range(num_kv_heads)]
+    assert step.opened.pairs[: step.opened.count].tolist() == [page * num_kv_heads + h for h in range(num_kv_heads)]
     expected = torch.full_like(step.windows, STALE)
     expected[:, :, 3, :, 1] = 1
     assert torch.equal(step.windows, expected)

@@ -1,4 +1,4 @@
-"""`begin_step` on a GPU."""
+"""`write_tables` on a GPU."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import torch
 import triton
 import triton.language as tl
 
-from freekv_kernels.tables import Batch, KeyList
+from freekv_kernels.tables import Batch, PairList
 
 _BLOCK_PAGES = 1024  # 8 independent gathers in each of 128 threads
 _BLOCK_REQUESTS = 128
 
 
-def begin_step(
+def write_tables(
     rows: torch.Tensor,
     seq_lens: torch.Tensor,
     slots: torch.Tensor,
@@ -23,12 +23,12 @@ def begin_step(
     last_page_len: torch.Tensor,
     windows: torch.Tensor,
     filled: torch.Tensor,
-    opened: KeyList,
+    opened: PairList,
 ) -> None:
-    """See `freekv_kernels.begin_step`. One launch; the grid is (request, run of pages)."""
+    """See `freekv_kernels.write_tables`. One launch; the grid is (request, run of pages)."""
     batch_size, max_pages = batch.page_table.shape
     num_layers, _, num_kv_heads, width = windows.shape[1:]
-    _begin_step_kernel[(batch_size, (max_pages + _BLOCK_PAGES - 1) // _BLOCK_PAGES)](
+    _write_tables_kernel[(batch_size, (max_pages + _BLOCK_PAGES - 1) // _BLOCK_PAGES)](
         rows,
         seq_lens,
         slots,
@@ -55,7 +55,7 @@ def begin_step(
 
 
 @triton.jit(do_not_specialize=["batch_size", "num_slots"])
-def _begin_step_kernel(
+def _write_tables_kernel(
     rows_ptr,
     seq_lens_ptr,
     slots_ptr,
@@ -70,7 +70,7 @@ def _begin_step_kernel(
     last_page_len_ptr,
     windows_ptr,
     filled_ptr,
-    opened_keys_ptr,
+    opened_pairs_ptr,
     opened_count_ptr,
     req_to_token_stride,
     page_table_stride,
@@ -97,25 +97,27 @@ def _begin_step_kernel(
     tl.store(page_table_ptr + request.to(tl.int64) * page_table_stride + page, slot.to(tl.int64) // PAGE_SIZE, is_page)
 
     if run == 0:
-        budget = tl.load(budgets_ptr + row)
         new_slot = tl.load(slots_ptr + request, request < num_slots, other=0).to(tl.int64)
         tl.store(batch_rows_ptr + request, row)
         tl.store(batch_slots_ptr + request, new_slot)
         tl.store(num_pages_ptr + request, num_pages)
         tl.store(num_pages_next_ptr + request, tl.where(row > 0, seq_len // PAGE_SIZE + 1, 0))
-        tl.store(batch_budgets_ptr + request, budget)
         # Padding writes to page 0, all of it the same value.
         tl.store(filled_ptr + new_slot // PAGE_SIZE, (new_slot % PAGE_SIZE + 1).to(tl.int32))
         head = tl.arange(0, BLOCK_HEADS)
         last_len = ((seq_len - 1) % PAGE_SIZE + 1).to(tl.int32)
         tl.store(last_page_len_ptr + request * NUM_KV_HEADS + head, last_len, head < NUM_KV_HEADS)
+        budget = tl.load(budgets_ptr + row * NUM_KV_HEADS + head, head < NUM_KV_HEADS, other=0)
+        tl.store(batch_budgets_ptr + request * NUM_KV_HEADS + head, budget, head < NUM_KV_HEADS)
 
-        if (row > 0) & (new_slot % PAGE_SIZE == 0) & (num_pages <= budget):
+        if (row > 0) & (new_slot % PAGE_SIZE == 0):
             entry = tl.arange(0, BLOCK_WINDOWS)  # of [2, num_layers, num_kv_heads]
-            window = (entry // NUM_KV_HEADS).to(tl.int64) * windows_layer_stride
-            window += (row * NUM_KV_HEADS + entry % NUM_KV_HEADS) * WIDTH
+            is_entry = entry < 2 * NUM_LAYERS * NUM_KV_HEADS
+            row_head = row * NUM_KV_HEADS + entry % NUM_KV_HEADS
+            is_within = num_pages <= tl.load(budgets_ptr + row_head, is_entry, other=0)
+            window = (entry // NUM_KV_HEADS).to(tl.int64) * windows_layer_stride + row_head * WIDTH
             last_page = (num_pages - 1).to(tl.int32)
-            tl.store(windows_ptr + window + last_page, last_page, entry < 2 * NUM_LAYERS * NUM_KV_HEADS)
+            tl.store(windows_ptr + window + last_page, last_page, is_entry & is_within)
 
         # One program lists the opened pages of the whole batch: the count needs neither a reset nor atomics.
         if request == 0:
@@ -127,8 +129,8 @@ def _begin_step_kernel(
                 is_opened = (is_real & (new_slots % PAGE_SIZE == 0)).to(tl.int32)
                 position = count + tl.cumsum(is_opened, 0) - is_opened
                 heads = tl.arange(0, BLOCK_HEADS)[None, :]
-                keys = (new_slots // PAGE_SIZE)[:, None] * NUM_KV_HEADS + heads
-                is_key = (is_opened > 0)[:, None] & (heads < NUM_KV_HEADS)
-                tl.store(opened_keys_ptr + position[:, None] * NUM_KV_HEADS + heads, keys, is_key)
+                pairs = (new_slots // PAGE_SIZE)[:, None] * NUM_KV_HEADS + heads
+                is_pair = (is_opened > 0)[:, None] & (heads < NUM_KV_HEADS)
+                tl.store(opened_pairs_ptr + position[:, None] * NUM_KV_HEADS + heads, pairs, is_pair)
                 count += tl.sum(is_opened, 0)
             tl.store(opened_count_ptr, count * NUM_KV_HEADS)

@@ -7,20 +7,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from freekv_kernels import BlockTables, KeyList
+from freekv_kernels import BlockTables, PairList
 
 PAGES, HEADS, BLOCKS, LAYERS = 30, 2, 40, 3
 STALE = 77
 
 
 def make_blocks(impl: SimpleNamespace, num_held: list[int]) -> BlockTables:
-    """Layers that hold blocks for random keys, as many as given."""
+    """Layers that hold blocks for random pairs, as many as given."""
     table = torch.full((len(num_held), PAGES * HEADS), -1, dtype=torch.int32)
     owner = torch.full((len(num_held), BLOCKS), -1, dtype=torch.int32)
     last_used, free_blocks = owner.clone(), torch.full_like(owner, STALE)
     for layer, held in enumerate(num_held):
-        keys, blocks = torch.randperm(PAGES * HEADS)[:held], torch.randperm(BLOCKS).int()
-        table[layer, keys], owner[layer, blocks[:held].long()] = blocks[:held], keys.int()
+        pairs, blocks = torch.randperm(PAGES * HEADS)[:held], torch.randperm(BLOCKS).int()
+        table[layer, pairs], owner[layer, blocks[:held].long()] = blocks[:held], pairs.int()
         last_used[layer, blocks[:held].long()] = 5
         free_blocks[layer, : BLOCKS - held] = blocks[held:]
     num_free = BLOCKS - torch.tensor(num_held, dtype=torch.int32)
@@ -28,19 +28,19 @@ def make_blocks(impl: SimpleNamespace, num_held: list[int]) -> BlockTables:
     return BlockTables(*(tensor.to(impl.device) for tensor in tensors))
 
 
-def make_list(impl: SimpleNamespace, keys: list[int], capacity: int = 100) -> KeyList:
-    """A list whose capacity is larger than what it holds; the rest are keys too, and must not be read."""
-    entries = torch.tensor(keys + [0] * (capacity - len(keys)), device=impl.device)
-    return KeyList(entries, torch.tensor([len(keys)], dtype=torch.int32, device=impl.device))
+def make_list(impl: SimpleNamespace, pairs: list[int], capacity: int = 100) -> PairList:
+    """A list whose capacity is larger than what it holds; the rest are pairs too, and must not be read."""
+    entries = torch.tensor(pairs + [0] * (capacity - len(pairs)), device=impl.device)
+    return PairList(entries, torch.tensor([len(pairs)], dtype=torch.int32, device=impl.device))
 
 
 def check(blocks: BlockTables) -> None:
     """Table and owners are each other's inverse; the other blocks are free, once, and carry no stamp."""
     for layer in range(len(blocks.owner)):
         table, owner = blocks.table[layer].flatten().cpu(), blocks.owner[layer].cpu()
-        keys, held = (table >= 0).nonzero().flatten(), (owner >= 0).nonzero().flatten()
-        assert len(keys) == len(held)
-        assert owner[table[keys].long()].tolist() == keys.tolist()
+        pairs, held = (table >= 0).nonzero().flatten(), (owner >= 0).nonzero().flatten()
+        assert len(pairs) == len(held)
+        assert owner[table[pairs].long()].tolist() == pairs.tolist()
         free = blocks.free_blocks[layer, : blocks.num_free[layer]].tolist()
         assert sorted(free + held.tolist()) == list(range(BLOCKS))
         assert (blocks.last_used[layer, free] == -1).all()
@@ -54,19 +54,19 @@ def snapshot(blocks: BlockTables) -> list[torch.Tensor]:
 def test_a_released_key_has_no_block_and_its_block_is_free(impl):
     blocks = make_blocks(impl, [10, 20, 40])
     before = blocks.table.clone().flatten(1)
-    keys = [0, 7, 13, 14, 59]
-    impl.ops.release_blocks(make_list(impl, keys), blocks)
+    pairs = [0, 7, 13, 14, 59]
+    impl.ops.forget_blocks(make_list(impl, pairs), blocks)
     check(blocks)
     after = blocks.table.flatten(1)
-    assert (after[:, keys] == -1).all()
-    others = [key for key in range(PAGES * HEADS) if key not in keys]
+    assert (after[:, pairs] == -1).all()
+    others = [pair for pair in range(PAGES * HEADS) if pair not in pairs]
     assert torch.equal(after[:, others], before[:, others])
 
 
 def test_blocks_that_were_free_stay_where_they_are_in_the_stack(impl):
     blocks = make_blocks(impl, [40, 30, 0])
     before, num_free = blocks.free_blocks.clone(), blocks.num_free.tolist()
-    impl.ops.release_blocks(make_list(impl, list(range(20))), blocks)
+    impl.ops.forget_blocks(make_list(impl, list(range(20))), blocks)
     check(blocks)
     for layer, count in enumerate(num_free):
         assert torch.equal(blocks.free_blocks[layer, :count], before[layer, :count])
@@ -77,7 +77,7 @@ def test_blocks_that_were_free_stay_where_they_are_in_the_stack(impl):
 @pytest.mark.parametrize("num_held", [[40], [0], [40, 40], [1, 0, 39]])
 def test_all_keys_may_be_released_at_once(impl, num_held):
     blocks = make_blocks(impl, num_held)
-    impl.ops.release_blocks(make_list(impl, list(range(PAGES * HEADS))), blocks)
+    impl.ops.forget_blocks(make_list(impl, list(range(PAGES * HEADS))), blocks)
     check(blocks)
     assert (blocks.num_free == BLOCKS).all()
     assert (blocks.table == -1).all()
@@ -86,22 +86,22 @@ def test_all_keys_may_be_released_at_once(impl, num_held):
 def test_an_empty_list_changes_nothing(impl):
     blocks = make_blocks(impl, [10, 20, 40])
     before = snapshot(blocks)
-    impl.ops.release_blocks(make_list(impl, []), blocks)
+    impl.ops.forget_blocks(make_list(impl, []), blocks)
     assert all(torch.equal(x, y) for x, y in zip(blocks, before, strict=True))
 
 
 def test_keys_without_a_block_are_left_alone(impl):
     blocks = make_blocks(impl, [20, 20, 20])
-    keys = (blocks.table[0].flatten() < 0).nonzero().flatten().tolist()
+    pairs = (blocks.table[0].flatten() < 0).nonzero().flatten().tolist()
     before = snapshot(blocks)
-    impl.ops.release_blocks(make_list(impl, keys), blocks.layers(0, 1))
+    impl.ops.forget_blocks(make_list(impl, pairs), blocks.layers(0, 1))
     assert all(torch.equal(x, y) for x, y in zip(blocks, before, strict=True))
 
 
 def test_only_the_given_layers_release(impl):
     blocks = make_blocks(impl, [20, 20, 20])
     before = snapshot(blocks)
-    impl.ops.release_blocks(make_list(impl, list(range(PAGES * HEADS))), blocks.layers(1, 2))
+    impl.ops.forget_blocks(make_list(impl, list(range(PAGES * HEADS))), blocks.layers(1, 2))
     check(blocks)
     assert blocks.num_free.tolist() == [20, BLOCKS, 20]
     for layer in (0, 2):
@@ -110,13 +110,13 @@ def test_only_the_given_layers_release(impl):
 
 def test_a_list_longer_than_one_pass_is_walked_to_its_end(impl, monkeypatch):
     if impl.name == "triton":
-        from freekv_kernels import release_blocks_triton
+        from freekv_kernels import forget_blocks_triton
 
-        monkeypatch.setattr(release_blocks_triton, "_BLOCK_KEYS", 4)
-        monkeypatch.setattr(release_blocks_triton, "_NUM_PROGRAMS", 2)
+        monkeypatch.setattr(forget_blocks_triton, "_BLOCK_PAIRS", 4)
+        monkeypatch.setattr(forget_blocks_triton, "_NUM_PROGRAMS", 2)
     blocks = make_blocks(impl, [40, 25])
-    keys = torch.randperm(PAGES * HEADS)[:37].tolist()
-    num_held = [(blocks.table[layer].flatten()[keys] >= 0).sum().item() for layer in range(2)]
-    impl.ops.release_blocks(make_list(impl, keys), blocks)
+    pairs = torch.randperm(PAGES * HEADS)[:37].tolist()
+    num_held = [(blocks.table[layer].flatten()[pairs] >= 0).sum().item() for layer in range(2)]
+    impl.ops.forget_blocks(make_list(impl, pairs), blocks)
     check(blocks)
     assert blocks.num_free.tolist() == [num_held[0], 15 + num_held[1]]

@@ -1,13 +1,13 @@
-"""Begin a decode step: snapshot what it works on, and open the pages that its tokens start."""
+"""Write the tables of a decode step: snapshot what it works on, and open the pages that its tokens start."""
 
 from __future__ import annotations
 
 import torch
 
-from freekv_kernels.tables import Batch, KeyList
+from freekv_kernels.tables import Batch, PairList, pairs_of
 
 
-def begin_step(
+def write_tables(
     rows: torch.Tensor,
     seq_lens: torch.Tensor,
     slots: torch.Tensor,
@@ -18,7 +18,7 @@ def begin_step(
     last_page_len: torch.Tensor,
     windows: torch.Tensor,
     filled: torch.Tensor,
-    opened: KeyList,
+    opened: PairList,
 ) -> None:
     """Fill the tables of a batch, and prepare the pages whose first token this step writes.
 
@@ -26,8 +26,8 @@ def begin_step(
     batch.num_pages = ceil(seq_lens / page_size), num_pages_next = ceil((seq_lens + 1) / page_size), 0 for padding
     last_page_len[b * num_kv_heads + h] = (seq_lens[b] - 1) % page_size + 1
     filled[slot // page_size] = slot % page_size + 1
-    Where the new token starts a page: its keys are listed in `opened`, and if the request is then within its budget,
-    the page is added to all its windows: windows[:, :, row, :, num_pages - 1] = num_pages - 1.
+    Where the new token starts a page: its pairs are listed in `opened`, and the page is added to the windows of the
+    heads that are then within their budgets: windows[:, :, row, h, num_pages - 1] = num_pages - 1.
 
     Parameters
     ----------
@@ -38,17 +38,17 @@ def begin_step(
     slots : int64, ``[<= batch_size]``, device
         Of the new tokens; padding has none, and gets slot 0.
     req_to_token : int32, ``[max_requests + 1, max_context]``, device
-    budget_pages : int64, ``[max_requests + 1]``, device
+    budget_pages : int64, ``[max_requests + 1, num_kv_heads]``, device
     page_size : int, tokens
     batch : Batch
         Written, but for `step`. Entries of the page table past a request's pages keep their values: existing pages.
     last_page_len : int32, ``[>= batch_size * num_kv_heads]``, device
         Written.
     windows : int32, ``[2, num_layers, max_requests + 1, num_kv_heads, max_budget_pages]``, device, contiguous
-    filled : int32, ``[num_pages]``, device
+    filled : int32, ``[num_host_pages]``, device
         Tokens written to each host page.
-    opened : KeyList
-        Written: the (page, head) keys of the opened pages, page * num_kv_heads + head, and their count.
+    opened : PairList
+        Written: the pairs of the opened pages, and their count.
 
     Notes
     -----
@@ -76,9 +76,10 @@ def begin_step(
     if not is_opened.any():  # most steps
         opened.count.zero_()
         return
-    keys = (pages[is_opened, None] * num_kv_heads + torch.arange(num_kv_heads, device=rows.device)).flatten()
-    opened.keys[: len(keys)] = keys
-    opened.count.fill_(len(keys))
-    is_within = is_opened & (batch.num_pages <= batch.budget_pages)
-    last_page = last_page[is_within]
-    windows[:, :, rows[is_within], :, last_page] = last_page.int()[:, None, None, None]
+    pairs = pairs_of(pages[is_opened], num_kv_heads).flatten()
+    opened.pairs[: len(pairs)] = pairs
+    opened.count.fill_(len(pairs))
+    is_within = is_opened[:, None] & (batch.num_pages[:, None] <= batch.budget_pages)
+    request, head = is_within.nonzero(as_tuple=True)
+    last_page = last_page[request]
+    windows[:, :, rows[request], head, last_page] = last_page.int()

@@ -1,0 +1,99 @@
+"""Step tables: what the ops of one decode step hand on, at fixed addresses, as CUDA graphs hold them."""
+
+from __future__ import annotations
+
+import torch
+
+from freekv_kernels import Batch, FlagList, Half, MissList, PairList
+from sglang_freekv.memory.geometry import Geometry
+
+
+class StepTables:
+    """Tables and lists of one step, for batches of up to `max_requests`.
+
+    Parameters
+    ----------
+    width : int
+        Entries of a window, pages.
+    max_pages : int
+        Of one request.
+    step : int64, ``[1]``, device
+        Number of the decode step.
+    keeps_flags : bool
+        Whether every layer's flags are kept until the next step; otherwise one after the other uses the same memory.
+
+    Attributes
+    ----------
+    opened : PairList
+        Of the pages that the step opens.
+    """
+
+    def __init__(
+        self,
+        geometry: Geometry,
+        *,
+        width: int,
+        max_requests: int,
+        max_pages: int,
+        step: torch.Tensor,
+        keeps_flags: bool,
+        device: str,
+    ) -> None:
+        g = self._geometry = geometry
+        num_rows = max_requests * g.num_kv_heads
+        num_entries = num_rows * width
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        rows, slots, num_pages, num_pages_next = (zeros(max_requests) for _ in range(4))
+        page_table, budgets = zeros(max_requests, max_pages), zeros(max_requests, g.num_kv_heads)
+        self._batch = Batch(rows, slots, page_table, num_pages, num_pages_next, budgets, step)
+        self._counts = zeros(3, g.num_layers, 1, dtype=torch.int32)  # of flags, front and back misses
+        num_kept = g.num_layers if keeps_flags else 1
+        self._flags = zeros(num_rows, dtype=torch.int32), zeros(num_kept, num_rows, dtype=torch.bool)
+        self._misses = [
+            (zeros(num_entries), zeros(num_entries, dtype=torch.int32), zeros(num_entries, dtype=torch.int32))
+            for _ in ("front", "back")
+        ]
+        self.opened = PairList(zeros(num_rows), zeros(1, dtype=torch.int32))
+        # Correction runs beside the speculation of an earlier layer, so each has its own. A CPU runs one after the
+        # other, and takes memory for the scores that it needs.
+        shape = (num_rows, g.group_size, max_pages)
+        self._scores = [None if device == "cpu" else zeros(*shape, dtype=torch.float32) for _ in ("front", "back")]
+
+    def batch(self, batch_size: int, max_pages: int | None = None) -> Batch:
+        """The tables for a decode step of `batch_size` requests; of `max_pages` pages where no graph holds them."""
+        *tables, step = self._batch
+        batch = Batch(*(tensor[:batch_size] for tensor in tables), step)
+        return batch._replace(page_table=batch.page_table[:, :max_pages])
+
+    def flags(self, batch_size: int) -> list[FlagList]:
+        """The lists of flagged rows of all layers, for a batch."""
+        num_rows = batch_size * self._geometry.num_kv_heads
+        rows, is_flagged = (tensor[..., :num_rows] for tensor in self._flags)
+        per_layer = is_flagged.expand(self._geometry.num_layers, -1)
+        return [FlagList(rows, *of_layer) for of_layer in zip(self._counts[0], per_layer, strict=True)]
+
+    def misses(self, number: int, half: Half) -> MissList:
+        """A layer's list of missing pages; layers use the same memory one after the other, each with its own count."""
+        pairs, entries, blocks = self._misses[half]
+        return MissList(pairs, self._counts[1 + half, number], entries, blocks)
+
+    def scores(self, half: Half, num_rows: int) -> torch.Tensor | None:
+        """Workspace for the scores of so many rows: float32, ``[num_rows, group_size, max_pages]``.
+
+        None on a CPU, and for BOTH, whose scores prefill allocates: take what is needed.
+        """
+        workspace = None if half == Half.BOTH else self._scores[half]
+        return None if workspace is None else workspace[:num_rows]
+
+    def clear(self) -> None:
+        """Empty the lists of all layers."""
+        self._counts.zero_()
+
+    @property
+    def nbytes(self) -> int:
+        scores = sum(tensor.nbytes for tensor in self._scores if tensor is not None)
+        lists = sum(tensor.nbytes for lists in self._misses for tensor in lists)
+        return scores + lists + self._batch.page_table.nbytes
