@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import Field, dataclass, field, fields
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 METHOD_OPTION = "kv_retrieval"
 OPTION_PREFIX = "freekv_"
@@ -16,6 +16,7 @@ PAGE_SIZES = (16, 32, 64)
 KEY_BITS = (0, 1, 2, 4)
 SELECTORS = ("codes", "min-max")
 GROUP_POOLINGS = ("softmax", "scaled", "max", "mean")
+_DEFAULT_KEY_BITS = 2  # of the selector codes
 _MAX_GIB = 1 << 20
 
 
@@ -28,12 +29,61 @@ def layer_numbers(text: str) -> tuple[int, ...]:
     return tuple(int(layer) for layer in text.split(",") if layer.strip())
 
 
-def _flag(name: str, default: Any, help: str, parse: Callable[[str], Any] = int, **values: Any) -> Any:
+class Check(NamedTuple):
+    """What a setting must be, as a test and in words."""
+
+    holds: Callable[[Any], bool]
+    expected: str
+
+
+def is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _or(values: Iterable[Any]) -> str:
+    """List the choices: "16, 32 or 64"."""
+    *others, last = map(str, values)
+    return f"{', '.join(others)} or {last}"
+
+
+def _one_of(values: tuple) -> Check:
+    return Check(lambda value: any(type(value) is type(one) and value == one for one in values), _or(values))
+
+
+def _between(low: float, high: float) -> Check:
+    return Check(lambda value: _is_number(value) and low <= value <= high, f"a number from {low} to {high}")
+
+
+def _is_layers(value: Any) -> bool:
+    is_tuple = isinstance(value, tuple) and all(is_int(layer) and layer >= 0 for layer in value)
+    return is_tuple and len(set(value)) == len(value)
+
+
+_GIB = Check(lambda value: _is_number(value) and 0 < value <= _MAX_GIB, f"GiB, more than 0 and at most {_MAX_GIB:,}")
+_LAYERS = Check(_is_layers, 'distinct layer numbers from 0, for example "0,1"')
+_SWITCH = Check(lambda value: isinstance(value, bool), "True or False")
+_FOLDER = Check(lambda value: isinstance(value, str) and value != "", "the path of a folder")
+
+
+def _flag(
+    name: str, default: Any, help: str, parse: Callable[[str], Any] = int, check: Check | None = None, **values: Any
+) -> Any:
     """Declare a field that users set with ``--freekv-<name>`` or the keyword ``freekv_<name>``.
 
-    `values` describes them for argparse: what they are called, or the choices.
+    `check` is asked of every value but None, where that is the default; without one, values are tokens, which are
+    checked against the page size. `values` describes them for argparse: what they are called, or the choices.
     """
-    metadata = {"flag": name, "help": help, "parse": parse, "values": values or {"metavar": "TOKENS"}}
+    metadata = {
+        "flag": name,
+        "help": help,
+        "parse": parse,
+        "check": check,
+        "values": values or {"metavar": "TOKENS"},
+    }
     return field(default=default, metadata=metadata)
 
 
@@ -58,6 +108,7 @@ class FreeKVConfig:
         "cosine similarity of two steps' queries below which a KV head selects again at once, -1 to 2; "
         "above 1: in every step (exact), -1: never (speculation only)",
         float,
+        _between(-1, 2),
         metavar="COSINE",
     )
     host_memory_gib: float | None = _flag(
@@ -65,6 +116,7 @@ class FreeKVConfig:
         None,
         "GiB of CPU memory for the complete KV (default: what is free less a margin)",
         float,
+        _GIB,
         metavar="GIB",
     )
     device_blocks_memory_gib: float | None = _flag(
@@ -72,6 +124,7 @@ class FreeKVConfig:
         None,
         "GiB of device memory for the resident KV (default: what is left)",
         float,
+        _GIB,
         metavar="GIB",
     )
     arena_tokens: int = _flag("arena", 32768, "tokens of prefix that prefill lays out at a time, per layer")
@@ -80,6 +133,7 @@ class FreeKVConfig:
         (),
         'layers that attend to every token, for example "0,1" (default: none)',
         layer_numbers,
+        _LAYERS,
         metavar="LAYERS",
     )
     group_pooling: Literal["softmax", "scaled", "max", "mean"] = _flag(
@@ -88,6 +142,7 @@ class FreeKVConfig:
         "how the query heads of a KV head agree on a page: mean of their softmaxed scores, mean or maximum of those of "
         "scores scaled as in attention (scaled, max), or mean of raw scores",
         str,
+        _one_of(GROUP_POOLINGS),
         choices=GROUP_POOLINGS,
     )
     selector: Literal["codes", "min-max"] | None = _flag(
@@ -96,6 +151,7 @@ class FreeKVConfig:
         "what pages are chosen by: their keys in a few bits (codes), or the minimum and maximum of their keys "
         "(min-max) (default: codes, or min-max with --freekv-key-bits 0)",
         str,
+        _one_of(SELECTORS),
         choices=SELECTORS,
     )
     # After construction an int: None means what the selector needs.
@@ -105,83 +161,60 @@ class FreeKVConfig:
         "bits of each element of a key, kept on the device, by which the selector codes scores pages; 0: none "
         "(default: 2, or 0 with another selector)",
         int,
+        _one_of(KEY_BITS),
         choices=KEY_BITS,
     )
     refetch: bool = _flag(
-        "refetch", False, "fetch every selected page in every step, resident or not: slow, for comparison", bool
+        "refetch",
+        False,
+        "fetch every selected page in every step, resident or not: slow, for comparison",
+        bool,
+        _SWITCH,
     )
-    audit: bool = _flag("audit", False, "check every resident block and window after each step (slow)", bool)
+    audit: bool = _flag("audit", False, "check every resident block and window after each step (slow)", bool, _SWITCH)
     debug_dump: str | None = _flag(
         "debug-dump",
         None,
         f'folder for dumps of the windows of requests that ask for it with custom_params {{"{DUMP_PARAM}": true}}, or '
         "N for every N-th step (default: no dumps)",
         str,
+        _FOLDER,
         metavar="DIR",
     )
     page_size: int = 32  # tokens; SGLang's --page-size
 
     def __post_init__(self) -> None:
-        is_page_size = is_int(self.page_size) and self.page_size in PAGE_SIZES
-        _require(is_page_size, "--page-size", self.page_size, "tokens, " + _or(PAGE_SIZES))
+        self._resolve()
+        sizes = _one_of(PAGE_SIZES)
+        _require(sizes.holds(self.page_size), "--page-size", self.page_size, "tokens, " + sizes.expected)
+        tokens = f"tokens, a multiple of the page size ({self.page_size})"
+        whole_pages = Check(lambda value: is_int(value) and value >= 0 and value % self.page_size == 0, tokens)
+        for name, flag in flags().items():
+            value, check = getattr(self, name), flag.metadata["check"] or whole_pages
+            is_default = value is None and flag.default is None
+            _require(is_default or check.holds(value), f"--freekv-{flag.metadata['flag']}", value, check.expected)
+        self._check_relations()
+
+    def _resolve(self) -> None:
+        """Fill in what follows from other settings."""
         if self.max_budget_tokens is None:
             object.__setattr__(self, "max_budget_tokens", self.budget_tokens)
-        for name in ("budget_tokens", "max_budget_tokens", "sink_tokens", "recent_tokens", "arena_tokens"):
-            self._check_tokens(name)
+        if self.key_bits is None:
+            object.__setattr__(self, "key_bits", _DEFAULT_KEY_BITS if self.selector in (None, "codes") else 0)
+
+    def _check_relations(self) -> None:
+        """What settings that are right one by one must be together."""
         one_page = f"at least one page ({self.page_size} tokens)"
         _require(self.recent_tokens >= self.page_size, "--freekv-recent", self.recent_tokens, one_page)
         _require(self.arena_tokens >= self.page_size, "--freekv-arena", self.arena_tokens, one_page)
-        fixed = self.sink_tokens + self.recent_tokens
-        _require(
-            fixed <= self.budget_tokens,
-            "--freekv-budget",
-            self.budget_tokens,
-            f"at least sink + recent ({fixed} tokens)",
-        )
-        _require(
-            self.budget_tokens <= self.max_budget_tokens,
-            "--freekv-max-budget",
-            self.max_budget_tokens,
-            f"at least the budget ({self.budget_tokens} tokens)",
-        )
-        in_range = _is_number(self.tau) and -1 <= self.tau <= 2
-        _require(in_range, "--freekv-tau", self.tau, "a number from -1 to 2")
-        for name, gib in (
-            ("--freekv-host-memory", self.host_memory_gib),
-            ("--freekv-device-blocks-memory", self.device_blocks_memory_gib),
-        ):
-            is_size = gib is None or (_is_number(gib) and 0 < gib <= _MAX_GIB)
-            _require(is_size, name, gib, f"GiB, more than 0 and at most {_MAX_GIB:,}")
-        layers = self.dense_layers
-        _require(
-            isinstance(layers, tuple)
-            and all(is_int(layer) and layer >= 0 for layer in layers)
-            and len(set(layers)) == len(layers),
-            "--freekv-dense-layers",
-            layers,
-            'distinct layer numbers from 0, for example "0,1"',
-        )
-        is_pooling = self.group_pooling in GROUP_POOLINGS
-        _require(is_pooling, "--freekv-group-pooling", self.group_pooling, _or(GROUP_POOLINGS))
-        _require(self.selector in (None, *SELECTORS), "--freekv-selector", self.selector, _or(SELECTORS))
-        if self.key_bits is None:
-            object.__setattr__(self, "key_bits", 2 if self.selector in (None, "codes") else 0)
-        is_known = is_int(self.key_bits) and self.key_bits in KEY_BITS
-        _require(is_known, "--freekv-key-bits", self.key_bits, _or(KEY_BITS))
+        fixed, budget = self.sink_tokens + self.recent_tokens, self.budget_tokens
+        _require(fixed <= budget, "--freekv-budget", budget, f"at least sink + recent ({fixed} tokens)")
+        most = self.max_budget_tokens
+        _require(budget <= most, "--freekv-max-budget", most, f"at least the budget ({budget} tokens)")
         if self.selector is not None:
             fits = (self.key_bits > 0) == (self.selector == "codes")
-            needs = f"{_or(KEY_BITS[1:])} with" if self.selector == "codes" else "0 with"
-            _require(fits, "--freekv-key-bits", self.key_bits, f"{needs} --freekv-selector {self.selector}")
-        for name in ("refetch", "audit"):
-            _require(isinstance(getattr(self, name), bool), f"--freekv-{name}", getattr(self, name), "True or False")
-        is_folder = self.debug_dump is None or (isinstance(self.debug_dump, str) and self.debug_dump != "")
-        _require(is_folder, "--freekv-debug-dump", self.debug_dump, "the path of a folder")
-
-    def _check_tokens(self, name: str) -> None:
-        tokens = getattr(self, name)
-        flag = f"--freekv-{flags()[name].metadata['flag']}"
-        whole_pages = is_int(tokens) and tokens >= 0 and tokens % self.page_size == 0
-        _require(whole_pages, flag, tokens, f"tokens, a multiple of the page size ({self.page_size})")
+            bits = _or(KEY_BITS[1:]) if self.selector == "codes" else "0"
+            _require(fits, "--freekv-key-bits", self.key_bits, f"{bits} with --freekv-selector {self.selector}")
 
     def keywords(self) -> dict[str, Any]:
         """The settings as `sgl.Engine` takes them, and as JSON shows them."""
@@ -218,20 +251,6 @@ class FreeKVConfig:
 
 def flags() -> dict[str, Field]:
     return {f.name: f for f in fields(FreeKVConfig) if "flag" in f.metadata}
-
-
-def is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _or(values: Iterable[Any]) -> str:
-    """List the choices: "16, 32 or 64"."""
-    *others, last = map(str, values)
-    return f"{', '.join(others)} or {last}"
 
 
 def _require(holds: bool, flag: str, given: Any, expected: str) -> None:

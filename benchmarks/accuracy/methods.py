@@ -67,7 +67,7 @@ class Layout(NamedTuple):
     sink: int = FreeKVConfig.sink_tokens
     recent: int = FreeKVConfig.recent_tokens
     dense_layers: str = ""  # like the flag: "0,1"
-    key_bits: int = FreeKVConfig.key_bits
+    key_bits: int = FreeKVConfig().key_bits
 
 
 def read_geometry(model: Path) -> Geometry:

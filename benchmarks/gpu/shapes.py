@@ -34,7 +34,7 @@ class ModelShape:
             num_kv_heads=self.kv_heads,
             head_dim=self.head_dim,
             dtype=torch.bfloat16,
-            key_bits=FreeKVConfig.key_bits,
+            key_bits=FreeKVConfig().key_bits,
         )
 
     def write(self, folder: Path) -> Path:
