@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from benchmarks.cost_model.machine import Kernels, Machine
 from benchmarks.cost_model.model import Model
-from sglang_freekv.memory.page_index import INDEXES
+from sglang_freekv.memory.page_indexes import INDEXES
 
 
 @dataclass(frozen=True)

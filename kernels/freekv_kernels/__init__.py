@@ -13,6 +13,7 @@ from freekv_kernels.append_tokens import append_tokens
 from freekv_kernels.attend_ragged import attend_ragged, merge_states
 from freekv_kernels.attend_window import attend_window
 from freekv_kernels.claim_blocks import claim_blocks
+from freekv_kernels.codecs import CODECS
 from freekv_kernels.compare_queries import compare_queries
 from freekv_kernels.encode_pages import encode_pages
 from freekv_kernels.fill_arena import fill_arena
@@ -20,7 +21,7 @@ from freekv_kernels.forget_blocks import forget_blocks
 from freekv_kernels.list_pages import list_pages
 from freekv_kernels.lookup_blocks import lookup_blocks, lookup_pairs, window_pairs
 from freekv_kernels.recall_blocks import recall_blocks
-from freekv_kernels.records import CODECS, PLAIN, Codec
+from freekv_kernels.records import PLAIN, Codec
 from freekv_kernels.score_pages import score_pages
 from freekv_kernels.select_pages import select_pages
 from freekv_kernels.store_pages import store_pages

@@ -94,4 +94,3 @@ class Plain(Codec):
 
 
 PLAIN = Plain()
-CODECS: dict[str, Codec] = {codec.name: codec for codec in (PLAIN,)}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sglang_freekv.algorithm.decode import Decode
 from sglang_freekv.algorithm.prefill import Prefill
-from sglang_freekv.algorithm.selector import SELECTORS
+from sglang_freekv.algorithm.selectors import SELECTORS
 from sglang_freekv.algorithm.stream import SideStream
 from sglang_freekv.memory.kv_memory import KVMemory
 from sglang_freekv.memory.layers import DENSE, WINDOWED

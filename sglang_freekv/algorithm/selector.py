@@ -57,29 +57,3 @@ class Selector(ABC):
             scores = self.score(layer, batch, half, flags)
         rule = (memory.sizes.sink, memory.sizes.recent, memory.config.group_pooling)
         memory.ops.select_pages(scores, batch, half, *rule, layer.windows, flags, scale)
-
-
-class MinMaxSelector(Selector):
-    """By the bound on a page's logits that the minimum and maximum of its keys give (Quest; the paper's)."""
-
-    def score(self, layer: Layer, batch: Batch, half: Half, flags: FlagList | None = None) -> torch.Tensor:
-        return self._score(layer, batch, half, flags, None)
-
-    def _score(
-        self, layer: Layer, batch: Batch, half: Half, flags: FlagList | None, codes: torch.Tensor | None
-    ) -> torch.Tensor:
-        memory = self.memory
-        workspace = memory.tables.scores(half, len(batch.rows) * memory.geometry.num_kv_heads)
-        summary = memory.index.summary(layer.number)
-        return memory.ops.score_pages(layer.last_q, summary, batch, half, flags, workspace, codes)
-
-
-class CodesSelector(MinMaxSelector):
-    """By the largest logit of a page's tokens, as their keys in a few bits give it."""
-
-    def score(self, layer: Layer, batch: Batch, half: Half, flags: FlagList | None = None) -> torch.Tensor:
-        return self._score(layer, batch, half, flags, self.memory.index.codes[layer.number])
-
-
-# Name (`--freekv-selector`) -> selector; what it reads of a page: `page_index.INDEXES`.
-SELECTORS: dict[str, type[Selector]] = {"codes": CodesSelector, "min-max": MinMaxSelector}

@@ -12,7 +12,7 @@ from sglang_freekv.memory.device_blocks import DeviceBlocks
 from sglang_freekv.memory.geometry import Geometry, num_pages_of
 from sglang_freekv.memory.host_store import HostStore
 from sglang_freekv.memory.layers import Layer, kinds_of
-from sglang_freekv.memory.page_index import INDEXES
+from sglang_freekv.memory.page_indexes import INDEXES
 from sglang_freekv.memory.step_tables import StepTables
 from sglang_freekv.memory.windows import Windows, WindowSizes
 

@@ -8,7 +8,7 @@ from typing import Any
 from sglang_freekv.config import FreeKVConfig, UnsupportedConfiguration
 from sglang_freekv.memory.geometry import Geometry
 from sglang_freekv.memory.layers import kinds_of
-from sglang_freekv.memory.page_index import INDEXES
+from sglang_freekv.memory.page_indexes import INDEXES
 from sglang_freekv.memory.units import in_words
 
 GIB = 1 << 30

@@ -15,7 +15,7 @@ from sglang_freekv.config import KEY_BITS, PAGE_SIZES, FreeKVConfig
 from sglang_freekv.flags import take_options
 from sglang_freekv.memory.geometry import Geometry
 from sglang_freekv.memory.kv_memory import KVMemory
-from sglang_freekv.memory.page_index import INDEXES
+from sglang_freekv.memory.page_indexes import INDEXES
 from sglang_freekv.memory.plan import GIB, plan_memory, workspace_bytes
 from sglang_freekv.memory.units import in_words
 from sglang_freekv.serving import pool_sizes

@@ -1,0 +1,35 @@
+"""The selectors that there are."""
+
+from __future__ import annotations
+
+import torch
+
+from freekv_kernels import Batch, FlagList, Half
+from sglang_freekv.algorithm.selector import Selector
+from sglang_freekv.memory.layers import Layer
+
+
+class MinMaxSelector(Selector):
+    """By the bound on a page's logits that the minimum and maximum of its keys give (Quest; the paper's)."""
+
+    def score(self, layer: Layer, batch: Batch, half: Half, flags: FlagList | None = None) -> torch.Tensor:
+        return self._score(layer, batch, half, flags, None)
+
+    def _score(
+        self, layer: Layer, batch: Batch, half: Half, flags: FlagList | None, codes: torch.Tensor | None
+    ) -> torch.Tensor:
+        memory = self.memory
+        workspace = memory.tables.scores(half, len(batch.rows) * memory.geometry.num_kv_heads)
+        summary = memory.index.summary(layer.number)
+        return memory.ops.score_pages(layer.last_q, summary, batch, half, flags, workspace, codes)
+
+
+class CodesSelector(MinMaxSelector):
+    """By the largest logit of a page's tokens, as their keys in a few bits give it."""
+
+    def score(self, layer: Layer, batch: Batch, half: Half, flags: FlagList | None = None) -> torch.Tensor:
+        return self._score(layer, batch, half, flags, self.memory.index.codes[layer.number])
+
+
+# Name (`--freekv-selector`) -> selector; what it reads of a page: `page_indexes.INDEXES`.
+SELECTORS: dict[str, type[Selector]] = {"codes": CodesSelector, "min-max": MinMaxSelector}

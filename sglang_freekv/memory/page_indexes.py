@@ -1,0 +1,105 @@
+"""The page indexes that there are."""
+
+from __future__ import annotations
+
+import torch
+
+from freekv_kernels import Ops, PageStore
+from freekv_kernels.encode_pages import code_steps, unpack_codes
+from sglang_freekv.memory.geometry import Geometry
+from sglang_freekv.memory.page_index import PageIndex
+
+# Of a code's arithmetic in fp32, relative to its largest operand.
+_ROUNDING = 1e-6
+
+
+class MinMaxIndex(PageIndex):
+    """Minimum and maximum of each channel of a page's post-RoPE keys.
+
+    Attributes
+    ----------
+    summaries : model dtype, ``[num_layers, num_host_pages, num_kv_heads, 2, head_dim]``, device
+    """
+
+    def __init__(self, geometry: Geometry, num_host_pages: int, device: str) -> None:
+        g = geometry
+        self.geometry = g
+        shape = (g.num_layers, num_host_pages, g.num_kv_heads, 2, g.head_dim)
+        self.summaries = torch.empty(shape, dtype=g.dtype, device=device)
+
+    @staticmethod
+    def page_bytes(geometry: Geometry) -> int:
+        g = geometry
+        return g.num_layers * g.num_kv_heads * 2 * g.head_dim * g.dtype.itemsize
+
+    def summary(self, number: int) -> torch.Tensor:
+        return self.summaries[number]
+
+    def seal(self, ops: Ops, number: int, store: PageStore, slots: torch.Tensor) -> None:
+        pass  # a summary is complete with every token
+
+    def audit(self, number: int, store: PageStore, pages: torch.Tensor, filled: torch.Tensor) -> None:
+        is_written = torch.arange(self.geometry.page_size) < filled[:, None]
+        is_written = is_written[:, None, :, None]  # of [n, num_kv_heads, page_size, head_dim]
+        keys = store.codec.decode_keys(store.host_kv, pages, self.geometry.dtype)
+        low = keys.masked_fill(~is_written, float("inf")).amin(2)
+        high = keys.masked_fill(~is_written, float("-inf")).amax(2)
+        is_wrong = (_of_pages(self.summaries[number], pages) != torch.stack((low, high), 2)).flatten(1).any(1)
+        if is_wrong.any():
+            raise RuntimeError(f"layer {number}: wrong summary of host page {int(pages[is_wrong][0])}")
+
+    @property
+    def nbytes(self) -> int:
+        return self.summaries.nbytes
+
+
+class CodesIndex(MinMaxIndex):
+    """Every key of a full page in a few bits per element, each channel within the page's minimum and maximum.
+
+    Attributes
+    ----------
+    codes : uint8, ``[num_layers, num_host_pages, num_kv_heads, page_size, head_dim * key_bits // 8]``, device
+    """
+
+    def __init__(self, geometry: Geometry, num_host_pages: int, device: str) -> None:
+        super().__init__(geometry, num_host_pages, device)
+        g = geometry
+        if not g.key_bits:
+            raise ValueError("An index of codes needs bits for them; key_bits is 0.")
+        shape = (g.num_layers, num_host_pages, g.num_kv_heads, g.page_size, g.head_dim * g.key_bits // 8)
+        self.codes = torch.empty(shape, dtype=torch.uint8, device=device)
+
+    @staticmethod
+    def page_bytes(geometry: Geometry) -> int:
+        g = geometry
+        codes = g.num_layers * g.num_kv_heads * g.page_size * g.head_dim * g.key_bits // 8
+        return MinMaxIndex.page_bytes(g) + codes
+
+    def seal(self, ops: Ops, number: int, store: PageStore, slots: torch.Tensor) -> None:
+        ops.encode_pages(slots, store, self.codes[number])
+
+    def audit(self, number: int, store: PageStore, pages: torch.Tensor, filled: torch.Tensor) -> None:
+        """Also where a full page's keys are not within half a step of what their codes stand for."""
+        super().audit(number, store, pages, filled)
+        g = self.geometry
+        full = pages[filled == g.page_size]
+        low, step = code_steps(_of_pages(self.summaries[number], full)[:, :, None], g.key_bits)
+        values, units = unpack_codes(_of_pages(self.codes[number], full), g.key_bits)
+        values = values.transpose(2, 3) * units + 0.5
+        keys = store.codec.decode_keys(store.host_kv, full, g.dtype).float()
+        error = (low + values * step - keys).abs()
+        is_wrong = (error > step / 2 + _ROUNDING * (low.abs() + step * 2**g.key_bits)).flatten(1).any(1)
+        if is_wrong.any():
+            raise RuntimeError(f"layer {number}: wrong codes of host page {int(full[is_wrong][0])}")
+
+    @property
+    def nbytes(self) -> int:
+        return super().nbytes + self.codes.nbytes
+
+
+def _of_pages(tensor: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
+    return tensor[pages.to(tensor.device)].cpu()
+
+
+# Name of a selector (`--freekv-selector`) -> the index that it reads.
+INDEXES: dict[str, type[PageIndex]] = {"codes": CodesIndex, "min-max": MinMaxIndex}
