@@ -267,6 +267,8 @@ def _obstacle(model: ModelConfig) -> str | None:
         return "state-space or linear-attention layers"
     if model.is_encoder_decoder:
         return "cross-attention layers"
+    if _sees_later_tokens(model):
+        return "attention to later tokens, as encoders have"
     if model.is_hybrid_swa or model.is_local_attention_model or _slides(model):
         return "sliding-window layers"
     if getattr(text, "attn_logit_softcapping", None) is not None:
@@ -274,6 +276,17 @@ def _obstacle(model: ModelConfig) -> str | None:
     if model.v_head_dim != model.head_dim:
         return f"values of another width ({model.v_head_dim}) than keys ({model.head_dim})"
     return None
+
+
+def _sees_later_tokens(model: ModelConfig) -> bool:
+    """Whether attention is not causal. SGLang knows its own encoders of texts, not those that classify or rank."""
+    text = model.hf_text_config
+    return (
+        model.embedding_model_spec.bidirectional_attention
+        or getattr(text, "type_vocab_size", None) is not None  # of BERT and its kin: one text or the other of a pair
+        or getattr(text, "is_causal", True) is False
+        or bool(getattr(text, "use_bidirectional_attention", False))
+    )
 
 
 def _slides(model: ModelConfig) -> bool:
