@@ -94,6 +94,7 @@ RULES = (
     Rule("enable_prefill_context_parallel", (False,), _SPLITS_KV),
     Rule("enable_dp_attention", (False,), _SPLITS_KV),
     Rule("use_ray", (False,), "Ray's actors do not inherit the environment that activates FreeKV"),
+    Rule("smg_grpc_mode", (False,), "another package starts its schedulers, and FreeKV would not be active in them"),
     Rule("enable_deterministic_inference", (False,), "results may differ in the last bits between batches"),
     Rule("rl_on_policy_target", (None,), "results may differ in the last bits between batches"),
 )

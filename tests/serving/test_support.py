@@ -144,6 +144,7 @@ SETTINGS = [
     "--enable-prefill-context-parallel",
     "--enable-dp-attention",
     "--use-ray",
+    "--smg-grpc-mode",
     "--enable-deterministic-inference",
     "--rl-on-policy-target fsdp",
 ]
