@@ -138,6 +138,44 @@ def test_a_release_that_was_not_tested_is_refused_with_a_sentence(found, monkeyp
         check_version()
 
 
+@pytest.fixture
+def foreign_release(monkeypatch):
+    """Another SGLang is installed, and nobody has set the environment of a FreeKV server."""
+    monkeypatch.setattr(patch, "version", lambda name: "0.5.23")
+    monkeypatch.delenv("SGLANG_KV_RETRIEVAL", raising=False)
+    touched = []
+    monkeypatch.setattr(registry, "install_flags", touched.append)
+    return touched
+
+
+def test_beside_another_release_a_plain_server_starts_with_one_warning_that_names_both(
+    foreign_release, monkeypatch, caplog
+):
+    monkeypatch.setattr(sys, "argv", ["sglang", "serve", "--model-path", "m"])
+    plugin.register()
+    (record,) = caplog.records
+    assert "works with sglang==0.5.17, found 0.5.23" in record.getMessage() and record.levelname == "WARNING"
+    monkeypatch.setattr(plugin.multiprocessing, "parent_process", lambda: "the server")
+    plugin.register()  # its children say nothing
+    assert len(caplog.records) == 1
+    assert foreign_release == []
+
+
+@pytest.mark.usefixtures("foreign_release")
+@pytest.mark.parametrize("flag", ["--kv-retrieval", "--kv-retrieval=freekv", "--freekv-budget=2048"])
+def test_beside_another_release_a_server_that_asks_for_freekv_is_refused_with_a_sentence(flag, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["launch_server.py", "--model-path", "m", flag])
+    with pytest.raises(SystemExit, match=r"^error: FreeKV works with sglang==0\.5\.17, found 0\.5\.23; install that"):
+        plugin.register()
+
+
+@pytest.mark.usefixtures("foreign_release")
+def test_beside_another_release_a_child_of_a_freekv_server_ends(monkeypatch):
+    monkeypatch.setenv("SGLANG_KV_RETRIEVAL", "freekv")
+    with pytest.raises(SystemExit, match=r"found 0\.5\.23"):
+        plugin.register()
+
+
 def test_the_table_lists_every_target_and_fails_with_one_that_does_not_fit(monkeypatch, capsys):
     main = import_module("freekv_patches.__main__")
     assert main.main() == 0
