@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from reprlib import repr as shorten
 
+from freekv_patches.fatal_requests import check_fields, check_readable
 from freekv_patches.patch import HookType, Patch, freekv_config
 from sglang_freekv.config import FreeKVConfig
 from sglang_freekv.request_params import check_custom_params_fit, request_budget_tokens, request_dump_interval
@@ -18,8 +19,14 @@ from sglang_freekv.request_params import check_custom_params_fit, request_budget
 def check_request(self, obj, input_ids):
     if (config := freekv_config(self.server_args)) is not None:
         custom_params = (obj.sampling_params or {}).get("custom_params")
+        check_fields(obj, self.server_args, self.model_config)
         _check(config, self.server_args, self.model_config, input_ids or (), custom_params)
         check_custom_params_fit(custom_params)
+
+
+def check_tokenized_request(result, self, *args, **kwargs):
+    if freekv_config(self.server_args) is not None:
+        check_readable(result)
 
 
 def check_queued_request(self, req, is_retracted=False):
@@ -58,6 +65,19 @@ PATCHES = (
         signature="(self, obj: 'Union[GenerateReqInput, EmbeddingReqInput]', input_ids: 'List[int]') -> 'None'",
         reason="no registry checks a request's parameters, and nothing its tokens",
         remove_when="SGLang validates custom_params through a registered function, and tokens",
+    ),
+    Patch(
+        target="sglang.srt.managers.tokenizer_manager.TokenizerManager._create_tokenized_object",
+        kind=HookType.AFTER,
+        hook=check_tokenized_request,
+        signature=(
+            "(self, obj: 'Union[GenerateReqInput, EmbeddingReqInput]', input_text: 'str', "
+            "input_ids: 'Optional[List[int]]', input_embeds: 'Optional[List[List[float]]]' = None, mm_inputs=None, "
+            "token_type_ids: 'Optional[List[int]]' = None) -> 'Union[TokenizedGenerateReqInput, "
+            "TokenizedEmbeddingReqInput]'"
+        ),
+        reason="a scheduler that cannot read a message ends the server",
+        remove_when="SGLang answers a message that it cannot read with an error",
     ),
     Patch(
         target="sglang.srt.managers.scheduler.Scheduler._add_request_to_queue",

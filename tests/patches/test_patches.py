@@ -359,7 +359,7 @@ def test_every_other_failure_of_a_scheduler_is_left_to_sglang(error, server_args
 
 
 def tokenizer_manager(server_args: types.SimpleNamespace, enable_lora: bool = False) -> types.SimpleNamespace:
-    server_args = types.SimpleNamespace(**vars(server_args), enable_lora=enable_lora)
+    server_args = types.SimpleNamespace(**vars(server_args), enable_lora=enable_lora, enable_metrics=False)
     return types.SimpleNamespace(server_args=server_args, model_config=types.SimpleNamespace(vocab_size=256))
 
 
