@@ -125,6 +125,7 @@ def test_a_plain_server_is_left_as_it_is(is_freekv: bool):
     refusals = {
         ValueError: lambda: requests.check_tokenized_request(tokenized(rid=5), manager),
         HTTPException: lambda: endpoints.refuse_without_recorder(manager),
+        (ValueError,): lambda: endpoints.refuse_to_release_memory(manager, "request"),
     }
     for error, refuse in refusals.items():
         if is_freekv:
@@ -137,3 +138,23 @@ def test_a_plain_server_is_left_as_it_is(is_freekv: bool):
 def test_a_server_with_a_recorder_records():
     server_args = types.SimpleNamespace(_freekv=FreeKVConfig(), expert_distribution_recorder_mode="stat")
     assert endpoints.refuse_without_recorder(types.SimpleNamespace(server_args=server_args)) is None
+
+
+def no_such_group(self, recv_req):
+    raise AssertionError("Group g not in [].")
+
+
+def weight_updater(server_args: types.SimpleNamespace) -> types.SimpleNamespace:
+    runner = types.SimpleNamespace(server_args=server_args)
+    return types.SimpleNamespace(tp_worker=types.SimpleNamespace(model_runner=runner))
+
+
+@pytest.mark.parametrize("name", endpoints.UPDATES)
+def test_a_change_of_weights_that_raises_is_answered_as_one_that_failed(name: str):
+    (hook,) = (patch.hook for patch in endpoints.PATCHES if patch.target.endswith(f".{name}"))
+    answer = hook(no_such_group, weight_updater(types.SimpleNamespace(_freekv=FreeKVConfig())), "request")
+    assert type(answer).__name__ == f"{endpoints.UPDATES[name]}ReqOutput"
+    assert (answer.success, answer.message) == (False, "Group g not in []. The weights may be changed in part.")
+    assert hook(lambda self, recv_req: recv_req, None, "request") == "request"
+    with pytest.raises(AssertionError):
+        hook(no_such_group, weight_updater(types.SimpleNamespace()), "request")
