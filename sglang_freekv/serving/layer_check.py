@@ -18,7 +18,7 @@ from sglang_freekv.config import UnsupportedConfiguration
 from sglang_freekv.memory.geometry import Geometry
 
 ALLOWED: dict[str, tuple[Any, ...]] = {
-    "attn_type": (AttentionType.DECODER,),
+    "attn_type": (AttentionType("decoder"),),
     "is_cross_attention": (False,),
     "use_irope": (False,),
     "logit_cap": (0, None),
