@@ -14,13 +14,12 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from packaging.specifiers import SpecifierSet
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+from sglang_freekv.tested_release import TESTED_SGLANG
 
 if TYPE_CHECKING:
     from sglang_freekv.config import FreeKVConfig
-
-TESTED_SGLANG = SpecifierSet("==0.5.17")
 
 
 class IncompatibleSGLang(RuntimeError):
@@ -55,7 +54,7 @@ class Patch:
         """Say how the target differs from the recorded one; None where it does not."""
         try:
             found = str(inspect.signature(self.find()))
-        except (AttributeError, ImportError) as error:
+        except (AttributeError, ImportError, TypeError, ValueError) as error:  # gone, or nothing to call
             return f"{self.target}: expected {self.signature}, found nothing ({error})"
         prefix = self.signature.removesuffix("...")
         matches = found.startswith(prefix) if prefix != self.signature else found == self.signature

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import logging
+import multiprocessing
+import sys
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from freekv_patches.announcement import is_announced
+from sglang_freekv.config import METHOD_OPTION, OPTION_PREFIX
 
 if TYPE_CHECKING:
     AttentionFactory = Callable[["ModelRunner"], "AttentionBackend"]
@@ -16,15 +20,28 @@ if TYPE_CHECKING:
     from sglang.srt.mem_cache.registry import TreeCacheBuildContext
     from sglang.srt.model_executor.model_runner import ModelRunner
 
+logger = logging.getLogger(__name__)
+
 _ATTENTION_NAMES = ("flashinfer", "torch_native")  # much of SGLang asks for these names, so they are kept
+_OUR_FLAGS = tuple("--" + name.replace("_", "-") for name in (METHOD_OPTION, OPTION_PREFIX))
 
 
 def register() -> None:
     """SGLang calls this in every process that loads plug-ins.
 
-    It logs a plug-in's exception and goes on without it; a patch that does not fit ends the process instead.
+    It logs a plug-in's exception and goes on without it; a patch that does not fit ends the process instead. A release
+    of SGLang that was not tested is left as it is, with a warning, unless the command line asks for FreeKV.
     """
-    from freekv_patches.patch import IncompatibleSGLang
+    from freekv_patches.patch import IncompatibleSGLang, check_version
+
+    try:
+        check_version()
+    except IncompatibleSGLang as error:
+        if _asks_for_freekv(sys.argv) or is_announced():
+            raise SystemExit(f"error: {error}") from None
+        if multiprocessing.parent_process() is None:  # once for a server, not in each of its processes
+            logger.warning("sglang-freekv is installed and not active, and this is plain SGLang: %s", error)
+        return
     from freekv_patches.registry import install_flags
 
     try:
@@ -33,6 +50,11 @@ def register() -> None:
         raise SystemExit(str(error)) from None
     if is_announced():
         activate()
+
+
+def _asks_for_freekv(argv: Iterable[str]) -> bool:
+    """Whether a command line has a flag of ours, which SGLang would not know."""
+    return any(argument.startswith(_OUR_FLAGS) for argument in argv)
 
 
 @functools.cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from freekv_patches import launch, memory, metrics, requests, runner, scheduler, server_args
+from freekv_patches import endpoints, launch, memory, metrics, requests, runner, scheduler, server_args
 from freekv_patches.patch import Patch, check_applied, check_version
 from freekv_patches.patch import install as install_patches
 
@@ -15,6 +15,7 @@ FLAG_PATCHES: tuple[Patch, ...] = server_args.PATCHES
 RUNTIME_PATCHES: tuple[Patch, ...] = (
     *launch.PATCHES,
     *requests.PATCHES,
+    *endpoints.PATCHES,
     *memory.PATCHES,
     *runner.PATCHES,
     *scheduler.PATCHES,

@@ -40,10 +40,11 @@ def start_scheduler(original, self, server_args, *args, **kwargs):
 def report_internal_state(result, self, recv_req):
     if freekv_config(self.server_args) is not None:
         allocator = self.token_to_kv_pool_allocator
-        state = allocator.get_kvcache().report() | {"host_free_tokens": allocator.available_size()}
-        if hasattr(self.tree_cache, "report"):
-            state |= self.tree_cache.report()
-        result.internal_state["freekv"] = state
+        held = {
+            "host_free_tokens": allocator.available_size(),
+            "session_tokens": self.pool_stats_observer.session_held_tokens(),
+        }
+        result.internal_state["freekv"] = allocator.get_kvcache().report() | self.tree_cache.report() | held
 
 
 PATCHES = (

@@ -48,8 +48,11 @@ def init(original, self, *args, **kwargs):
 
 
 def _attach(server_args, config):
+    from freekv_patches.tokenizer_worker import FreeKVServerArgs
+
     support.check_resolved(server_args, config)
     server_args._freekv = config
+    server_args.__class__ = FreeKVServerArgs
     activate()
 
 

@@ -10,6 +10,8 @@ from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform
 
+from sglang_freekv.tested_release import is_tested_release
+
 logger = logging.getLogger(__name__)
 
 _THREADS_BIND = "SGLANG_CPU_OMP_THREADS_BIND"  # SGLang: cores of each tensor-parallel rank, "0,1|2,3"
@@ -19,7 +21,12 @@ _GRAMMAR_BACKEND = "outlines"  # masks with torch operations; SGLang's default, 
 
 
 def activate() -> str | None:
-    """Name the platform class, or None where an accelerator exists or the user runs SGLang's CPU engine."""
+    """Name the platform class, or None where an accelerator exists or the user runs SGLang's CPU engine.
+
+    And None where SGLang is not the release that it is written against.
+    """
+    if not is_tested_release():
+        return None
     if torch.accelerator.is_available() or os.environ.get("SGLANG_USE_CPU_ENGINE") == "1":
         return None
     return f"{__name__}.CpuPlatform"

@@ -37,8 +37,9 @@ def main(argv: list[str] | None = None) -> int:
     report = Report()
     report.section("Machine", environment.describe_machine())
     report.section("Packages", environment.describe_packages())
-    _report_patches(report)
-    if "--model-path" in {flag.partition("=")[0] for flag in flags} or "--model" in flags:
+    if not _report_patches(report):
+        report.section("Server", ["not checked: this is not the SGLang that FreeKV works with"])
+    elif "--model-path" in {flag.partition("=")[0] for flag in flags} or "--model" in flags:
         _report_server(report, own, flags)
     else:
         report.section("Server", ["not checked: give --model-path"])
@@ -75,15 +76,19 @@ def _gib(text: str) -> int:
     return num_bytes
 
 
-def _report_patches(report: Report) -> None:
+def _report_patches(report: Report) -> bool:
+    """Whether SGLang is the release that the rest of the report can be about."""
+    is_tested = True
     try:
         check_version()
     except IncompatibleSGLang as error:
+        is_tested = False
         report.problem(str(error))
     number, mismatches = patch_status()
     report.section("Patches", [f"{number - len(mismatches)} of {number} targets fit this SGLang", *mismatches])
     for mismatch in mismatches:
         report.problem(f"a patch does not fit: {mismatch}")
+    return is_tested
 
 
 def _report_server(report: Report, own: argparse.Namespace, flags: list[str]) -> None:

@@ -13,7 +13,7 @@ from unittest import mock
 import psutil
 import torch
 
-from sglang_freekv.config import FreeKVConfig, UnsupportedConfiguration
+from sglang_freekv.config import FreeKVConfig
 from sglang_freekv.flags import add_cli_args, take_options
 from sglang_freekv.memory.pinned import GIB, free_container_bytes, free_host_bytes
 from sglang_freekv.memory.plan import MemoryPlan, plan_memory
@@ -99,6 +99,7 @@ def forecast(server_args: ServerArgs, config: FreeKVConfig, machine: Machine) ->
         If it does not fit; says which flag to change.
     """
     model, device = server_args.get_model_config(), server_args.device
+    pool_sizes.check_host_memory(config, machine.free_host_bytes, pool_sizes.ranks_of_machine(server_args))
     weights_bytes = _weights_bytes(model, machine) // server_args.tp_size
     geometry = pool_sizes.geometry_of_model(
         model,
@@ -135,7 +136,6 @@ def forecast(server_args: ServerArgs, config: FreeKVConfig, machine: Machine) ->
         max_context=max_context,
         attention_bytes=workspaces,
     )
-    _check_host(plan, server_args, machine)
     return Forecast(model, config, weights_bytes, reserve_bytes, plan)
 
 
@@ -182,13 +182,3 @@ def _max_requests(server_args: ServerArgs, model: ModelConfig, num_tokens: int) 
     """SGLang's bound on running requests (KVCacheConfigurator.resolve_max_num_reqs)."""
     by_capacity = max(min(int(num_tokens / model.context_len * 512), 4096), 2048)
     return min(server_args.max_running_requests or by_capacity, num_tokens // 2)
-
-
-def _check_host(plan: MemoryPlan, server_args: ServerArgs, machine: Machine) -> None:
-    """Refuse what the start would not get from the machine."""
-    ranks = max(server_args.tp_size // server_args.nnodes, 1)
-    if (asked := plan.host_bytes * ranks) > machine.free_host_bytes:
-        raise UnsupportedConfiguration(
-            f"The host stores of {ranks} rank(s) take {in_words(asked)}, but {in_words(machine.free_host_bytes)} of "
-            f"CPU memory are free; lower --freekv-host-memory, which counts for each rank."
-        )

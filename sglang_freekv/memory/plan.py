@@ -8,7 +8,7 @@ from typing import Any
 from sglang_freekv.config import FreeKVConfig, UnsupportedConfiguration
 from sglang_freekv.memory.geometry import Geometry
 from sglang_freekv.memory.layers import kinds_of
-from sglang_freekv.memory.page_indexes import INDEXES
+from sglang_freekv.memory.needs import Needs, bytes_by_page
 from sglang_freekv.memory.units import in_words
 
 GIB = 1 << 30
@@ -89,33 +89,6 @@ class MemoryPlan:
         return {"config": self.config.keywords() | resolved, "memory_plan": sizes | {"num_tokens": self.num_tokens}}
 
 
-def workspace_bytes(geometry: Geometry, config: FreeKVConfig, max_context: int, max_requests: int) -> int:
-    """Device bytes of the tables and lists of a decode step, at fixed addresses for CUDA graphs.
-
-    Not counted: graphs, activations and what prefill allocates; SGLang keeps ``1 - mem_fraction_static`` free for them.
-
-    Parameters
-    ----------
-    max_context : int
-        Most tokens of a request; bounds its page table.
-    max_requests : int
-        Rows of the largest batch.
-    """
-    g, width = geometry, config.max_budget_pages
-    max_pages = -(-max_context // g.page_size)
-    batch = 8 * (max_pages + 4 + g.num_kv_heads)  # page table, row, slot, lengths, budgets
-    scores = 2 * 4 * g.num_qo_heads * max_pages  # of the main and of the side stream
-    misses = 2 * (8 + 4 + 4) * g.num_kv_heads * width  # front and back: pair, entry, block
-    flags, opened = (4 + 1) * g.num_kv_heads, 8 * g.num_kv_heads
-    window_attention = 4 * g.num_kv_heads * (width + 2)  # kv_indices, kv_indptr, last_page_len
-    dense_attention = (
-        4 * g.num_kv_heads * (max_pages + 2)
-        if not all(kind.is_cached for kind in kinds_of(config, g.num_layers))
-        else 0
-    )
-    return max_requests * (batch + scores + misses + flags + opened + window_attention + dense_attention)
-
-
 def plan_memory(
     geometry: Geometry,
     config: FreeKVConfig,
@@ -137,7 +110,7 @@ def plan_memory(
         For the host store of this rank, unless `config.host_memory_gib` says otherwise; less is taken where the
         summaries of so many pages would leave too little of the device.
     max_requests : int
-        Upper bound on running requests from SGLang.
+        Upper bound on running requests from SGLang. Each needs a page of its own, so no more are planned for.
     max_total_tokens : int, optional
         Upper bound on the host store's tokens (``--max-total-tokens``).
     max_context : int, optional
@@ -150,82 +123,84 @@ def plan_memory(
     UnsupportedConfiguration
         If a pool cannot hold what one request needs; the message says which flag to change.
     """
-    g, num_heads = geometry, geometry.num_kv_heads
-    page_summary_bytes = (
-        INDEXES[config.selector_name].page_bytes(g) + 4 * g.num_layers * num_heads
-    )  # and entries of the block table
+    num_pages = _plan_pages(geometry, config, device_bytes, host_bytes, max_total_tokens)
+    needs = Needs(geometry, config, num_pages, max_context, attention_bytes)
+    num_blocks, max_requests = _plan_blocks(needs, device_bytes - needs.fixed_bytes, min(max_requests, num_pages))
+    return _plan_of(needs, num_blocks, max_requests)
+
+
+def _plan_of(needs: Needs, num_blocks: int, max_requests: int) -> MemoryPlan:
+    return MemoryPlan(
+        geometry=needs.geometry,
+        config=needs.config,
+        num_pages=needs.num_pages,
+        num_blocks=num_blocks,
+        max_requests=max_requests,
+        host_bytes=(needs.num_pages + 1) * needs.geometry.page_bytes,
+        device_blocks_bytes=num_blocks * needs.layer_blocks_bytes + needs.dense_bytes,
+        summaries_bytes=needs.summaries_bytes,
+        arena_bytes=needs.arena_bytes,
+        windows_bytes=(max_requests + 1) * needs.window_bytes,
+        workspace_bytes=needs.workspace_bytes(max_requests) + needs.attention_bytes,
+        request_bytes=needs.blocks_per_request * needs.layer_blocks_bytes + needs.window_bytes,
+    )
+
+
+def _plan_pages(
+    geometry: Geometry, config: FreeKVConfig, device_bytes: int, host_bytes: int, max_total_tokens: int | None
+) -> int:
+    """Pages of the host store, without the padding page."""
     if config.host_memory_gib is not None:
         host_bytes = int(config.host_memory_gib * GIB)
     else:
-        with_summaries = max(int(device_bytes * _SUMMARIES_SHARE) // page_summary_bytes, 2)
-        host_bytes = min(host_bytes, with_summaries * g.page_bytes)
-    num_pages = host_bytes // g.page_bytes - 1  # page 0 is padding
+        with_summaries = max(int(device_bytes * _SUMMARIES_SHARE) // bytes_by_page(geometry, config), 2)
+        host_bytes = min(host_bytes, with_summaries * geometry.page_bytes)
+    num_pages = host_bytes // geometry.page_bytes - 1  # page 0 is padding
     if max_total_tokens is not None:
-        num_pages = min(num_pages, max_total_tokens // g.page_size)
+        num_pages = min(num_pages, max_total_tokens // geometry.page_size)
     if num_pages < 1:
         raise UnsupportedConfiguration(
             f"FreeKV: the host store of {in_words(host_bytes)} holds no page (one page of all layers takes "
-            f"{in_words(g.page_bytes)}, and one more is padding); raise --freekv-host-memory"
+            f"{in_words(geometry.page_bytes)}, and one more is padding); raise --freekv-host-memory"
         )
+    return num_pages
 
-    num_dense = sum(not kind.is_cached for kind in kinds_of(config, g.num_layers))
-    dense_bytes = (num_pages + 1) * num_dense * num_heads * g.block_bytes
-    summaries_bytes = (num_pages + 1) * page_summary_bytes
-    arena_bytes = 2 * config.arena_tokens * 2 * num_heads * g.head_dim * g.dtype.itemsize
-    last_q_bytes = g.num_layers * g.num_qo_heads * g.head_dim * g.dtype.itemsize
-    window_bytes = 2 * g.num_layers * num_heads * config.max_budget_pages * 4 + last_q_bytes  # of one request
-    layer_blocks_bytes = (g.num_layers - num_dense) * g.block_bytes  # one block in each layer that has a window
-    blocks_per_request = 2 * config.max_budget_pages * num_heads
-    num_pairs = (num_pages + 1) * num_heads  # with this many blocks everything stays resident
 
-    def workspace(num_requests: int) -> int:
-        return 0 if max_context is None else workspace_bytes(g, config, max_context, num_requests)
-
-    left = device_bytes - dense_bytes - summaries_bytes - arena_bytes - attention_bytes - window_bytes
-    per_request = window_bytes + workspace(1)
-    blocks_bytes = None
-    if config.device_blocks_memory_gib is not None:  # more than everything would not be used
-        blocks_bytes = min(int(config.device_blocks_memory_gib * GIB), num_pairs * layer_blocks_bytes)
-    if max_context is not None:
-        if blocks_bytes is not None and blocks_bytes > left - per_request:
-            raise UnsupportedConfiguration(
-                f"FreeKV: device blocks take {in_words(blocks_bytes)}, but {in_words(max(left - per_request, 0))} of "
-                f"the device are left for them after page summaries ({in_words(summaries_bytes)}), prefill arena "
-                f"({in_words(arena_bytes)}) and the buffers of a step; lower --freekv-device-blocks-memory, "
-                f"--freekv-host-memory or --freekv-arena, or raise --mem-fraction-static"
-            )
+def _plan_blocks(needs: Needs, left: int, max_requests: int) -> tuple[int, int]:
+    """Device blocks of a layer, and running requests: each has two windows of them, or everything is resident."""
+    asked = needs.asked_blocks_bytes()
+    if needs.max_context is not None:
         # SGLang proposes thousands; buffers of requests that could never run would take the blocks' memory.
-        if blocks_bytes is not None:
-            fitting = (left - blocks_bytes) // per_request
-        else:
-            with_own_blocks = left // (per_request + blocks_per_request * layer_blocks_bytes)
-            with_all_resident = (left - num_pairs * layer_blocks_bytes) // per_request
-            fitting = max(with_own_blocks, with_all_resident)
-        max_requests = min(max_requests, max(fitting, 1))
-    if blocks_bytes is None:
-        blocks_bytes = left - max_requests * per_request
-    num_blocks = min(blocks_bytes // layer_blocks_bytes, num_pairs) if layer_blocks_bytes else num_pairs
-    if num_blocks < num_pairs:
-        max_requests = min(max_requests, num_blocks // blocks_per_request)
+        max_requests = min(max_requests, max(_requests_with_buffers(needs, left, asked), 1))
+    blocks_bytes = left - max_requests * needs.row_bytes if asked is None else asked
+    per_layer = needs.layer_blocks_bytes
+    num_blocks = min(blocks_bytes // per_layer, needs.num_pairs) if per_layer else needs.num_pairs
+    if num_blocks < needs.num_pairs:
+        max_requests = min(max_requests, num_blocks // needs.blocks_per_request)
     if max_requests < 1:
+        config, g = needs.config, needs.geometry
+        share = bytes_by_page(g, config) / g.page_bytes
         raise UnsupportedConfiguration(
             f"FreeKV: {in_words(max(blocks_bytes, 0))} of device blocks cannot hold one request, whose front and "
-            f"back window take {in_words(blocks_per_request * layer_blocks_bytes)} at a budget of "
+            f"back window take {in_words(needs.blocks_per_request * per_layer)} at a budget of "
             f"{config.max_budget_tokens:,} tokens; raise --freekv-device-blocks-memory or --mem-fraction-static, or "
             f"lower --freekv-max-budget, --freekv-budget or --freekv-host-memory (page summaries take "
-            f"{page_summary_bytes / g.page_bytes:.1%} of it)"
+            f"{share:.1%} of it)"
         )
-    return MemoryPlan(
-        geometry=g,
-        config=config,
-        num_pages=num_pages,
-        num_blocks=num_blocks,
-        max_requests=max_requests,
-        host_bytes=(num_pages + 1) * g.page_bytes,
-        device_blocks_bytes=num_blocks * layer_blocks_bytes + dense_bytes,
-        summaries_bytes=summaries_bytes,
-        arena_bytes=arena_bytes,
-        windows_bytes=(max_requests + 1) * window_bytes,
-        workspace_bytes=workspace(max_requests) + attention_bytes,
-        request_bytes=blocks_per_request * layer_blocks_bytes + window_bytes,
-    )
+    return num_blocks, max_requests
+
+
+def _requests_with_buffers(needs: Needs, left: int, asked: int | None) -> int:
+    """Requests whose buffers fit beside the blocks: those asked for, or as many as the requests themselves need."""
+    if asked is None:
+        with_own_blocks = left // (needs.row_bytes + needs.blocks_per_request * needs.layer_blocks_bytes)
+        with_all_resident = (left - needs.num_pairs * needs.layer_blocks_bytes) // needs.row_bytes
+        return max(with_own_blocks, with_all_resident)
+    if asked > left - needs.row_bytes:
+        raise UnsupportedConfiguration(
+            f"FreeKV: device blocks take {in_words(asked)}, but {in_words(max(left - needs.row_bytes, 0))} of "
+            f"the device are left for them after page summaries ({in_words(needs.summaries_bytes)}), prefill arena "
+            f"({in_words(needs.arena_bytes)}) and the buffers of a step; lower --freekv-device-blocks-memory, "
+            f"--freekv-host-memory or --freekv-arena, or raise --mem-fraction-static"
+        )
+    return (left - asked) // needs.row_bytes

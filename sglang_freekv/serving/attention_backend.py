@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.layers.radix_attention import RadixAttention
 
 from sglang_freekv.algorithm.audit import AuditError, audit_blocks, audit_index, audit_windows
 from sglang_freekv.algorithm.engine import build_engine
@@ -15,9 +16,9 @@ from sglang_freekv.algorithm.inputs import DecodeInput, ExtendInput
 from sglang_freekv.serving.debug_dump import DebugDump
 from sglang_freekv.serving.health import audited
 from sglang_freekv.serving.kv_pool import FreeKVPool
+from sglang_freekv.serving.layer_check import check_layer, check_layers, refuse
 
 if TYPE_CHECKING:
-    from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.managers.schedule_batch import ScheduleBatch
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from sglang.srt.model_executor.model_runner import ModelRunner
@@ -28,6 +29,8 @@ if TYPE_CHECKING:
 
 class FreeKVAttentionBackend(AttentionBackend):
     """Decode through `Decode`, extend through `Prefill`. Registered under the names of SGLang's own backends.
+
+    A model with a layer that asks for other attention is refused with UnsupportedConfiguration, before any graph.
 
     With CUDA graphs, SGLang captures the runs of a decode step, and calls `init_forward_metadata_out_graph` before each
     replay. The scheduler may change its request table while the graph runs: what a step reads of it is copied there.
@@ -45,6 +48,8 @@ class FreeKVAttentionBackend(AttentionBackend):
         self.req_to_token_pool.memory = pool.memory
         self.decode, self.prefill = build_engine(self.memory)
         self._first_layer = pool.start_layer
+        layers = (module for module in model_runner.model.modules() if isinstance(module, RadixAttention))
+        self._checked_layers = check_layers(layers, self.memory.geometry, self._first_layer)
         folder = self.memory.config.debug_dump
         self._dump = DebugDump(Path(folder), self.memory, model_runner.ps.tp_rank) if folder else None
         self._rows: list[int] = []
@@ -145,7 +150,7 @@ class FreeKVAttentionBackend(AttentionBackend):
         save_kv_cache: bool,
         extras: dict,
     ) -> torch.Tensor:
-        _check_plain_attention(layer, k, save_kv_cache, extras)
+        self._check_call(layer, k, save_kv_cache, extras)
         head_dim = layer.qk_head_dim
         heads = [x.reshape(len(x), -1, head_dim) for x in (q, k, v)]
         if padding := self.memory.geometry.head_dim - head_dim:
@@ -153,21 +158,15 @@ class FreeKVAttentionBackend(AttentionBackend):
         out = phase.run(layer.layer_id - self._first_layer, *heads, layer.scaling)
         return out[..., :head_dim].flatten(1)
 
+    def _check_call(self, layer: RadixAttention, k: torch.Tensor | None, save_kv_cache: bool, extras: dict) -> None:
+        """Raise UnsupportedConfiguration where a model asks for more than softmax(q k) v over all tokens."""
+        if layer not in self._checked_layers:  # a model may hide its layers in a dictionary
+            check_layer(layer, self.memory.geometry, self._first_layer)
+            self._checked_layers.add(layer)
+        asked = [name for name, value in extras.items() if value is not None]
+        if k is None or not save_kv_cache:
+            asked.append("keys and values that another layer or kernel has stored")
+        refuse(layer, asked)
+
     def support_triton(self) -> bool:
         return self.memory.device != "cpu"
-
-
-def _check_plain_attention(layer: RadixAttention, k: torch.Tensor | None, save_kv_cache: bool, extras: dict) -> None:
-    """Raise where a model asks for more than softmax(q k) v over all tokens; its configuration did not tell."""
-    asked = [name for name, value in extras.items() if value is not None]
-    if layer.logit_cap:
-        asked.append(f"logit_cap={layer.logit_cap}")
-    if (layer.sliding_window_size or -1) > -1:
-        asked.append(f"sliding_window_size={layer.sliding_window_size}")
-    if k is None or not save_kv_cache:
-        asked.append("keys and values that another layer or kernel has stored")
-    if asked:
-        raise RuntimeError(
-            f"FreeKV: layer {layer.layer_id} asks for attention with {', '.join(asked)}, which is not supported; "
-            f"remove --kv-retrieval to serve this model"
-        )

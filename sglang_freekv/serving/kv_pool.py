@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from typing import TYPE_CHECKING, Any, NoReturn
+from weakref import WeakValueDictionary
 
 from sglang.srt.mem_cache.memory_pool import KVCache, ReqToTokenPool
 
@@ -82,18 +83,26 @@ class FreeKVPool(KVCache):
 
 
 class FreeKVReqToTokenPool(ReqToTokenPool):
-    """The request table; taking a row starts the request's window state."""
+    """The request table; a request that comes to a row starts the row's window state.
+
+    A row may outlive its request: with ``--enable-streaming-session`` the next turn of a session comes to the row of
+    the last one. And a request comes to its row again with each chunk of its prompt.
+    """
 
     def __init__(self, config: FreeKVConfig, size: int, max_context_len: int, device: str) -> None:
         super().__init__(size, max_context_len, device, enable_memory_saver=False)
         self._config = config
+        self._owners: WeakValueDictionary[int, Req] = WeakValueDictionary()  # by row
         self.memory: KVMemory | None = None  # set by the attention backend, as the token pool is built after this one
 
     def alloc(self, reqs: list[Req]) -> list[int] | None:
-        new = [req for req in reqs if req.req_pool_idx is None]
         rows = super().alloc(reqs)
-        if rows is not None:
-            for req in new:
-                budget_tokens = request_budget_tokens(self._config, req.sampling_params.custom_params)
-                self.memory.admit(req.req_pool_idx, budget_tokens)
+        for row, req in zip(rows or (), reqs, strict=False):
+            if self._owners.get(row) is not req:
+                self._owners[row] = req
+                self.memory.admit(row, request_budget_tokens(self._config, req.sampling_params.custom_params))
         return rows
+
+    def free(self, req: Req) -> None:
+        self._owners.pop(req.req_pool_idx, None)
+        super().free(req)

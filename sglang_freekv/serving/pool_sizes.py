@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 from sglang.srt.mem_cache.allocation_sizing import get_req_to_token_extra_context_len
 from sglang.srt.runtime_context import get_parallel, get_schedule
+from sglang.srt.utils.common import get_cpu_ids_by_node
 
-from sglang_freekv.config import FreeKVConfig
+from sglang_freekv.config import FreeKVConfig, UnsupportedConfiguration
 from sglang_freekv.memory.geometry import Geometry, stored_head_dim
 from sglang_freekv.memory.pinned import free_container_bytes, free_host_bytes
-from sglang_freekv.memory.plan import MemoryPlan, plan_memory
+from sglang_freekv.memory.plan import GIB, MemoryPlan, plan_memory
+from sglang_freekv.memory.units import in_words
 
 if TYPE_CHECKING:
     from sglang.srt.configs.model_config import ModelConfig
@@ -40,10 +42,13 @@ def plan_for(
         SGLang's own bound on running requests.
     """
     server_args = configurator.server_args
+    check_host_memory(config, free_host_bytes(), ranks_of_replica(server_args))
     free_bytes = configurator._profile_available_bytes(pre_model_load_memory)
     geometry = geometry_of(configurator, config)
     max_context, workspaces = None, 0
     if configurator.device == "cpu":
+        # SGLang has asked for what a NUMA node has free, as it expects a rank on each.
+        free_bytes *= min(len(get_cpu_ids_by_node()), ranks_of_machine(server_args))
         device_bytes, host_bytes = divide_cpu_memory(free_bytes, free_container_bytes(), server_args)
     else:
         device_bytes, host_bytes = free_bytes, share_of_host(free_host_bytes(), server_args)
@@ -64,20 +69,40 @@ def plan_for(
 
 def share_of_host(free_bytes: int, server_args: ServerArgs) -> int:
     """Bytes of the host store of each rank on this machine, next to a GPU."""
-    return int(free_bytes * _HOST_SHARE) // _ranks(server_args)
+    return int(free_bytes * _HOST_SHARE) // ranks_of_machine(server_args)
 
 
 def divide_cpu_memory(free_bytes: int, in_container: int | None, server_args: ServerArgs) -> tuple[int, int]:
-    """Bytes of a rank without a GPU for blocks and for its host store; SGLang asks the machine, not the container."""
+    """Bytes of a rank without a GPU for blocks and for its host store, of those that a machine has free for all ranks.
+
+    `in_container` is what its container may still take: SGLang asks the machine, not the container.
+    """
+    share = free_bytes // ranks_of_machine(server_args)
     if in_container is not None:
-        free_bytes = min(free_bytes, share_of_host(in_container, server_args))
-    host_bytes = int(free_bytes * _CPU_HOST_SHARE)
-    return free_bytes - host_bytes, host_bytes
+        share = min(share, share_of_host(in_container, server_args))
+    host_bytes = int(share * _CPU_HOST_SHARE)
+    return share - host_bytes, host_bytes
 
 
-def _ranks(server_args: ServerArgs) -> int:
-    """Ranks on this machine."""
+def ranks_of_replica(server_args: ServerArgs) -> int:
+    """Ranks of tensor parallelism on this machine: they measure what is free before any of them takes it."""
     return max(server_args.tp_size // server_args.nnodes, 1)
+
+
+def ranks_of_machine(server_args: ServerArgs) -> int:
+    """Ranks on this machine: with ``--dp-size`` every replica has its own, and each rank its own memory."""
+    return max(server_args.dp_size * server_args.tp_size // server_args.nnodes, 1)
+
+
+def check_host_memory(config: FreeKVConfig, free_bytes: int, num_ranks: int) -> None:
+    """Raise UnsupportedConfiguration where the user asks for larger host stores than the machine has memory for."""
+    if config.host_memory_gib is None:
+        return
+    if (asked := int(config.host_memory_gib * GIB) * num_ranks) > free_bytes:
+        raise UnsupportedConfiguration(
+            f"The host stores of {num_ranks} rank(s) take {in_words(asked)}, but {in_words(free_bytes)} of "
+            f"CPU memory are free; lower --freekv-host-memory, which counts for each rank."
+        )
 
 
 def geometry_of(configurator: KVCacheConfigurator, config: FreeKVConfig) -> Geometry:

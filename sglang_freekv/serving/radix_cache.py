@@ -23,19 +23,33 @@ def create_radix_cache(ctx: TreeCacheBuildContext) -> BasePrefixCache:
     return FreeKVRadixCache(ctx.params)
 
 
-class _ReleasesHostStore:
-    """A scheduler that ends as asked calls this on its cache, so that a patch is not needed."""
+class _OfHostStore:
+    """What either cache does for the host store."""
+
+    evicted_tokens = 0  # since start-up
+
+    def report(self) -> dict[str, int]:
+        """Tokens of the host store that the cache holds, for `/server_info`."""
+        protected = self.protected_size()
+        return {
+            "tree_tokens": self.evictable_size() + protected,
+            "tree_protected_tokens": protected,
+            "tree_evicted_tokens": self.evicted_tokens,
+        }
 
     def release_host_resources(self) -> None:
-        """Unpin the host store: the kernel would take long over it when the process dies."""
+        """Unpin the host store: the kernel would take long over it when the process dies.
+
+        A scheduler that ends as asked calls this on its cache, so that a patch is not needed.
+        """
         self.token_to_kv_pool_allocator.get_kvcache().memory.unpin()
 
 
-class FreeKVChunkCache(_ReleasesHostStore, ChunkCache):
-    """SGLang's cache of running requests only."""
+class FreeKVChunkCache(_OfHostStore, ChunkCache):
+    """SGLang's cache of running requests only: it holds nothing."""
 
 
-class FreeKVRadixCache(_ReleasesHostStore, RadixCache):
+class FreeKVRadixCache(_OfHostStore, RadixCache):
     """SGLang's radix tree. Its node values are slots of the host store, so a shared prefix is stored once there,
     and its page summaries, indexed by page, are shared with it.
 
@@ -43,17 +57,7 @@ class FreeKVRadixCache(_ReleasesHostStore, RadixCache):
     clock takes them; nobody can reach them before that.
     """
 
-    evicted_tokens = 0  # since start-up
-
     def evict(self, params: EvictParams) -> EvictResult:
         result = super().evict(params)
         self.evicted_tokens += result.num_tokens_evicted
         return result
-
-    def report(self) -> dict[str, int]:
-        """Tokens of the host store that the tree holds."""
-        return {
-            "tree_tokens": self.evictable_size_ + self.protected_size_,
-            "tree_protected_tokens": self.protected_size_,
-            "tree_evicted_tokens": self.evicted_tokens,
-        }

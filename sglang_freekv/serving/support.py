@@ -94,6 +94,7 @@ RULES = (
     Rule("enable_prefill_context_parallel", (False,), _SPLITS_KV),
     Rule("enable_dp_attention", (False,), _SPLITS_KV),
     Rule("use_ray", (False,), "Ray's actors do not inherit the environment that activates FreeKV"),
+    Rule("smg_grpc_mode", (False,), "another package starts its schedulers, and FreeKV would not be active in them"),
     Rule("enable_deterministic_inference", (False,), "results may differ in the last bits between batches"),
     Rule("rl_on_policy_target", (None,), "results may differ in the last bits between batches"),
 )
@@ -267,6 +268,8 @@ def _obstacle(model: ModelConfig) -> str | None:
         return "state-space or linear-attention layers"
     if model.is_encoder_decoder:
         return "cross-attention layers"
+    if _sees_later_tokens(model):
+        return "attention to later tokens, as encoders have"
     if model.is_hybrid_swa or model.is_local_attention_model or _slides(model):
         return "sliding-window layers"
     if getattr(text, "attn_logit_softcapping", None) is not None:
@@ -274,6 +277,17 @@ def _obstacle(model: ModelConfig) -> str | None:
     if model.v_head_dim != model.head_dim:
         return f"values of another width ({model.v_head_dim}) than keys ({model.head_dim})"
     return None
+
+
+def _sees_later_tokens(model: ModelConfig) -> bool:
+    """Whether attention is not causal. SGLang knows its own encoders of texts, not those that classify or rank."""
+    text = model.hf_text_config
+    return (
+        model.embedding_model_spec.bidirectional_attention
+        or getattr(text, "type_vocab_size", None) is not None  # of BERT and its kin: one text or the other of a pair
+        or getattr(text, "is_causal", True) is False
+        or bool(getattr(text, "use_bidirectional_attention", False))
+    )
 
 
 def _slides(model: ModelConfig) -> bool:

@@ -66,6 +66,11 @@ def test_the_platform_stays_away_where_the_user_runs_the_cpu_engine_of_sglang(no
     assert platform.activate() is None
 
 
+def test_the_platform_stays_away_from_a_release_of_sglang_that_it_does_not_know(no_choice):
+    no_choice.setattr(platform, "is_tested_release", lambda: False)
+    assert platform.activate() is None
+
+
 @needs_cpu_platform
 @pytest.mark.parametrize("page_size", [None, 1, 32])
 def test_plain_sglang_needs_no_flags(page_size, model_path, no_choice):

@@ -12,6 +12,7 @@ from unittest import mock
 import pytest
 
 import sglang_freekv.doctor.__main__ as command
+from freekv_patches import patch
 from sglang_freekv.cpu.platform import CpuPlatform
 from sglang_freekv.doctor.__main__ import main
 from sglang_freekv.doctor.forecast import Machine, forecast, resolve
@@ -135,6 +136,16 @@ def test_a_patch_that_does_not_fit_is_a_problem(monkeypatch: pytest.MonkeyPatch,
     status, report = diagnose(capsys)
     assert status == 1
     assert "16 of 17 targets fit" in report and "- a patch does not fit: a.b: expected (self)" in report
+
+
+def test_beside_another_sglang_the_doctor_names_it_and_asks_it_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    monkeypatch.setattr(patch, "version", lambda name: "0.5.23")
+    status, report = diagnose(capsys, "--model-path", "a folder that does not matter")
+    assert status == 1
+    assert "- FreeKV works with sglang==0.5.17, found 0.5.23; install that" in report
+    assert "not checked: this is not the SGLang that FreeKV works with" in report
 
 
 def test_without_a_model_only_the_installation_is_looked_at(capsys: pytest.CaptureFixture):

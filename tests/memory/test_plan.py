@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from sglang_freekv.attention.cpu import TorchWindowAttention
-from sglang_freekv.config import KEY_BITS, PAGE_SIZES, FreeKVConfig
+from sglang_freekv.config import KEY_BITS, PAGE_SIZES, FreeKVConfig, UnsupportedConfiguration
 from sglang_freekv.flags import take_options
 from sglang_freekv.memory.geometry import Geometry
 from sglang_freekv.memory.kv_memory import KVMemory
+from sglang_freekv.memory.needs import workspace_bytes
 from sglang_freekv.memory.page_indexes import INDEXES
-from sglang_freekv.memory.plan import GIB, plan_memory, workspace_bytes
+from sglang_freekv.memory.plan import GIB, plan_memory
 from sglang_freekv.memory.units import in_words
 from sglang_freekv.serving import pool_sizes
 
@@ -68,6 +69,17 @@ def test_no_memory_is_left_that_one_more_request_would_need(dense_layers):
 def test_thousands_of_requests_that_cannot_run_cost_no_blocks():
     few, many = gpu_plan(max_requests=gpu_plan().max_requests), gpu_plan(max_requests=100_000)
     assert many == few
+
+
+def test_no_more_requests_are_planned_for_than_have_a_page_each():
+    page_gib = LLAMA_8B.page_bytes / GIB
+    few, many = (gpu_plan(FreeKVConfig(host_memory_gib=n * page_gib), device_gib=24) for n in (14, 1400))
+    assert (few.num_pages, few.max_requests) == (13, 13)
+    assert 13 < many.max_requests <= many.num_pages == 1399
+    window_bytes = few.request_bytes - 2 * CONFIG.max_budget_pages * LLAMA_8B.num_kv_heads * 32 * LLAMA_8B.block_bytes
+    assert few.windows_bytes == 14 * window_bytes  # and of row 0, which is padding
+    on_cpu = plan_memory(LLAMA_8B, few.config, device_bytes=24 * GIB, host_bytes=GIB, max_requests=4096)
+    assert on_cpu.max_requests == 13
 
 
 def test_a_store_that_fits_on_the_device_bounds_the_requests_by_their_buffers_only():
@@ -171,8 +183,8 @@ def test_a_plan_without_a_context_has_no_workspace_and_says_nothing_about_it():
     assert plan.num_blocks == blocks // (LLAMA_8B.num_layers * LLAMA_8B.block_bytes)
 
 
-def configurator(device: str, free_gib: float) -> types.SimpleNamespace:
-    """What `plan_for` asks of SGLang's configurator, for a machine with two ranks."""
+def configurator(device: str, free_gib: float, dp_size: int = 1) -> types.SimpleNamespace:
+    """What `plan_for` asks of SGLang's configurator, for a machine with two ranks, or two of each replica."""
     model = types.SimpleNamespace(
         num_attention_heads=32, head_dim=128, context_len=8192, get_num_kv_heads=lambda tp_size: 8 // tp_size
     )
@@ -180,7 +192,7 @@ def configurator(device: str, free_gib: float) -> types.SimpleNamespace:
         device=device,
         gpu_id=0,
         model_config=model,
-        server_args=types.SimpleNamespace(tp_size=2, nnodes=1),
+        server_args=types.SimpleNamespace(tp_size=2, dp_size=dp_size, nnodes=1),
         layer_info=types.SimpleNamespace(num_effective_layers=32),
         kv_cache_dtype=torch.bfloat16,
         pool_page_size=32,
@@ -193,11 +205,19 @@ def of_two_ranks(monkeypatch):
     monkeypatch.setattr(pool_sizes, "get_parallel", lambda: types.SimpleNamespace(attn_tp_size=2))
     monkeypatch.setattr(pool_sizes, "get_schedule", lambda: types.SimpleNamespace(max_total_tokens=None))
     monkeypatch.setattr(pool_sizes, "_agree", lambda plan, tp_size: plan)
+    monkeypatch.setattr(pool_sizes, "free_host_bytes", lambda: 100 * GIB)
+    monkeypatch.setattr(pool_sizes, "_attention_bytes", lambda geometry, gpu_id: 64 << 20)
+    monkeypatch.setattr(pool_sizes, "get_req_to_token_extra_context_len", lambda server_args: 4)
+
+
+def numa_nodes(monkeypatch, number: int) -> None:
+    monkeypatch.setattr(pool_sizes, "get_cpu_ids_by_node", lambda: ["0,1"] * number)
 
 
 @pytest.mark.usefixtures("of_two_ranks")
 @pytest.mark.parametrize(("limit_gib", "expected_gib"), [(None, 40), (1000, 40), (50, 20)])
 def test_without_a_gpu_ranks_share_what_their_container_has_left(limit_gib, expected_gib, monkeypatch):
+    numa_nodes(monkeypatch, 2)
     monkeypatch.setattr(pool_sizes, "free_container_bytes", lambda: limit_gib and limit_gib * GIB)
     plan = pool_sizes.plan_for(configurator("cpu", 40), CONFIG, 0.0, 4)
     assert plan.workspace_bytes == 0
@@ -206,12 +226,35 @@ def test_without_a_gpu_ranks_share_what_their_container_has_left(limit_gib, expe
 
 
 @pytest.mark.usefixtures("of_two_ranks")
-def test_on_a_gpu_ranks_share_the_free_host_memory_and_plan_for_the_buffers_of_a_step(monkeypatch):
-    monkeypatch.setattr(pool_sizes, "free_host_bytes", lambda: 100 * GIB)
-    monkeypatch.setattr(pool_sizes, "_attention_bytes", lambda geometry, gpu_id: 64 << 20)
-    monkeypatch.setattr(pool_sizes, "get_req_to_token_extra_context_len", lambda server_args: 4)
-    plan = pool_sizes.plan_for(configurator("cuda", 30), CONFIG, 0.0, 2048)
-    assert plan.host_bytes == pytest.approx(40 * GIB, rel=0.01)
+@pytest.mark.parametrize("dp_size", [1, 2, 4])
+@pytest.mark.parametrize("nodes", [1, 2, 16])
+def test_without_a_gpu_all_ranks_of_all_replicas_take_what_the_machine_has_once(dp_size, nodes, monkeypatch):
+    """SGLang says what a NUMA node has free."""
+    numa_nodes(monkeypatch, nodes)
+    monkeypatch.setattr(pool_sizes, "free_container_bytes", lambda: None)
+    plan = pool_sizes.plan_for(configurator("cpu", 40, dp_size), CONFIG, 0.0, 4)
+    ranks = 2 * dp_size
+    taken = plan.host_bytes + 0.4 * (plan.host_bytes / 0.6)
+    assert ranks * taken == pytest.approx(40 * GIB * min(nodes, ranks), rel=0.02)
+
+
+@pytest.mark.usefixtures("of_two_ranks")
+@pytest.mark.parametrize("dp_size", [1, 2, 4])
+def test_on_a_gpu_ranks_share_the_free_host_memory_and_plan_for_the_buffers_of_a_step(dp_size):
+    plan = pool_sizes.plan_for(configurator("cuda", 30, dp_size), CONFIG, 0.0, 2048)
+    assert 2 * dp_size * plan.host_bytes == pytest.approx(80 * GIB, rel=0.01)
     assert device_total(plan) <= 30 * GIB
     of_requests = workspace_bytes(plan.geometry, CONFIG, 8192 + 512, plan.max_requests)  # rounded up
     assert plan.workspace_bytes == of_requests + (64 << 20)
+
+
+@pytest.mark.usefixtures("of_two_ranks")
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_host_stores_beyond_the_free_memory_are_refused_before_all_else_with_asked_free_and_the_flag(device):
+    config = FreeKVConfig(host_memory_gib=60)
+    sentence = (
+        r"The host stores of 2 rank\(s\) take 120 GiB, but 100 GiB of CPU memory are free; "
+        r"lower --freekv-host-memory, which counts for each rank\."
+    )
+    with pytest.raises(UnsupportedConfiguration, match=f"^{sentence}$"):  # though nothing fits this device either
+        pool_sizes.plan_for(configurator(device, 0.01), config, 0.0, 4)

@@ -138,6 +138,44 @@ def test_a_release_that_was_not_tested_is_refused_with_a_sentence(found, monkeyp
         check_version()
 
 
+@pytest.fixture
+def foreign_release(monkeypatch):
+    """Another SGLang is installed, and nobody has set the environment of a FreeKV server."""
+    monkeypatch.setattr(patch, "version", lambda name: "0.5.23")
+    monkeypatch.delenv("SGLANG_KV_RETRIEVAL", raising=False)
+    touched = []
+    monkeypatch.setattr(registry, "install_flags", touched.append)
+    return touched
+
+
+def test_beside_another_release_a_plain_server_starts_with_one_warning_that_names_both(
+    foreign_release, monkeypatch, caplog
+):
+    monkeypatch.setattr(sys, "argv", ["sglang", "serve", "--model-path", "m"])
+    plugin.register()
+    (record,) = caplog.records
+    assert "works with sglang==0.5.17, found 0.5.23" in record.getMessage() and record.levelname == "WARNING"
+    monkeypatch.setattr(plugin.multiprocessing, "parent_process", lambda: "the server")
+    plugin.register()  # its children say nothing
+    assert len(caplog.records) == 1
+    assert foreign_release == []
+
+
+@pytest.mark.usefixtures("foreign_release")
+@pytest.mark.parametrize("flag", ["--kv-retrieval", "--kv-retrieval=freekv", "--freekv-budget=2048"])
+def test_beside_another_release_a_server_that_asks_for_freekv_is_refused_with_a_sentence(flag, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["launch_server.py", "--model-path", "m", flag])
+    with pytest.raises(SystemExit, match=r"^error: FreeKV works with sglang==0\.5\.17, found 0\.5\.23; install that"):
+        plugin.register()
+
+
+@pytest.mark.usefixtures("foreign_release")
+def test_beside_another_release_a_child_of_a_freekv_server_ends(monkeypatch):
+    monkeypatch.setenv("SGLANG_KV_RETRIEVAL", "freekv")
+    with pytest.raises(SystemExit, match=r"found 0\.5\.23"):
+        plugin.register()
+
+
 def test_the_table_lists_every_target_and_fails_with_one_that_does_not_fit(monkeypatch, capsys):
     main = import_module("freekv_patches.__main__")
     assert main.main() == 0
@@ -150,7 +188,7 @@ def test_the_table_lists_every_target_and_fails_with_one_that_does_not_fit(monke
 
 
 PROGRAM = """
-import inspect, json, os, pkgutil, sys
+import inspect, json, os, pathlib, pickle, pkgutil, sys
 
 from sglang.srt import server_args
 from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
@@ -165,11 +203,24 @@ def snapshot():
         targets[each.target] = inspect.getattr_static(pkgutil.resolve_name(owner), name)
     return targets, dict(ATTENTION_BACKENDS), registered_radix_cache_backends()
 
+def touched():
+    after, _, _ = snapshot()
+    return [target for target in targets if after[target] is not targets[target]]
+
 def resolved(argv):
     found = server_args.prepare_server_args(argv)
+    if "freekv" in argv:
+        arguments.write_bytes(pickle.dumps(found))
     return {name: value for name, value in vars(found).items() if name != "model_config"}
 
-def report(plain_argv, flags, announced):
+def report_worker():
+    worker = pickle.loads(arguments.read_bytes()).get_tokenizer_worker_class()
+    assert_installed()
+    return {"touched": touched(), "worker": worker.__name__}
+
+def report(plain_argv, flags, announced, is_tokenizer_worker):
+    if is_tokenizer_worker:
+        return report_worker()
     without = resolved(plain_argv)
     if announced:
         os.environ["SGLANG_KV_RETRIEVAL"] = announced
@@ -177,9 +228,9 @@ def report(plain_argv, flags, announced):
     if announced:
         assert_installed()
     first = resolved([*plain_argv[:2], *flags])
-    after, backends_after, caches_after = snapshot()
+    _, backends_after, caches_after = snapshot()
     return {
-        "touched": [target for target in targets if after[target] is not targets[target]],
+        "touched": touched(),
         "backends": [name for name in backends if backends_after[name] is not backends[name]],
         "caches": sorted(set(caches_after) - set(caches)),
         "flags": [each.target for each in FLAG_PATCHES],
@@ -188,6 +239,7 @@ def report(plain_argv, flags, announced):
         "announced": os.environ.get("SGLANG_KV_RETRIEVAL"),
     }
 
+arguments = pathlib.Path(sys.argv[1])
 targets, backends, caches = snapshot()
 for line in sys.stdin:  # each in a fork of a process that has imported what is patched, which takes longest
     if not os.fork():
@@ -203,9 +255,11 @@ class Launch(NamedTuple):
 
     flags: tuple[str, ...] = ()
     announced: str | None = None  # by the process that started it
+    is_tokenizer_worker: bool = False  # it loads no plug-ins, and unpickles the arguments of the launch before
 
 
 PLAIN_LAUNCH, FREEKV_LAUNCH, CHILD = Launch(), Launch(("--kv-retrieval", "freekv")), Launch(announced="freekv")
+WORKER = Launch(is_tokenizer_worker=True)
 
 
 @pytest.fixture(scope="module")
@@ -216,10 +270,10 @@ def reports(tmp_path_factory) -> dict[Launch, dict]:
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **sizes}
     (path / "config.json").write_text(json.dumps(config))
     plain_argv = ["--model-path", str(path), "--random-seed", "1"]
-    launches = (PLAIN_LAUNCH, FREEKV_LAUNCH, CHILD)
+    launches = (PLAIN_LAUNCH, FREEKV_LAUNCH, WORKER, CHILD)
     lines = [json.dumps({"plain_argv": plain_argv, **each._asdict()}) for each in launches]
     env = {name: value for name, value in os.environ.items() if name != "SGLANG_KV_RETRIEVAL"}
-    command = [sys.executable, "-c", PROGRAM]
+    command = [sys.executable, "-c", PROGRAM, str(path / "arguments")]
     done = subprocess.run(command, input="\n".join(lines), capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr
     printed = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
@@ -248,6 +302,10 @@ def test_a_process_that_a_freekv_server_starts_is_patched_when_it_loads_plug_ins
     report = reports[CHILD]
     assert report["touched"] == [each.target for each in ALL_PATCHES]
     assert not report["is_freekv"]
+
+
+def test_an_extra_tokenizer_process_is_patched_before_it_takes_requests(reports):
+    assert reports[WORKER] == {"touched": [each.target for each in ALL_PATCHES], "worker": "TokenizerWorker"}
 
 
 @pytest.mark.parametrize(("server_args", "announced"), [(FREEKV, "freekv"), (PLAIN, None)])
@@ -301,7 +359,7 @@ def test_every_other_failure_of_a_scheduler_is_left_to_sglang(error, server_args
 
 
 def tokenizer_manager(server_args: types.SimpleNamespace, enable_lora: bool = False) -> types.SimpleNamespace:
-    server_args = types.SimpleNamespace(**vars(server_args), enable_lora=enable_lora)
+    server_args = types.SimpleNamespace(**vars(server_args), enable_lora=enable_lora, enable_metrics=False)
     return types.SimpleNamespace(server_args=server_args, model_config=types.SimpleNamespace(vocab_size=256))
 
 
@@ -322,6 +380,42 @@ def test_a_token_that_the_model_does_not_have_is_refused(token):
         requests.check_request(tokenizer_manager(FREEKV), request, [1, token])
     assert requests.check_request(tokenizer_manager(PLAIN), request, [1, token]) is None
     assert requests.check_request(tokenizer_manager(FREEKV, enable_lora=True), request, [1, token]) is None
+
+
+class QueuedRequest:
+    """SGLang's request as its scheduler puts it into the queue."""
+
+    def __init__(self, custom_params=None, tokens=(1, 2)):
+        self.sampling_params = types.SimpleNamespace(custom_params=custom_params)
+        self.origin_input_ids_unpadded, self.input_embeds, self.error = tokens, [[0.5]], None
+
+    def set_finish_with_abort(self, error):
+        self.error = error
+
+
+WRONG_AT_THE_SCHEDULER = {
+    "custom_params.freekv_budget is 100": QueuedRequest({"freekv_budget": 100}),
+    "the unknown key 'freekv_budgets'": QueuedRequest({"freekv_budgets": 128}),
+    "freekv_dump needs a server started with --freekv-debug-dump": QueuedRequest({"freekv_dump": True}),
+    "input_ids contains 256": QueuedRequest(tokens=(1, 256)),
+}
+
+
+@pytest.mark.parametrize("error", WRONG_AT_THE_SCHEDULER)
+def test_the_scheduler_finishes_a_request_that_does_not_fit_with_an_error_and_reads_no_more_of_it(error):
+    req = WRONG_AT_THE_SCHEDULER[error]
+    assert requests.check_queued_request(tokenizer_manager(PLAIN), req) is None and req.error is None
+    assert requests.check_queued_request(tokenizer_manager(FREEKV), req) is None
+    assert error in req.error
+    assert req.sampling_params.custom_params is req.input_embeds is None
+
+
+def test_the_scheduler_passes_on_a_request_that_fits_and_what_it_has_retracted():
+    fits, retracted = QueuedRequest({"freekv_budget": 512, "another": 1}), QueuedRequest({"freekv_budget": 100})
+    requests.check_queued_request(tokenizer_manager(FREEKV), fits)
+    requests.check_queued_request(tokenizer_manager(FREEKV), retracted, is_retracted=True)
+    assert fits.error is retracted.error is None
+    assert fits.sampling_params.custom_params == {"freekv_budget": 512, "another": 1}
 
 
 def test_a_plain_server_in_a_patched_process_gets_the_attention_of_sglang():
@@ -378,6 +472,21 @@ def test_the_cache_of_either_sort_releases_the_host_store_when_the_scheduler_end
     Scheduler.release_host_resources(ending)
     assert released == [True]
     assert cache.disable is disable_radix_cache
+    assert cache.report() == {"tree_tokens": 0, "tree_protected_tokens": 0, "tree_evicted_tokens": 0}
+
+
+def test_the_state_of_a_server_adds_up_with_a_session_that_waits_for_its_next_turn():
+    pool = types.SimpleNamespace(report=lambda: {"host_tokens": 320})
+    self = types.SimpleNamespace(
+        server_args=FREEKV,
+        token_to_kv_pool_allocator=types.SimpleNamespace(get_kvcache=lambda: pool, available_size=lambda: 128),
+        tree_cache=types.SimpleNamespace(report=lambda: {"tree_tokens": 96}),
+        pool_stats_observer=types.SimpleNamespace(session_held_tokens=lambda: 96),
+    )
+    result = types.SimpleNamespace(internal_state={})
+    scheduler.report_internal_state(result, self, None)
+    state = result.internal_state["freekv"]
+    assert state["host_free_tokens"] + state["tree_tokens"] + state["session_tokens"] == state["host_tokens"]
 
 
 def test_the_pool_is_as_wide_as_the_request_table_and_takes_the_plan_along(monkeypatch):

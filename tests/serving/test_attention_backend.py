@@ -6,10 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.model_executor import forward_context
 
 from freekv_patches.runner import enable_fused_set_kv_buffer
-from sglang_freekv.config import FreeKVConfig
+from sglang_freekv.config import FreeKVConfig, UnsupportedConfiguration
 from sglang_freekv.memory.geometry import Geometry, stored_head_dim
 from sglang_freekv.memory.kv_memory import KVMemory
 from sglang_freekv.serving.attention_backend import FreeKVAttentionBackend
@@ -29,14 +30,19 @@ def make_backend(stored: int) -> FreeKVAttentionBackend:
     pool.memory, pool.start_layer = memory, 0
     req_to_token = torch.zeros(5, 20 * PAGE, dtype=torch.int32)
     req_to_token[1] = torch.arange(PAGE, 21 * PAGE)
-    runner = SimpleNamespace(token_to_kv_pool=pool, req_to_token_pool=SimpleNamespace(req_to_token=req_to_token))
+    runner = SimpleNamespace(
+        token_to_kv_pool=pool,
+        req_to_token_pool=SimpleNamespace(req_to_token=req_to_token),
+        model=torch.nn.ModuleList([attention_layer()]),
+    )
     memory.admit(1)
     return FreeKVAttentionBackend(runner)
 
 
-def attention_layer(**changes: object) -> SimpleNamespace:
-    layer = {"layer_id": 0, "qk_head_dim": HEAD_DIM, "scaling": 0.2, "logit_cap": 0.0, "sliding_window_size": -1}
-    return SimpleNamespace(**(layer | changes))
+def attention_layer(**changes: object) -> RadixAttention:
+    layer = RadixAttention(NUM_QO_HEADS, HEAD_DIM, scaling=0.2, num_kv_heads=NUM_KV_HEADS, layer_id=0)
+    vars(layer).update(changes)
+    return layer
 
 
 def flat_qkv(num_tokens: int) -> list[torch.Tensor]:
@@ -162,5 +168,5 @@ def test_graphs_for_more_requests_than_the_pools_hold_are_refused() -> None:
     ],
 )
 def test_a_layer_that_asks_for_other_attention_ends_with_its_name(layer: dict, call: dict, asked: str) -> None:
-    with pytest.raises(RuntimeError, match=f"layer 0 asks for attention with {asked}"):
+    with pytest.raises(UnsupportedConfiguration, match=f"layer 0 asks for attention with {asked}"):
         make_backend(HEAD_DIM).forward_decode(*flat_qkv(1), attention_layer(**layer), None, **call)

@@ -32,6 +32,12 @@ SIZES = {
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
 QWEN2 = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
 MISTRAL = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+BERT = {
+    "architectures": ["BertModel"],
+    "model_type": "bert",
+    "position_embedding_type": "absolute",
+    "type_vocab_size": 2,
+}
 SERVED = {
     "llama": LLAMA,
     "qwen2 whose window is switched off": {**QWEN2, "sliding_window": 1024, "use_sliding_window": False},
@@ -79,6 +85,13 @@ REFUSED = {
         },
         "cross-attention",
     ),
+    "encoder": (BERT, "attention to later tokens, as encoders have"),
+    "encoder that ranks": ({**BERT, "architectures": ["BertForSequenceClassification"]}, "attention to later tokens"),
+    "encoder of many languages": (
+        {**BERT, "architectures": ["XLMRobertaModel"], "model_type": "xlm-roberta"},
+        "attention to later tokens",
+    ),
+    "decoder turned encoder": ({**QWEN2, "is_causal": False}, "attention to later tokens"),
 }
 # SGLang's own resolution refuses these on a CPU; on a GPU it lets them pass.
 HYBRID = {
@@ -131,6 +144,7 @@ SETTINGS = [
     "--enable-prefill-context-parallel",
     "--enable-dp-attention",
     "--use-ray",
+    "--smg-grpc-mode",
     "--enable-deterministic-inference",
     "--rl-on-policy-target fsdp",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
@@ -17,6 +16,8 @@ from tools.fuzz.attention import check_decode, check_prefill
 from tools.fuzz.setups import PAGE_SIZE
 
 if TYPE_CHECKING:
+    from torch.nn import ModuleList
+
     from sglang_freekv.serving.attention_backend import FreeKVAttentionBackend
     from tools.fuzz.ledger import Ledger
     from tools.fuzz.scheduler import Life
@@ -38,13 +39,14 @@ class Batch:
     def __init__(
         self,
         backend: FreeKVAttentionBackend,
+        layers: ModuleList,
         ledger: Ledger,
         batch: ScheduleBatch,
         members: list[Member],
         slots: torch.Tensor,
         mode: ForwardMode,
     ) -> None:
-        self._backend, self._ledger = backend, ledger
+        self._backend, self._layers, self._ledger = backend, layers, ledger
         self.members, self.mode = members, mode
         self.slots = slots.numpy()
         self.rows = [member.life.req.req_pool_idx for member in members]
@@ -67,20 +69,16 @@ class Batch:
 
     def run(self) -> None:
         """All layers, and the record of what they wrote."""
-        memory, values = self._backend.memory, self._ledger.values
-        head_dim, scale = memory.geometry.head_dim, 1 / math.sqrt(memory.geometry.head_dim)
+        values = self._ledger.values
         hashes = np.concatenate([m.life.text.hashes[m.first : m.last] for m in self.members])
         kv = torch.from_numpy(values.kv(hashes))  # [n, num_layers, num_kv_heads, 2, head_dim]
         queries = [values.queries(m.life.text, m.first, m.last) for m in self.members]
         q = torch.from_numpy(np.concatenate(queries))  # [n, num_layers, num_kv_heads, group_size, head_dim]
         forward = self._backend.forward_extend if self.mode.is_extend() else self._backend.forward_decode
-        for layer in range(memory.geometry.num_layers):
-            attention = SimpleNamespace(
-                layer_id=layer, qk_head_dim=head_dim, scaling=scale, logit_cap=0.0, sliding_window_size=-1
-            )
+        for layer, attention in enumerate(self._layers):
             k, v = kv[:, layer].unbind(2)  # [n, num_kv_heads, head_dim]
             out = forward(q[:, layer].flatten(1), k, v, attention, None)
-            self._check_outputs(layer, out.view(q[:, layer].shape).numpy(), scale)
+            self._check_outputs(layer, out.view(q[:, layer].shape).numpy(), attention.scaling)
         self._backend.end_batch(self.mode)
         self._ledger.write(self.slots, hashes)
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 
+from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+from torch.nn import ModuleList
 
 from sglang_freekv.cpu.allocator import CpuPagedAllocator
 from sglang_freekv.memory.plan import MemoryPlan
@@ -27,6 +30,8 @@ class Engine:
     allocator, tree
         SGLang's, of token slots and of prefixes.
     backend : FreeKVAttentionBackend
+    layers : ModuleList of RadixAttention
+        The model: attention and nothing else.
     values : Values
         What a model would compute.
     ledger : Ledger
@@ -51,6 +56,11 @@ class Engine:
         self.tree = create_radix_cache(
             SimpleNamespace(disable_radix_cache=False, effective_chunked_prefill_size=None, params=params)
         )
-        self.backend = FreeKVAttentionBackend(SimpleNamespace(token_to_kv_pool=pool, req_to_token_pool=self.rows))
+        scale = 1 / math.sqrt(g.head_dim)
+        shape = g.num_qo_heads, g.head_dim, scale, g.num_kv_heads
+        self.layers = ModuleList(RadixAttention(*shape, layer_id=number) for number in range(g.num_layers))
+        self.backend = FreeKVAttentionBackend(
+            SimpleNamespace(token_to_kv_pool=pool, req_to_token_pool=self.rows, model=self.layers)
+        )
         self.values = values_for(g)
         self.ledger = Ledger(self.memory, self.values)

@@ -244,7 +244,7 @@ class Scheduler(Engine):
     ) -> None:
         previous = self._run_in_flight()
         batch.chunked_req = self.chunked and self.chunked.req
-        self.in_flight = Batch(self.backend, self.ledger, batch, members, slots, mode)
+        self.in_flight = Batch(self.backend, self.layers, self.ledger, batch, members, slots, mode)
         self._process(previous)
         if not overlap:
             self.settle()

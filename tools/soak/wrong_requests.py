@@ -1,6 +1,6 @@
-"""Requests that must be refused with HTTP 4xx, and what of SGLang itself answers them otherwise.
+"""Requests that must be refused with HTTP 4xx, and what of SGLang itself answers them otherwise, or ends of them.
 
-A test sends all of them to FreeKV and to plain SGLang; a soak mixes some into its traffic.
+A test sends all of them to FreeKV, and to plain SGLang those that it survives; a soak mixes some into its traffic.
 """
 
 from __future__ import annotations
@@ -137,7 +137,38 @@ _BODIES = [
     _post("with max_tokens of text", CHAT, chat(max_tokens="two")),
     _post("with a temperature of -1", CHAT, chat(temperature=-1)),
 ]
+# SGLang's scheduler, or what reads its answers, ends of these on a plain server.
+_FATAL_FIELDS = {
+    "a host for disaggregated prefill": {"bootstrap_host": "2.2.2.2"},
+    "embeddings in JSON": {"positional_embed_overrides": {"embeds": [[1.0]], "positions": [0]}},
+    "embeddings of text": {"positional_embed_overrides": "x"},
+    "a list as session": {"session_params": {"id": ["a"]}},
+    "two salts": {"extra_key": ["a", "b"]},
+    "labels that no metric has": {"custom_labels": {"a": "b"}},
+    "a million top log-probabilities": {"return_logprob": True, "top_logprobs_num": 1_000_000},
+    "log-probabilities from before the prompt": {"return_logprob": True, "logprob_start_len": -5},
+}
+_FATAL_SAMPLING = {
+    "a bias of text": {"logit_bias": {"5": "x"}},
+    "a bias of null": {"logit_bias": {"5": None}},
+    "a list of biases": {"logit_bias": [1]},
+    "a JSON schema that is an object": {"json_schema": {"type": "object"}},
+    "a top_k beyond 32 bits": {"top_k": 1 << 40},
+    "a top_k beyond 64 bits": {"top_k": 1 << 70},
+    "half a token more": {"max_new_tokens": 1.5},
+    "a switch of text": {"skip_special_tokens": "x"},
+}
+_WEIGHTS = {"names": ["a"], "dtypes": ["float32"], "shapes": [[1]]}
+_GROUP = {"master_address": "127.0.0.1", "master_port": 1, "rank_offset": 1, "world_size": 1, "group_name": ""}
+_LONG = [token % 250 for token in range(600)]  # more than a chunk of the test servers
+FATAL = [
+    *(_post(f"with {name}", GENERATE, generate(input_ids=_LONG, **field)) for name, field in _FATAL_FIELDS.items()),
+    *(_post(f"with {name}", GENERATE, _sampling(**param)) for name, param in _FATAL_SAMPLING.items()),
+    _post("with a host for disaggregated prefill", COMPLETIONS, complete(bootstrap_host="2.2.2.2")),
+    _post("with a host for disaggregated prefill", CHAT, chat(bootstrap_host="2.2.2.2")),
+    *(_post("without a recorder", f"/{action}_expert_distribution_record", {}) for action in ("start", "stop", "dump")),
+]
 # A validator of SGLang's fails on these: HTTP 500.
 _SGLANGS_OWN = {f"{CHAT} {name}" for name in ("a null", "a number", "a list", "a text")}
 SGLANGS_OWN = [request for request in _BODIES if request.name in _SGLANGS_OWN]
-WRONG = [*CUSTOM_PARAMS, *(request for request in _BODIES if request.name not in _SGLANGS_OWN)]
+WRONG = [*CUSTOM_PARAMS, *FATAL, *(request for request in _BODIES if request.name not in _SGLANGS_OWN)]

@@ -1,0 +1,113 @@
+"""What the pools of one rank take on the device: by page of the host store, and by request."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sglang_freekv.config import FreeKVConfig
+from sglang_freekv.memory.geometry import Geometry
+from sglang_freekv.memory.layers import kinds_of
+from sglang_freekv.memory.page_indexes import INDEXES
+
+_GIB = 1 << 30
+
+
+def bytes_by_page(geometry: Geometry, config: FreeKVConfig) -> int:
+    """Of one page of the host store, on the device: what pages are chosen by, and entries of the block table."""
+    return INDEXES[config.selector_name].page_bytes(geometry) + 4 * geometry.num_layers * geometry.num_kv_heads
+
+
+def workspace_bytes(geometry: Geometry, config: FreeKVConfig, max_context: int, max_requests: int) -> int:
+    """Device bytes of the tables and lists of a decode step, at fixed addresses for CUDA graphs.
+
+    Not counted: graphs, activations and what prefill allocates; SGLang keeps ``1 - mem_fraction_static`` free for them.
+
+    Parameters
+    ----------
+    max_context : int
+        Most tokens of a request; bounds its page table.
+    max_requests : int
+        Rows of the largest batch.
+    """
+    g, width = geometry, config.max_budget_pages
+    max_pages = -(-max_context // g.page_size)
+    batch = 8 * (max_pages + 4 + g.num_kv_heads)  # page table, row, slot, lengths, budgets
+    scores = 2 * 4 * g.num_qo_heads * max_pages  # of the main and of the side stream
+    misses = 2 * (8 + 4 + 4) * g.num_kv_heads * width  # front and back: pair, entry, block
+    flags, opened = (4 + 1) * g.num_kv_heads, 8 * g.num_kv_heads
+    window_attention = 4 * g.num_kv_heads * (width + 2)  # kv_indices, kv_indptr, last_page_len
+    has_dense = not all(kind.is_cached for kind in kinds_of(config, g.num_layers))
+    dense_attention = 4 * g.num_kv_heads * (max_pages + 2) if has_dense else 0
+    return max_requests * (batch + scores + misses + flags + opened + window_attention + dense_attention)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes, on the device of one rank, that follow from the pages of the host store; and what a request adds."""
+
+    geometry: Geometry
+    config: FreeKVConfig
+    num_pages: int
+    max_context: int | None
+    attention_bytes: int
+
+    @property
+    def num_pairs(self) -> int:
+        """With this many blocks in a layer everything stays resident."""
+        return (self.num_pages + 1) * self.geometry.num_kv_heads
+
+    @property
+    def num_cached_layers(self) -> int:
+        """Layers that have windows; the others keep every page on the device."""
+        return sum(kind.is_cached for kind in kinds_of(self.config, self.geometry.num_layers))
+
+    @property
+    def dense_bytes(self) -> int:
+        return self.num_pairs * (self.geometry.num_layers - self.num_cached_layers) * self.geometry.block_bytes
+
+    @property
+    def summaries_bytes(self) -> int:
+        return (self.num_pages + 1) * bytes_by_page(self.geometry, self.config)
+
+    @property
+    def arena_bytes(self) -> int:
+        g = self.geometry
+        return 2 * self.config.arena_tokens * 2 * g.num_kv_heads * g.head_dim * g.dtype.itemsize
+
+    @property
+    def window_bytes(self) -> int:
+        """Page lists and latest queries of one request."""
+        g = self.geometry
+        last_q_bytes = g.num_layers * g.num_qo_heads * g.head_dim * g.dtype.itemsize
+        return 2 * g.num_layers * g.num_kv_heads * self.config.max_budget_pages * 4 + last_q_bytes
+
+    @property
+    def row_bytes(self) -> int:
+        """Of one request, besides its blocks."""
+        return self.window_bytes + self.workspace_bytes(1)
+
+    @property
+    def layer_blocks_bytes(self) -> int:
+        """One block in each layer that has windows."""
+        return self.num_cached_layers * self.geometry.block_bytes
+
+    @property
+    def blocks_per_request(self) -> int:
+        return 2 * self.config.max_budget_pages * self.geometry.num_kv_heads
+
+    @property
+    def fixed_bytes(self) -> int:
+        """What neither blocks nor requests may have."""
+        padding_row = self.window_bytes
+        return self.dense_bytes + self.summaries_bytes + self.arena_bytes + self.attention_bytes + padding_row
+
+    def workspace_bytes(self, num_requests: int) -> int:
+        if self.max_context is None:
+            return 0
+        return workspace_bytes(self.geometry, self.config, self.max_context, num_requests)
+
+    def asked_blocks_bytes(self) -> int | None:
+        """What the user gives to device blocks, but no more than everything takes; None: what is left."""
+        if self.config.device_blocks_memory_gib is None:
+            return None
+        return min(int(self.config.device_blocks_memory_gib * _GIB), self.num_pairs * self.layer_blocks_bytes)
