@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 import sglang as sgl
 from sglang.lang.chat_template import ChatTemplate, register_chat_template
 
+from benchmarks.needle import MODEL
 from benchmarks.needle import documents as doc
 from benchmarks.needle.language import build_tokenizer
 from benchmarks.records import RESULTS, ROOT, RecordWriter
@@ -32,7 +33,6 @@ from benchmarks.server import Server, retrieval_numbers
 
 BASELINE = "plain SGLang"
 BUILD = ROOT / "build" / "programs"
-MODEL = Path(__file__).parent / "needle" / "model"
 NUM_QUESTIONS = 4  # of a document: branches, choices, turns
 PATTERN = r"( [a-z]{1,12}){4};"  # of an answer: a key of two words, a value of two, and what ends the model's lines
 _SHARE_OF_RECORDS = 0.3  # of a document's tokens

@@ -38,10 +38,10 @@ from benchmarks.accuracy.methods import METHODS, Layout, Setting, parse_method, 
 from benchmarks.accuracy.results import Result, make_key
 from benchmarks.accuracy.tasks import TASKS
 from benchmarks.accuracy.tasks.session import Session, Task
+from benchmarks.needle import MODEL
 from benchmarks.records import RESULTS, ROOT, RecordWriter
 from benchmarks.server import Server
 
-MODEL = ROOT / "benchmarks" / "accuracy" / "model"
 BUILD = ROOT / "build" / "accuracy"
 _DECODE_COST = 8  # a generated token takes about as long as so many of a prompt; for the time left only
 _STREAM_INTERVAL = 8  # tokens; streaming costs the client's and the tokenizer's share of the cores

@@ -20,6 +20,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from benchmarks.needle import MODEL
 from benchmarks.needle.transcripts import FAMILIES, Transcript, draw_transcript
 from benchmarks.records import RESULTS, RecordWriter, read_records
 from benchmarks.study.capture import Layer, load_model, prefill, run_tail
@@ -124,7 +125,7 @@ def draw(drifts: Sequence[Drift], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=Path("benchmarks/needle/model"), help="checkpoint folder")
+    parser.add_argument("--model", type=Path, default=MODEL, help="checkpoint folder")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of drift.jsonl and drift.png")
     parser.add_argument("--context", type=int, default=8192, help="tokens")
     parser.add_argument("--budget", type=int, default=1024, help="tokens, for the turnover of pages")

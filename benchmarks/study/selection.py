@@ -19,6 +19,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from benchmarks.needle import MODEL
 from benchmarks.needle.samples import Label
 from benchmarks.needle.transcripts import FAMILIES, Transcript, draw_transcript
 from benchmarks.records import RESULTS, RecordWriter, read_records
@@ -122,7 +123,7 @@ def records(results: Sequence[Result]) -> Iterator[tuple[str, float, dict[str, i
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=Path("benchmarks/needle/model"), help="checkpoint folder")
+    parser.add_argument("--model", type=Path, default=MODEL, help="checkpoint folder")
     parser.add_argument("--context", type=int, default=8192, help="tokens")
     parser.add_argument("--budgets", type=int, nargs="+", default=[512, 1024], help="tokens")
     parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=FAMILIES)
