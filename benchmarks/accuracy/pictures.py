@@ -18,9 +18,10 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator, PercentFormatter, ScalarFormatter
 
-from benchmarks.accuracy.report import Row, group_rows, rows_of, varying
+from benchmarks.accuracy.report import group_rows, rows_of, varying
 from benchmarks.accuracy.results import FULL
 from benchmarks.records import RESULTS, Record, read_records
+from benchmarks.tables.table import Row
 
 # Okabe and Ito's palette, which the colour-blind tell apart; black is full attention.
 _COLORS = ("#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#F0E442")

@@ -24,8 +24,8 @@ from benchmarks.needle import MODEL
 from benchmarks.needle.transcripts import FAMILIES, Transcript, draw_transcript
 from benchmarks.records import RESULTS, RecordWriter, read_records
 from benchmarks.study.capture import Layer, load_model, prefill, run_tail
-from benchmarks.study.pivot import pivot
 from benchmarks.study.rules import EXACT, SPECULATION, Rule, select
+from benchmarks.tables.kinds import pivot
 from freekv_kernels import compare_queries
 
 TAUS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)

@@ -24,8 +24,8 @@ from benchmarks.needle.samples import Label
 from benchmarks.needle.transcripts import FAMILIES, Transcript, draw_transcript
 from benchmarks.records import RESULTS, RecordWriter, read_records
 from benchmarks.study.capture import Capture, Visible, causal, load_model, prefill, run_tail
-from benchmarks.study.pivot import pivot
 from benchmarks.study.rules import RULES, Rule, select
+from benchmarks.tables.kinds import pivot
 
 TABLE = "first+other+weight_kept+top_page:budget,rule"
 
