@@ -1,6 +1,6 @@
 """Renew every table that is made from records: benchmarks/README.md and benchmarks/results/*.md.
 
-    python -m benchmarks.tables [FILE.md ..]
+python -m benchmarks.tables [FILE.md ..]
 """
 
 from __future__ import annotations
