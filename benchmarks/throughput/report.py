@@ -85,10 +85,10 @@ _BRIEF = (
     Column("requests/s", ("request_throughput",)),
     Column("tokens/s", ("output_throughput",)),
     Column("decoding", ("decode_throughput",)),
-    Column("first, ms", ("ttft_p50",)),
-    Column("next, ms", ("tpot_p50",)),
-    Column("device MiB", ("device_bytes",), _MIB),
-    Column("KiB recalled", ("recalled_per_token",), _KIB),
+    Column("first ms", ("ttft_p50",)),
+    Column("next ms", ("tpot_p50",)),
+    Column("MiB", ("device_bytes",), _MIB),
+    Column("recalled", ("recalled_per_token",), _KIB),
 )
 
 

@@ -15,31 +15,49 @@ _TIE = 0.02  # ratios this near to 1 are not called better or worse
 _LEGEND = (
     f"Medians of plain SGLang and FreeKV, and their ratio. {OF_ROUNDS}: the servers took turns for several rounds, and "
     "the ratio is the median of the rounds' ratios, as what disturbs the machine meets both servers of a round; the "
-    "quotient of the medians above it is another number."
+    "quotient of the medians above it is another number. Decoding: tokens/s once all requests decode. First, next: time "
+    "until a request's first token, and between its others. MiB: of the device. Recalled: KiB from CPU memory per token."
 )
+
+
+_ABOUT = {
+    "short": "requests that the budget covers",
+    "random": "prompts of all lengths",
+    "prefix": "questions about one cached document",
+    "turns": "conversations",
+    "generation": "long answers",
+    "burst": "more requests than fit at once",
+    "context": "questions about one cached document, all at once",
+    "concurrency": "questions about one cached document, so many at once",
+    "documents": "a document for each request, all of them larger than the device blocks",
+    "memory": "a document for each request, plain SGLang's cache with as many bytes as all of FreeKV's device memory",
+}
 
 
 def in_words(records: Sequence[Record]) -> str:
     """Sentences about every workload, none longer than a terminal is wide."""
     rows = rows_of(records)
-    lines = [_LEGEND, "", *(f"- {label(row)}: {'; '.join(_said(row))}." for row in rows), "", *_verdict(rows)]
+    lines = [_LEGEND, "", *(f"- {label(row)}, {_said(row)}" for row in rows), "", *_verdict(rows)]
     return "\n".join(textwrap.fill(line, _WIDTH, subsequent_indent="  " * line.startswith("-")) for line in lines)
 
 
-def _said(row: Row) -> Iterator[str]:
+def _said(row: Row) -> str:
     n = row.numbers
-    yield f"{speed(row):.2f} times plain SGLang's {'decoding' if _decodes(row) else 'throughput'}"
-    if "ttft_p50" in n:
-        yield f"first token after {n['ttft_p50'].ratio:.2f} times its time"
-    if "peak_concurrency" in n and n["peak_concurrency"].ratio != 1:
-        yield f"{n['peak_concurrency'].value:.0f} requests at once, not {n['peak_concurrency'].baseline_value:.0f}"
-    if "device_bytes" in n:
-        yield f"{n['device_bytes'].ratio:.2f} times its device memory"
-    if "recalled_per_token" in n:
-        kib = n["recalled_per_token"].value / 1024
-        yield f"{number(kib)} KiB recalled per token" if kib else "nothing recalled, the device holds what is selected"
-    if "equal_outputs" in n:
-        yield f"{n['equal_outputs'].value:.0%} of the answers that the budget covers equal plain SGLang's"
+    what = {"first token after": n.get("ttft_p50"), "device memory": n.get("device_bytes")}
+    ratios = {"decoding" if _decodes(row) else "throughput": speed(row)}
+    ratios |= {name: record.ratio for name, record in what.items() if record is not None and record.ratio is not None}
+    said = [f"{', '.join(f'{name} {_times(ratio)}' for name, ratio in ratios.items())} times plain SGLang's"]
+    if (peak := n.get("peak_concurrency")) and peak.ratio != 1:
+        said.append(f"{peak.value:.0f} requests at once, not {peak.baseline_value:.0f}")
+    if recalled := n.get("recalled_per_token"):
+        said.append(f"{number(recalled.value / 1024)} KiB recalled per token" if recalled.value else "nothing recalled")
+    if equal := n.get("equal_outputs"):
+        said.append(f"{equal.value:.0%} of the answers that the budget covers equal plain SGLang's")
+    return f"{_ABOUT.get(row.params['workload'], 'your text')}: {'; '.join(said)}."
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.2f}" if ratio >= 0.1 else f"{ratio:.1g}"
 
 
 def speed(row: Row) -> float:

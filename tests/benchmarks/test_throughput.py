@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from transformers import AutoTokenizer
 
-from benchmarks.records import Record, RecordWriter, read_records
+from benchmarks.records import RESULTS, Record, RecordWriter, read_records
 from benchmarks.throughput import __main__ as suite
 from benchmarks.throughput import run as runs
 from benchmarks.throughput.datasets import write_dataset
 from benchmarks.throughput.goals import goals_of
 from benchmarks.throughput.measure import Answer, Measurement, Number, decode_throughput, equal_outputs, log_numbers
 from benchmarks.throughput.pictures import draw
-from benchmarks.throughput.report import table
+from benchmarks.throughput.report import brief, table
 from benchmarks.throughput.setups import FREEKV, PLAIN, Common, Setup, ablations
-from benchmarks.throughput.workloads import FULL, MEMORY, QUICK, SERIES, TRAFFIC, Workload
+from benchmarks.throughput.words import in_words
+from benchmarks.throughput.workloads import ABLATION, FULL, MEMORY, QUICK, SERIES, TRAFFIC, Workload
 from sglang_freekv.flags import add_cli_args, take_options
 from sglang_freekv.testing.tiny_model import TinyModel
 
@@ -275,7 +277,36 @@ def test_losses_stand_beside_wins_in_the_table():
     assert plain == [PLAIN, "100", "10 / 20"]
     assert ours == [FREEKV, "50", "5 / 50"]
     assert ratio == ["ratio", "0.50 **loss**", "0.50"]
+    assert "†" not in text, "of one round, a ratio is the quotient"
     assert table([], TRAFFIC).markdown() == "No records yet.\n"
+
+
+def test_a_ratio_of_rounds_that_is_not_the_quotient_above_it_is_marked_and_explained():
+    rounds = dataclasses.replace(record("output_throughput", 7.56, 8.45, "tokens/s"), ratio=0.91)
+    assert "| 0.91† **loss** |" in table([rounds], TRAFFIC).markdown()
+    assert "0.91† loss" in brief([rounds], TRAFFIC).text()
+    assert "†: the servers took turns for several rounds, and the ratio is" in in_words([rounds])
+
+
+def test_a_terminal_shows_a_run_in_lines_of_120_characters_and_says_what_it_means():
+    records = [r for r in read_records(RESULTS / "throughput.jsonl") if r.params["phase"] != ABLATION]
+    text = suite.report(records, [TRAFFIC, SERIES, MEMORY])
+    assert max(map(len, text.splitlines())) <= 120
+    slower = text[text.index("FreeKV is slower in:") :].partition(".")[0]
+    assert "short, 64 x 512" in slower and "context" not in slower
+    assert "16 requests at once, not 3" in " ".join(text.split())
+    assert "nothing about a GPU" in text
+
+
+def test_the_quick_suite_has_requests_that_recall_and_save_memory(model):
+    args = suite.parse_args(["--quick", "--phases", SERIES])
+    args.model = model
+    (series,) = suite.phases(args, QUICK)
+    (documents,) = (w for w in series.workloads if w.name == "documents")
+    blocks = series.common.requests * 2 * QUICK.budget  # tokens, of all running requests' windows
+    assert QUICK.budget < documents.context
+    assert documents.at_once * documents.context > 4 * blocks
+    assert series.common.tokens >= documents.all_tokens, "all of them run at once"
 
 
 def test_pictures_are_drawn_of_what_was_measured(tmp_path):
