@@ -78,14 +78,14 @@ test: $(INSTALLED)
 	$(RUN) -m pytest -q -n 2 --dist loadscope --durations=15 $(PYTEST_FLAGS)
 
 accuracy: $(INSTALLED)
-	$(RUN) -m benchmarks.accuracy.matrix $(ACCURACY_FLAGS)
+	$(RUN) -m benchmarks.accuracy $(ACCURACY_FLAGS)
 	$(RUN) -m benchmarks.tables
 
 accuracy-quick: $(INSTALLED)
 	$(RUN) -m pytest -q tests/server/test_accuracy_quick.py
 
 train-model: $(INSTALLED)
-	$(RUN) -m benchmarks.needle.train --out $(OUT)
+	$(RUN) -m benchmarks.needle --out $(OUT)
 
 bench: $(INSTALLED)
 	$(RUN) -m benchmarks.throughput --ablations $(BENCH_FLAGS)

@@ -15,11 +15,9 @@ _TIE = 0.02  # ratios this near to 1 are not called better or worse
 _LEGEND = (
     f"Medians of plain SGLang and FreeKV, and their ratio. {OF_ROUNDS}: the servers took turns for several rounds, and "
     "the ratio is the median of the rounds' ratios, as what disturbs the machine meets both servers of a round; the "
-    "quotient of the medians above it is another number. Decoding: tokens/s once all requests decode. First, next: time "
-    "until a request's first token, and between its others. MiB: of the device. Recalled: KiB from CPU memory per token."
+    "quotient of the medians above it is another number. Decoding: tokens/s while all requests decode. First, next: "
+    "until a request's first token, and between its others. MiB: of the device. Recalled: KiB from CPU memory a token."
 )
-
-
 _ABOUT = {
     "short": "requests that the budget covers",
     "random": "prompts of all lengths",
