@@ -95,16 +95,22 @@ _BRIEF = (
 def table(records: Sequence[Record], name: str) -> Table:
     """A phase's table, the goals or a summary."""
     records = [record for record in records if _is_shown(record, name)]
-    if name == "goals":
-        return goals_table(goals_of(records)) if records else Table([])
-    lines = {ABLATION: _settings, "summary": _summary}.get(name, _runs)
-    return Table(lines(rows_of(records)), conditions_of(records)) if records else Table([])
+    if name == "goals" and records:
+        return goals_table(goals_of(records))
+    if not records:
+        return Table([])
+    rows = rows_of(records)
+    lines = _settings(rows, _SETTING) if name == ABLATION else _summary(rows) if name == "summary" else _runs(rows)
+    return Table(lines, conditions_of(records))
 
 
 def brief(records: Sequence[Record], phase: str) -> Table:
     """A phase's table for a terminal: medians, and lines that fit in it."""
     rows = rows_of(record for record in records if record.params["phase"] == phase)
     columns = _shown(_BRIEF, rows)
+    if phase == ABLATION:
+        columns = [column for column in columns if column not in _BRIEF[:3]]  # of all settings about the same
+        return Table([[cell.replace("**", "") for cell in line] for line in _settings(rows, columns)])
     lines = [["workload", "server", *(column.title for column in columns)]]
     for row in rows:
         for name, (server, *cells) in zip((label(row), "", ""), _compared(row, columns), strict=True):
@@ -158,13 +164,12 @@ def _summary(rows: Sequence[Row]) -> Lines:
     return lines
 
 
-def _settings(rows: Sequence[Row]) -> Lines:
+def _settings(rows: Sequence[Row], columns: Sequence[Column]) -> Lines:
     """A line for each setting."""
-    speed = _SETTING[0]
-    lines = [["setting", "budget", *(column.title for column in _SETTING), "decoding: times plain"]]
-    plain = [column.cell(lambda record: record.baseline_value, rows[0]) for column in _SETTING]
-    lines.append([PLAIN, "", *plain, ""])
+    speed = _SPEED[3]
+    lines = [["setting", "budget", *(column.title for column in columns), "decoding: times plain"]]
+    lines.append([PLAIN, "", *(column.cell(lambda record: record.baseline_value, rows[0]) for column in columns), ""])
     for row in rows:
-        ours = [column.cell(lambda record: record.value, row) for column in _SETTING]
+        ours = [column.cell(lambda record: record.value, row) for column in columns]
         lines.append([row.params["setup"], str(row.params["budget"]), *ours, speed.ratio(row)])
     return lines

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from benchmarks.records import Record
 from benchmarks.tables.table import Row, number, rows_of
 from benchmarks.throughput.report import OF_ROUNDS, label
-from benchmarks.throughput.workloads import MEMORY
+from benchmarks.throughput.workloads import ABLATION, MEMORY
 
 _WIDTH = 118
 _TIE = 0.02  # ratios this near to 1 are not called better or worse
@@ -33,18 +33,21 @@ _ABOUT = {
 
 
 def in_words(records: Sequence[Record]) -> str:
-    """Sentences about every workload, none longer than a terminal is wide."""
-    rows = rows_of(records)
-    lines = [_LEGEND, "", *(f"- {label(row)}, {_said(row)}" for row in rows), "", *_verdict(rows)]
+    """Sentences about every workload, none longer than a terminal is wide; the ablations' table speaks for itself."""
+    rows = rows_of(record for record in records if record.params["phase"] != ABLATION)
+    lines = [_LEGEND, "", *(f"- {label(row)}, {_said(row)}" for row in rows)]
+    lines += ["", *_verdict(rows)] if rows else []
     return "\n".join(textwrap.fill(line, _WIDTH, subsequent_indent="  " * line.startswith("-")) for line in lines)
 
 
 def _said(row: Row) -> str:
     n = row.numbers
-    what = {"first token after": n.get("ttft_p50"), "device memory": n.get("device_bytes")}
-    ratios = {"decoding" if _decodes(row) else "throughput": speed(row)}
-    ratios |= {name: record.ratio for name, record in what.items() if record is not None and record.ratio is not None}
-    said = [f"{', '.join(f'{name} {_times(ratio)}' for name, ratio in ratios.items())} times plain SGLang's"]
+    named = {"decoding": n.get("decode_throughput")} if _decodes(row) else {"throughput": n.get("output_throughput")}
+    named |= {"first token after": n.get("ttft_p50"), "device memory": n.get("device_bytes")}
+    ratios = [f"{name} {_times(record.ratio)}" for name, record in named.items() if record and record.ratio is not None]
+    said = [f"{', '.join(ratios)} times plain SGLang's"] if ratios else []
+    if (finished := n.get("finished")) and finished.value < 1:
+        said.append(f"only {finished.value:.0%} of the requests finished")
     if (peak := n.get("peak_concurrency")) and peak.ratio != 1:
         said.append(f"{peak.value:.0f} requests at once, not {peak.baseline_value:.0f}")
     if recalled := n.get("recalled_per_token"):
@@ -58,19 +61,22 @@ def _times(ratio: float) -> str:
     return f"{ratio:.2f}" if ratio >= 0.1 else f"{ratio:.1g}"
 
 
-def speed(row: Row) -> float:
-    """Ratio to plain SGLang of what a workload is about: decoding where all its requests decode together."""
-    return row.numbers["decode_throughput" if _decodes(row) else "output_throughput"].ratio
-
-
 def _decodes(row: Row) -> bool:
+    """Whether all requests of a workload decode together for a while, on both servers: then it is about decoding."""
     decoding = row.numbers.get("decode_throughput")
     return decoding is not None and decoding.ratio is not None
 
 
+def _speed(row: Row) -> float | None:
+    """Ratio to plain SGLang of what a workload is about."""
+    record = row.numbers.get("decode_throughput" if _decodes(row) else "output_throughput")
+    return None if record is None else record.ratio
+
+
 def _verdict(rows: Sequence[Row]) -> Iterator[str]:
-    faster = [label(row) for row in rows if speed(row) > 1 + _TIE]
-    slower = [label(row) for row in rows if speed(row) < 1 - _TIE]
+    speeds = {label(row): ratio for row in rows if (ratio := _speed(row)) is not None}
+    faster = [name for name, ratio in speeds.items() if ratio > 1 + _TIE]
+    slower = [name for name, ratio in speeds.items() if ratio < 1 - _TIE]
     yield f"FreeKV is faster in: {'; '.join(faster) or 'none'}."
     yield f"FreeKV is slower in: {'; '.join(slower) or 'none'}."
     smaller = [row.numbers["device_bytes"].ratio for row in rows if _saves(row)]

@@ -289,13 +289,18 @@ def test_a_ratio_of_rounds_that_is_not_the_quotient_above_it_is_marked_and_expla
 
 
 def test_a_terminal_shows_a_run_in_lines_of_120_characters_and_says_what_it_means():
-    records = [r for r in read_records(RESULTS / "throughput.jsonl") if r.params["phase"] != ABLATION]
-    text = suite.report(records, [TRAFFIC, SERIES, MEMORY])
+    text = suite.report(read_records(RESULTS / "throughput.jsonl"), [TRAFFIC, SERIES, MEMORY, ABLATION])
     assert max(map(len, text.splitlines())) <= 120
     slower = text[text.index("FreeKV is slower in:") :].partition(".")[0]
     assert "short, 64 x 512" in slower and "context" not in slower
     assert "16 requests at once, not 3" in " ".join(text.split())
     assert "nothing about a GPU" in text
+
+
+def test_requests_that_did_not_finish_are_said():
+    lost = [record("output_throughput", 0.0, 0.0, "tokens/s"), record("finished", 0.25, 1.0, "ratio")]
+    assert "only 25% of the requests finished" in in_words(lost)
+    assert "FreeKV is faster in: none." in in_words(lost)
 
 
 def test_the_quick_suite_has_requests_that_recall_and_save_memory(model):
