@@ -42,8 +42,8 @@ def draw() -> list[Path]:
 
     cost = RESULTS / "cost_model.png"
     cost_model_picture.draw(read_run(records("cost_model")), cost)
-    accuracy = accuracy_pictures.draw(records("accuracy_budgets"), RESULTS, stem="accuracy_")
-    return [cost, *accuracy, *throughput_pictures.draw(records("throughput"), RESULTS)]
+    against_budget = accuracy_pictures.draw(records("accuracy_budgets"), RESULTS, stem="accuracy_")
+    return [cost, *against_budget, *throughput_pictures.draw(records("throughput"), RESULTS)]
 
 
 def main() -> None:
