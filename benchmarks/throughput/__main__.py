@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import shlex
 import signal
 import sys
@@ -130,9 +131,11 @@ def run(args: argparse.Namespace) -> None:
     print(report(bench.records, [phase.name for phase in todo]))
     wide = args.build / "report.md"
     wide.write_text("\n".join(f"## {phase.name}\n\n{table(bench.records, phase.name)}" for phase in todo))
-    pictures = [str(path) for path in draw(read_records(args.out), args.out.parent)]
-    print(f"{time.monotonic() - start:.0f} s. All columns: {wide}. Records: {args.out}. Messages: {args.build}.")
-    print(f"Pictures: {', '.join(pictures) or 'none, for want of a series'}.")
+    pictures = draw(read_records(args.out), args.out.parent)
+    print(f"{time.monotonic() - start:.0f} s")
+    files = {"all columns": [wide], "records": [args.out], "pictures": pictures, "messages": [args.build]}
+    for what, paths in files.items():
+        print(f"{what}: {', '.join(map(os.path.relpath, paths)) or 'none, for want of a series'}")
 
 
 def report(records: Sequence[Record], phases: Sequence[str]) -> str:

@@ -42,9 +42,10 @@ def in_words(records: Sequence[Record]) -> str:
 
 def _said(row: Row) -> str:
     n = row.numbers
-    named = {"decoding": n.get("decode_throughput")} if _decodes(row) else {"throughput": n.get("output_throughput")}
-    named |= {"first token after": n.get("ttft_p50"), "device memory": n.get("device_bytes")}
-    ratios = [f"{name} {_times(record.ratio)}" for name, record in named.items() if record and record.ratio is not None]
+    named = {"throughput": "output_throughput", "decoding": "decode_throughput"}
+    named |= {"first token after": "ttft_p50", "device memory": "device_bytes"}
+    found = {name: n[metric].ratio for name, metric in named.items() if metric in n}
+    ratios = [f"{name} {_times(ratio)}" for name, ratio in found.items() if ratio is not None]
     said = [f"{', '.join(ratios)} times plain SGLang's"] if ratios else []
     if (finished := n.get("finished")) and finished.value < 1:
         said.append(f"only {finished.value:.0%} of the requests finished")
@@ -61,27 +62,17 @@ def _times(ratio: float) -> str:
     return f"{ratio:.2f}" if ratio >= 0.1 else f"{ratio:.1g}"
 
 
-def _decodes(row: Row) -> bool:
-    """Whether all requests of a workload decode together for a while, on both servers: then it is about decoding."""
-    decoding = row.numbers.get("decode_throughput")
-    return decoding is not None and decoding.ratio is not None
-
-
-def _speed(row: Row) -> float | None:
-    """Ratio to plain SGLang of what a workload is about."""
-    record = row.numbers.get("decode_throughput" if _decodes(row) else "output_throughput")
-    return None if record is None else record.ratio
-
-
 def _verdict(rows: Sequence[Row]) -> Iterator[str]:
-    speeds = {label(row): ratio for row in rows if (ratio := _speed(row)) is not None}
-    faster = [name for name, ratio in speeds.items() if ratio > 1 + _TIE]
-    slower = [name for name, ratio in speeds.items() if ratio < 1 - _TIE]
-    yield f"FreeKV is faster in: {'; '.join(faster) or 'none'}."
-    yield f"FreeKV is slower in: {'; '.join(slower) or 'none'}."
+    for what, metric in (("Throughput", "output_throughput"), ("Decoding alone", "decode_throughput")):
+        records = {label(row): row.numbers[metric] for row in rows if metric in row.numbers}
+        ratios = {name: record.ratio for name, record in records.items() if record.ratio is not None}
+        if ratios:
+            better = [name for name, ratio in ratios.items() if ratio > 1 + _TIE]
+            worse = [name for name, ratio in ratios.items() if ratio < 1 - _TIE]
+            yield f"{what} is better in: {'; '.join(better) or 'none'}. Worse in: {'; '.join(worse) or 'none'}."
     smaller = [row.numbers["device_bytes"].ratio for row in rows if _saves(row)]
     if smaller:
-        yield f"It needs {min(smaller):.2f} to {max(smaller):.2f} times plain SGLang's device memory."
+        yield f"Device memory is {min(smaller):.2f} to {max(smaller):.2f} times plain SGLang's."
     if not any(record.environment.get("gpu") for row in rows for record in row.records):
         yield "All of it is about this CPU path, and a model that is tiny unless you gave one; nothing about a GPU."
 
