@@ -27,7 +27,7 @@ _ABOUT = {
     "burst": "more requests than fit at once",
     "context": "questions about one cached document, all at once",
     "concurrency": "questions about one cached document, so many at once",
-    "documents": "a document for each request, all of them larger than the device blocks",
+    "documents": "a document for each request, more than the device blocks hold",
     "memory": "a document for each request, plain SGLang's cache with as many bytes as all of FreeKV's device memory",
 }
 
