@@ -123,6 +123,7 @@ class TestMethods:
                 tau=float(given["--freekv-tau"]),
                 group_pooling=given["--freekv-group-pooling"],
                 page_size=int(given["--page-size"]),
+                key_bits=int(given["--freekv-key-bits"]),
             )
             for budget in setting.budgets:
                 assert request_budget_tokens(config, {"freekv_budget": budget}) == budget
