@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import ast
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -34,7 +33,7 @@ def test_commands_in_documents_and_makefile_exist():
     assert len(named) > 5 and named <= set(COMMANDS)
 
 
-@pytest.mark.parametrize("command", ["gpu", "study", "tables", "needle"])
-def test_a_command_says_what_it_does(command):
-    done = subprocess.run([sys.executable, "-m", f"benchmarks.{command}", "--help"], cwd=ROOT, capture_output=True)
-    assert done.returncode == 0 and done.stdout.startswith(b"usage: ")
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_says_how_it_is_called(command):
+    docstring = ast.get_docstring(ast.parse((BENCHMARKS / command / "__main__.py").read_text()))
+    assert f"python -m benchmarks.{command}" in docstring
