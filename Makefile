@@ -78,25 +78,25 @@ test: $(INSTALLED)
 	$(RUN) -m pytest -q -n 2 --dist loadscope --durations=15 $(PYTEST_FLAGS)
 
 accuracy: $(INSTALLED)
-	$(RUN) -m benchmarks.accuracy.matrix $(ACCURACY_FLAGS)
-	$(RUN) -m benchmarks.accuracy.report benchmarks/README.md README.md
+	$(RUN) -m benchmarks.accuracy $(ACCURACY_FLAGS)
+	$(RUN) -m benchmarks.tables
 
 accuracy-quick: $(INSTALLED)
 	$(RUN) -m pytest -q tests/server/test_accuracy_quick.py
 
 train-model: $(INSTALLED)
-	$(RUN) -m benchmarks.needle.train --out $(OUT)
+	$(RUN) -m benchmarks.needle --out $(OUT)
 
 bench: $(INSTALLED)
 	$(RUN) -m benchmarks.throughput --ablations $(BENCH_FLAGS)
-	$(RUN) -m benchmarks.throughput.report benchmarks/README.md README.md
+	$(RUN) -m benchmarks.tables
 
 bench-quick: $(INSTALLED)
 	$(RUN) -m benchmarks.throughput --quick $(BENCH_FLAGS)
 
 cost-model: $(INSTALLED)
 	$(RUN) -m benchmarks.cost_model
-	$(RUN) -m benchmarks.cost_model.report benchmarks/README.md
+	$(RUN) -m benchmarks.tables
 
 soak: $(INSTALLED)
 	$(RUN) -m tools.soak $(SOAK_FLAGS)
@@ -109,13 +109,13 @@ fuzz: $(INSTALLED)
 
 bench-programs: $(INSTALLED)
 	$(RUN) -m benchmarks.programs $(PROGRAMS_FLAGS)
-	$(RUN) -m benchmarks.records benchmarks/README.md
+	$(RUN) -m benchmarks.tables
 
 compatibility: $(INSTALLED)
 	$(RUN) -m tools.sglang_releases.compatibility --write $(WHEELS)
 
 gpu-suite: $(INSTALLED)
-	$(RUN) -m benchmarks.gpu.suite $(SUITE_FLAGS)
+	$(RUN) -m benchmarks.gpu $(SUITE_FLAGS)
 
 lint: $(INSTALLED)
 	@$(RUN) -m ruff --version >/dev/null 2>&1 || $(RUN) -m pip install -q ruff

@@ -1,27 +1,13 @@
-"""Benchmark records: one JSON line per number, and the markdown tables that are made from them.
-
-    python -m benchmarks.records benchmarks/README.md
-
-rewrites what stands between two markers of the named files:
-
-    <!-- records programs batch_time -->
-    <!-- end -->
-
-is filled with a table of that metric in benchmarks/results/programs.jsonl. Of several records with the same
-parameters the latest counts. A ratio that is worse than the baseline is marked as a loss.
-"""
+"""Benchmark records: one JSON line per number, with everything that is needed to judge it and to measure it again."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
-import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -164,82 +150,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def render_table(records: Iterable[Record]) -> str:
-    """One markdown table of records of one metric, and below it what they were measured on."""
-    latest = {json.dumps(r.params, sort_keys=True): r for r in records}.values()
-    if not latest:
-        return "No records yet.\n"
-    columns = list(dict.fromkeys(name for r in latest for name in r.params))
-    baseline = next((r.baseline for r in latest if r.baseline), None)
-    unit, metric = next((r.unit, r.metric) for r in latest)
-    header = [*columns, f"{metric.replace('_', ' ')} ({unit})"] + ([baseline, "ratio", ""] if baseline else [])
-    lines = [header, ["---"] * len(header)]
-    for r in latest:
-        cells = [str(r.params.get(name, "")) for name in columns] + [_number(r.value)]
-        if baseline:
-            cells += [_number(r.baseline_value), f"{r.ratio:.2f}" if r.ratio else "", verdict(r)]
-        lines.append(cells)
-    return f"{render_lines(lines)}\n{sources(latest)}"
-
-
-def render_lines(lines: Iterable[Iterable[str]]) -> str:
-    """Lines of cells as markdown."""
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def sources(records: Iterable[Record]) -> str:
-    """What records were measured on and with, a line each."""
-    return "".join(f"{line}\n" for line in dict.fromkeys(_source(r) for r in records))
-
-
-def _source(record: Record) -> str:
-    return f"{_machine(record.environment)}; commit {record.commit}; `{record.command}`"
-
-
-def _number(value: float | None) -> str:
-    """Three significant digits, thousands divided."""
-    return "" if value is None else f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
-
-
 def verdict(record: Record) -> str:
     """ "win" or "**loss**" against the baseline; empty where the unit does not say which it is."""
     if record.ratio in (None, 1) or record.unit not in _MORE_IS_BETTER | _LESS_IS_BETTER:
         return ""
     return "win" if (record.ratio > 1) == (record.unit in _MORE_IS_BETTER) else "**loss**"
-
-
-def _machine(environment: dict) -> str:
-    cpu = f"{environment['gpu'] or environment['cpu']}, {environment['cores']} cores"
-    return f"{cpu}, torch {environment['torch']}, sglang {environment['sglang']}"
-
-
-def fill_tables(text: str, results: Path = RESULTS) -> str:
-    """Rewrite every marked table of a markdown text."""
-
-    def render(records: list[Record], metric: str) -> str:
-        return render_table(r for r in records if r.metric == metric)
-
-    return fill_marked(text, "records", render, results)
-
-
-def fill_marked(text: str, kind: str, render: Callable[[list[Record], str], str], results: Path = RESULTS) -> str:
-    """Rewrite what stands between ``<!-- kind FILE TABLE -->`` and ``<!-- end -->`` with ``render(records, TABLE)``."""
-    marked = re.compile(rf"(<!-- {kind} (\w+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
-
-    def table(match: re.Match) -> str:
-        path = results / f"{match[2]}.jsonl"
-        records = read_records(path) if path.exists() else []
-        return match[1] + render(records, match[3]) + match[4]
-
-    return marked.sub(table, text)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Fill the marked tables of markdown files from records.")
-    parser.add_argument("files", type=Path, nargs="+")
-    for path in parser.parse_args().files:
-        path.write_text(fill_tables(path.read_text()))
-
-
-if __name__ == "__main__":
-    main()

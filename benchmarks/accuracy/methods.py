@@ -19,6 +19,8 @@ import torch
 from sglang_freekv.config import FreeKVConfig
 from sglang_freekv.memory.geometry import Geometry
 
+_DEFAULTS = FreeKVConfig()
+
 
 @dataclass(frozen=True)
 class Method:
@@ -62,12 +64,12 @@ def parse_method(text: str) -> Method:
 class Layout(NamedTuple):
     """Sizes of a retrieval method, in tokens; the engine's defaults."""
 
-    page_size: int = FreeKVConfig.page_size
-    pooling: str = FreeKVConfig.group_pooling
-    sink: int = FreeKVConfig.sink_tokens
-    recent: int = FreeKVConfig.recent_tokens
+    page_size: int = _DEFAULTS.page_size
+    pooling: str = _DEFAULTS.group_pooling
+    sink: int = _DEFAULTS.sink_tokens
+    recent: int = _DEFAULTS.recent_tokens
     dense_layers: str = ""  # like the flag: "0,1"
-    key_bits: int = FreeKVConfig().key_bits
+    key_bits: int = _DEFAULTS.key_bits
 
 
 def read_geometry(model: Path) -> Geometry:

@@ -1,11 +1,7 @@
-"""Pictures of a matrix: accuracy against budget, and against recalled bytes, in a panel for each task group.
-
-python -m benchmarks.accuracy.pictures --records benchmarks/results/accuracy.jsonl --out DIR
-"""
+"""Pictures of a matrix: accuracy against budget, and against recalled bytes, in a panel for each task group."""
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,9 +14,10 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator, PercentFormatter, ScalarFormatter
 
-from benchmarks.accuracy.report import Row, group_rows, rows_of, varying
+from benchmarks.accuracy.report import group_rows, rows_of, varying
 from benchmarks.accuracy.results import FULL
-from benchmarks.records import RESULTS, Record, read_records
+from benchmarks.records import Record
+from benchmarks.tables.table import Row
 
 # Okabe and Ito's palette, which the colour-blind tell apart; black is full attention.
 _COLORS = ("#E69F00", "#56B4E9", "#009E73", "#D55E00", "#0072B2", "#CC79A7", "#F0E442")
@@ -38,8 +35,8 @@ _STYLE = {
 Point = tuple[float, float]
 
 
-def draw(records: Sequence[Record], folder: Path, context: int | None = None) -> list[Path]:
-    """Write budget.svg and recalled.svg: means over the tasks of a group, at one context, by default the longest."""
+def draw(records: Sequence[Record], folder: Path, context: int | None = None, stem: str = "") -> list[Path]:
+    """Write budget.svg and recalled.svg: means over a task group, at one context, by default the longest."""
     rows = rows_of(records)
     context = context or max(row.params["context"] for row in rows)
     rows = [row for row in rows if row.params["context"] == context]
@@ -48,7 +45,7 @@ def draw(records: Sequence[Record], folder: Path, context: int | None = None) ->
         "budget.svg": (_budget, "budget (tokens)", "log"),
         "recalled.svg": (_recalled, "recalled per token (KiB)", "linear"),
     }
-    return [_draw(rows, context, folder / name, *axis) for name, axis in pictures.items()]
+    return [_draw(rows, context, folder / f"{stem}{name}", *axis) for name, axis in pictures.items()]
 
 
 def _budget(rows: Sequence[Row]) -> float | None:
@@ -119,17 +116,3 @@ def _name(row: Row, fields: Sequence[str]) -> str:
     """A line of a picture: the method, and what of its layout differs between rows."""
     layout = [f"{field.replace('_', ' ')} {row.params[field]}" for field in fields if field in row.params]
     return ", ".join([row.params["method"], *layout])
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--records", type=Path, default=RESULTS / "accuracy.jsonl")
-    parser.add_argument("--out", type=Path, required=True, help="folder")
-    parser.add_argument("--context", type=int, help="tokens (default: the longest)")
-    args = parser.parse_args()
-    for path in draw(read_records(args.records), args.out, args.context):
-        print(path)
-
-
-if __name__ == "__main__":
-    main()

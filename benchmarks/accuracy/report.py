@@ -1,47 +1,27 @@
-"""Tables of a matrix: one per task, a summary by task group, and accuracy by turn.
-
-    python -m benchmarks.accuracy.report benchmarks/README.md
-
-fills `<!-- accuracy FILE TABLE -->` ... `<!-- end -->` from benchmarks/results/FILE.jsonl; TABLE is a task's name,
-`summary` or `turns`. Tables of `pivot.py` are filled as well.
-"""
+"""Tables of a matrix: one per task, a summary by task group (`summary`), and accuracy by turn (`turns`)."""
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Sequence
-from pathlib import Path
 from statistics import mean
-from typing import Any, NamedTuple
 
 from benchmarks.accuracy.methods import METHODS, Layout
 from benchmarks.accuracy.results import FULL
-from benchmarks.records import Record, fill_marked, render_lines, sources
-from benchmarks.study.pivot import pivot
+from benchmarks.records import Record
+from benchmarks.tables import table as tables
+from benchmarks.tables.table import Lines, Row, Table, conditions_of
 
 _KIB = 1024
 
 
-class Row(NamedTuple):
-    """A cell of the matrix: what was run, and its numbers by metric."""
-
-    params: dict[str, Any]
-    numbers: dict[str, Record]
-    turns: dict[int, float]  # score by turn
-
-
 def rows_of(records: Sequence[Record]) -> list[Row]:
-    """Cells in the order of context, method, layout and budget; of equal ones the latest."""
-    found: dict[str, Row] = {}
-    for record in records:
-        params = {name: value for name, value in record.params.items() if name != "turn"}
-        row = found.setdefault(json.dumps(params, sort_keys=True), Row(params, {}, {}))
-        if record.metric == "turn_score":
-            row.turns[record.params["turn"]] = record.value
-        else:
-            row.numbers[record.metric] = record
-    return sorted(found.values(), key=_order)
+    """Cells of the matrix in the order of context, method, layout and budget; of equal ones the latest."""
+    return sorted(tables.rows_of(records, without=["turn"]), key=_order)
+
+
+def _turns(row: Row) -> dict[int, float]:
+    """Score by turn."""
+    return {record.params["turn"]: record.value for record in row.records if record.metric == "turn_score"}
 
 
 def _order(row: Row) -> tuple:
@@ -57,8 +37,8 @@ def varying(rows: Sequence[Row]) -> list[str]:
     return [name for name, different in values.items() if len(different) > 1]
 
 
-def table(records: Sequence[Record], name: str) -> str:
-    """A table of this name, and below it what it was measured on.
+def table(records: Sequence[Record], name: str) -> Table:
+    """A table of this name.
 
     Parameters
     ----------
@@ -66,11 +46,8 @@ def table(records: Sequence[Record], name: str) -> str:
     """
     rows = rows_of(records)
     lines = {"summary": _summary, "turns": _by_turn}.get(name, lambda rows: _task(rows, name))(rows)
-    if len(lines) <= 1:
-        return "No records yet.\n"
-    header, *body = lines
     shown = [record for record in records if record.params["task"] == name] or records
-    return f"{render_lines([header, ['---'] * len(header), *body])}\n{sources(shown)}"
+    return Table(lines, conditions_of(shown) if len(lines) > 1 else ())
 
 
 def _labels(row: Row, fields: Sequence[str]) -> list[str]:
@@ -83,7 +60,7 @@ def _header(fields: Sequence[str]) -> list[str]:
     return ["context", "method", *(field.replace("_", " ") for field in fields), "budget"]
 
 
-def _task(rows: Sequence[Row], task: str) -> list[list[str]]:
+def _task(rows: Sequence[Row], task: str) -> Lines:
     rows = [row for row in rows if row.params["task"] == task]
     fields = varying(rows)
     lines = [[*_header(fields), "score [95 %]", "share of full [95 %]", "recalled KiB/token", "flagged", "tokens/s"]]
@@ -107,7 +84,7 @@ def _with_interval(value: float, high: Record) -> str:
     return f"{value:.3f} [{high.baseline_value:.3f}, {high.value:.3f}]"
 
 
-def _summary(rows: Sequence[Row]) -> list[list[str]]:
+def _summary(rows: Sequence[Row]) -> Lines:
     """Mean over the tasks of each group: score, and share of full attention's mean."""
     fields, groups = varying(rows), list(dict.fromkeys(row.params["group"] for row in rows))
     lines = [[*_header(fields), *groups]]
@@ -136,39 +113,28 @@ def _mean(scores: Sequence[Record]) -> str:
     return f"{value:.3f}{share}"
 
 
-def _by_turn(rows: Sequence[Row]) -> list[list[str]]:
-    rows = sorted((row for row in rows if row.turns), key=lambda row: row.params["task"])
+def _by_turn(rows: Sequence[Row]) -> Lines:
+    rows = sorted((row for row in rows if _turns(row)), key=lambda row: row.params["task"])
     fields = varying(rows)
-    last = max((turn for row in rows for turn in row.turns), default=0)
+    last = max((turn for row in rows for turn in _turns(row)), default=0)
     lines = [["task", *_header(fields), *(f"turn {turn}" for turn in range(1, last + 1))]]
     for row in rows:
-        turns = [f"{row.turns[turn]:.3f}" if turn in row.turns else "" for turn in range(1, last + 1)]
-        lines.append([row.params["task"], *_labels(row, fields), *turns])
+        turns = _turns(row)
+        scores = [f"{turns[turn]:.3f}" if turn in turns else "" for turn in range(1, last + 1)]
+        lines.append([row.params["task"], *_labels(row, fields), *scores])
     return lines
 
 
 def render(records: Sequence[Record]) -> str:
     """All tables of one run."""
     tasks = dict.fromkeys(record.params["task"] for record in records)
-    parts = ["# Accuracy", _NOTE, "## By task group", table(records, "summary")]
+    parts = ["# Accuracy", _NOTE, "## By task group", str(table(records, "summary"))]
     for task in tasks:
-        parts += [f"## {task}", table(records, task)]
-    return "\n\n".join([*parts, "## By turn", table(records, "turns")])
+        parts += [f"## {task}", str(table(records, task))]
+    return "\n\n".join([*parts, "## By turn", str(table(records, "turns"))])
 
 
 _NOTE = f"""\
 Scores are means over references. Brackets: 95 % intervals, by bootstrap over sessions. Shares are of full attention
 (`{FULL}`) on the same sessions; by group they are ratios of means over tasks. Recalled: from CPU memory, per generated
 token, where the device holds two windows of the largest budget for each request. Tokens/s: decoding, of the batch."""
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Fill the marked accuracy tables of markdown files from records.")
-    parser.add_argument("files", type=Path, nargs="+")
-    for path in parser.parse_args().files:
-        text = fill_marked(path.read_text(), "accuracy", table)
-        path.write_text(fill_marked(text, "pivot", pivot))
-
-
-if __name__ == "__main__":
-    main()

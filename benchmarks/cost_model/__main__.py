@@ -2,7 +2,6 @@
 
     python -m benchmarks.cost_model                            measure, calibrate, compare
     python -m benchmarks.cost_model --plan --machine rtx4090   plan; nothing is measured
-    python -m benchmarks.cost_model.report FILE.md             fill the tables of a markdown file
 
 The first measures the rates of this machine, and decode steps of plain SGLang and of FreeKV in SGLang's own runner, on
 its GPU or, without one, its CPU. It calibrates by a few of the steps, predicts the others, and writes records and a
@@ -97,7 +96,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     if args.plan:
-        print(report.render_plan(plan(args)))
+        print(report.plan_table(plan(args)))
         return
     records = read_records(measure(args.out))
     draw(read_run(records), args.out / f"{NAME}.png")

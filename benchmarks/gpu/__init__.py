@@ -1,1 +1,1 @@
-"""The phases of `benchmarks.gpu.suite`: one module each, run as a process of its own (`python -m benchmarks.gpu`)."""
+"""What only a GPU can tell: phases, a module each, run by the suite as processes of their own."""

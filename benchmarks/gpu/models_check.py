@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from benchmarks.gpu.session import Failures, Session
-from benchmarks.models import Outcome, make_model, run_model
+from benchmarks.models.compare import Outcome, make_model, run_model
 
 _NAMES = ("qwen3", "qwen3-moe", "llama-group-16", "llama-96")  # heads of 128 elements, stored: what `compile` compiled
 _LEAST_EQUAL = 0.3  # after the first token that rounding flips, texts differ; wrong attention flips nearly every one

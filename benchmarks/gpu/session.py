@@ -38,7 +38,7 @@ class Session:
         # Each record says how to get it again: by the suite, not by this process.
         flags = ["--rehearse"] if self.is_rehearsal else ["--model-shape", self.shape_name]
         sys.argv[1:] = ["--out", "DIR", "--only", self.phase, *flags]
-        self.writer = RecordWriter("gpu_suite", self.records)
+        self.writer = RecordWriter("gpu_suite", self.records, module="benchmarks.gpu")
         if self.machine.exists():
             self.writer.environment |= json.loads(self.machine.read_text())
         if self.is_rehearsal:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-
-from sglang_freekv.config import FreeKVConfig
-from sglang_freekv.memory.geometry import Geometry
-from sglang_freekv.testing.tiny_model import TinyModel, build_tokenizer
+if TYPE_CHECKING:
+    from sglang_freekv.memory.geometry import Geometry
 
 
 @dataclass(frozen=True)
@@ -28,6 +26,11 @@ class ModelShape:
 
     def geometry(self, layers: int | None = None) -> Geometry:
         """The KV cache of this model, or of fewer of its layers."""
+        import torch  # only here: command lines offer the shapes before anything large is imported
+
+        from sglang_freekv.config import FreeKVConfig
+        from sglang_freekv.memory.geometry import Geometry
+
         return Geometry(
             num_layers=layers or self.layers,
             num_qo_heads=self.heads,
@@ -39,6 +42,8 @@ class ModelShape:
 
     def write(self, folder: Path) -> Path:
         """Write a checkpoint folder for ``--load-format dummy``, and return it."""
+        from sglang_freekv.testing.tiny_model import TinyModel, build_tokenizer
+
         model = TinyModel(
             layers=self.layers,
             hidden=self.hidden,

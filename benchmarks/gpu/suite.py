@@ -1,30 +1,18 @@
-"""Everything that only a GPU can tell, in one command: correctness, then numbers, in under nine minutes.
-
-    python -m benchmarks.gpu.suite --out DIR [--only PHASE,..] [--model-shape llama-8b]
-    python -m benchmarks.gpu.suite --rehearse            the same lines on a CPU, with tiny sizes
-
-Needs the package's dependencies and a CUDA compiler, no network, no make and no installation of this package. Every
-phase is a process with a time limit and a log of its own; one that fails does not stop the others. Measurements are
-appended to DIR/gpu_suite.jsonl as they come; DIR/report.md has them all, and the goals that were met or missed.
-"""
+"""Runs the phases one after the other, each a process with a time limit and a log of its own."""
 
 from __future__ import annotations
 
-import argparse
 import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 import tomllib
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from benchmarks.gpu.phases import PHASES, Phase
-from benchmarks.gpu.report import write_report
-from benchmarks.gpu.shapes import SHAPES
+from benchmarks.gpu.phases import Phase
 from benchmarks.records import ROOT
 
 _GRACE_S = 15  # between the limit that a phase keeps itself, and its end
@@ -187,43 +175,3 @@ def write_entry_points(folder: Path) -> Path:
         lines += [f"[{group}]", *(f"{name} = {value}" for name, value in points.items())]
     (info / "entry_points.txt").write_text("\n".join(lines) + "\n")
     return folder
-
-
-def parse_args() -> argparse.Namespace:
-    names = [phase.name for phase in PHASES]
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, help="folder of records, logs, caches and report; default build/gpu_suite")
-    parser.add_argument("--only", help=f"phases, separated by commas, of {', '.join(names)}")
-    parser.add_argument("--model-shape", choices=SHAPES, default="llama-8b")
-    parser.add_argument(
-        "--minutes", type=float, help="for everything (default: 9); later phases are shortened or skipped"
-    )
-    parser.add_argument("--rehearse", action="store_true", help="on a CPU, tiny; nothing in it is a measurement")
-    args = parser.parse_args()
-    args.minutes = args.minutes or (30 if args.rehearse else 9)
-    args.phases = args.only.split(",") if args.only else names
-    if unknown := set(args.phases) - set(names):
-        parser.error(f"--only names {', '.join(sorted(unknown))}; the phases are {', '.join(names)}")
-    if args.rehearse and args.out is not None:
-        parser.error("--rehearse writes to a temporary folder, never where measurements are; leave --out out")
-    args.out = args.out or (Path(tempfile.mkdtemp(prefix="rehearsal-")) if args.rehearse else ROOT / "build/gpu_suite")
-    return args
-
-
-def main() -> int:
-    args = parse_args()
-    flags = ["--rehearse"] if args.rehearse else ["--model-shape", args.model_shape]
-    suite = Suite(args.out, flags, 60 * args.minutes)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # the phases end, too
-    suite.say(f"records, logs and report: {args.out}")
-    try:
-        suite.run([phase for phase in PHASES if phase.name in args.phases])
-    finally:
-        print(write_report(args.out, suite.results))
-    failed = [name for name, result in suite.results.items() if result != "passed"]
-    suite.say(f"not passed: {', '.join(failed)}" if failed else "all phases passed")
-    return 1 if failed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

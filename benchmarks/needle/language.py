@@ -40,11 +40,6 @@ LETTERS = tokens_of("abcdefghijklmnopqrstuvwxyz")
 DIGITS = tokens_of("0123456789")
 
 
-def word_id(word: str) -> int:
-    """The token of a word of the list, with the blank before it."""
-    return _ID[f"Ġ{word}"]
-
-
 def build_tokenizer(max_position: int) -> tuple[Tokenizer, dict]:
     """Build the tokenizer: a listed word with its blank is one token, everything else one token per byte.
 

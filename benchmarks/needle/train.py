@@ -1,17 +1,10 @@
-"""Train the needle model: a small Qwen3 that answers questions about long documents of the needle language.
-
-    python -m benchmarks.needle.train --state build/needle --out benchmarks/needle/model
-
-Two CPU cores, within an hour, fixed seed. Interrupted, it goes on where it was; every step draws its samples from
-a generator of its own, so the result is the same. Lengths grow from stage to stage.
-"""
+"""Training of the needle model: stages of growing length, which go on where they were interrupted."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
@@ -20,7 +13,6 @@ from tqdm import tqdm
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from benchmarks.needle import language as lang
-from benchmarks.needle.checkpoint import draw_curves, sharpen, write
 from benchmarks.needle.samples import Label, draw_batch
 
 SEED = 7
@@ -190,26 +182,3 @@ class Trainer:
         with self._curve.open("a") as file:
             file.write(json.dumps(point) + "\n")
         return {"loss": f"{loss.item():.3f}", **{name: f"{value:.2f}" for name, value in accuracy.items()}}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--state", type=Path, default=Path("build/needle"), help="folder to go on from")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint, made if missing")
-    parser.add_argument("--until", choices=[stage.name for stage in STAGES], default=STAGES[-1].name)
-    args = parser.parse_args()
-    torch.set_num_threads(2)
-    trainer = Trainer(args.state)
-    trainer.run(args.until)
-    start = time.monotonic()
-    record = {"seed": SEED, "stages": [asdict(stage) for stage in STAGES], "steps": trainer.step}
-    record["sharpen"] = sharpen(trainer.model)
-    record |= {"training_minutes": trainer.seconds / 60, "sharpen_minutes": (time.monotonic() - start) / 60}
-    write(trainer.model, args.out, MAX_CONTEXT, record)
-    draw_curves(args.state / "curve.jsonl", args.out)
-    for context, labels in record["accuracy"].items():
-        print(f"{context:6} tokens:", *(f"{label} {share:.3f}" for label, share in labels.items()))
-
-
-if __name__ == "__main__":
-    main()

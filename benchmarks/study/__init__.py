@@ -1,0 +1,1 @@
+"""What the trained model does with right answers before it, without a server: which pages it needs, how they change."""

@@ -1,6 +1,6 @@
 """An audit of drift: how much queries and windows change from one decode step to the next.
 
-    python -m benchmarks.study.drift --model benchmarks/needle/model --out benchmarks/results
+    python -m benchmarks.study drift --model benchmarks/needle/model --out benchmarks/results
 
 The share of flagged rows is the server's `flagged_rows / rows`: a row is one KV head of one layer at one step of a
 request over its budget, and its query is compared with the previous one, at the first step with the prompt's last.
@@ -20,11 +20,12 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from benchmarks.needle import MODEL
 from benchmarks.needle.transcripts import FAMILIES, Transcript, draw_transcript
 from benchmarks.records import RESULTS, RecordWriter, read_records
 from benchmarks.study.capture import Layer, load_model, prefill, run_tail
-from benchmarks.study.pivot import pivot
 from benchmarks.study.rules import EXACT, SPECULATION, Rule, select
+from benchmarks.tables.kinds import pivot
 from freekv_kernels import compare_queries
 
 TAUS = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
@@ -122,28 +123,25 @@ def draw(drifts: Sequence[Drift], path: Path) -> None:
     plt.close(figure)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=Path("benchmarks/needle/model"), help="checkpoint folder")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", type=Path, default=MODEL, help="checkpoint folder")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of drift.jsonl and drift.png")
     parser.add_argument("--context", type=int, default=8192, help="tokens")
     parser.add_argument("--budget", type=int, default=1024, help="tokens, for the turnover of pages")
     parser.add_argument("--seeds", type=int, default=2, help="transcripts per family")
-    args = parser.parse_args()
+
+
+def run(args: argparse.Namespace) -> None:
     if args.budget >= args.context:
-        parser.error(f"--budget {args.budget} covers the context: pass less than --context {args.context}")
+        raise SystemExit(f"--budget {args.budget} covers the context: pass less than --context {args.context}")
     model, drifts = load_model(args.model), []
     for family in tqdm(FAMILIES):
         for seed in range(args.seeds):
             drifts += measure(model, draw_transcript(family, seed, args.context), Rule(), args.budget)
     drifts = merge(drifts)
-    writer = RecordWriter("accuracy.drift", args.out / "drift.jsonl")
+    writer = RecordWriter("drift", args.out / "drift.jsonl", module="benchmarks.study")
     for metric, value, params in records(drifts):
         writer.write(metric, value, "share", {"context": args.context, "budget": args.budget, **params})
     draw(drifts, args.out / "drift.png")
     written = read_records(writer.path)
     print(*(pivot(written, table) for table in TABLES), sep="\n")
-
-
-if __name__ == "__main__":
-    main()

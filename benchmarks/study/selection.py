@@ -1,6 +1,6 @@
 """Compare rules for selecting pages, without a server: what part of the attention they keep, what answers they cost.
 
-    python -m benchmarks.study.selection --model benchmarks/needle/model --context 8192 --budgets 512 1024
+    python -m benchmarks.study selection --model benchmarks/needle/model --context 8192 --budgets 512 1024
 
 Every rule of `rules.py` runs twice: once on the queries of dense attention, whose weights say what the model looks for,
 and once in the forward itself, where later layers see what the windows of earlier ones left.
@@ -19,12 +19,13 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from benchmarks.needle import MODEL
 from benchmarks.needle.samples import Label
 from benchmarks.needle.transcripts import FAMILIES, Transcript, draw_transcript
 from benchmarks.records import RESULTS, RecordWriter, read_records
 from benchmarks.study.capture import Capture, Visible, causal, load_model, prefill, run_tail
-from benchmarks.study.pivot import pivot
 from benchmarks.study.rules import RULES, Rule, select
+from benchmarks.tables.kinds import pivot
 
 TABLE = "first+other+weight_kept+top_page:budget,rule"
 
@@ -120,16 +121,17 @@ def records(results: Sequence[Result]) -> Iterator[tuple[str, float, dict[str, i
             yield "top_page", sum(layer) / len(layer), {**params, "layer": number}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=Path("benchmarks/needle/model"), help="checkpoint folder")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", type=Path, default=MODEL, help="checkpoint folder")
     parser.add_argument("--context", type=int, default=8192, help="tokens")
     parser.add_argument("--budgets", type=int, nargs="+", default=[512, 1024], help="tokens")
     parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=FAMILIES)
     parser.add_argument("--rules", nargs="+", default=list(RULES), choices=RULES, metavar="RULE", help=", ".join(RULES))
     parser.add_argument("--seeds", type=int, default=1, help="transcripts per family")
     parser.add_argument("--out", type=Path, default=RESULTS / "selection.jsonl", help="file of the records")
-    args = parser.parse_args()
+
+
+def run(args: argparse.Namespace) -> None:
     model, rules = load_model(args.model), {name: RULES[name] for name in args.rules}
     results: list[Result] = []
     with tqdm(total=len(args.families) * args.seeds * (1 + len(rules) * len(args.budgets))) as bar:
@@ -138,11 +140,7 @@ def main() -> None:
                 results.append(result)
                 bar.set_postfix_str(f"{family} {seed}: {result.budget} {result.rule}")
                 bar.update()
-    writer = RecordWriter("accuracy.selection", args.out)
+    writer = RecordWriter("selection", args.out, module="benchmarks.study")
     for metric, value, params in records(results):
         writer.write(metric, value, "share", {"context": args.context, **params})
     print(pivot(read_records(args.out), TABLE))
-
-
-if __name__ == "__main__":
-    main()

@@ -19,20 +19,25 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import shlex
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from benchmarks.records import RESULTS, ROOT, RecordWriter
+from benchmarks.goals import goals_table
+from benchmarks.records import RESULTS, ROOT, Record, RecordWriter, read_records
 from benchmarks.throughput import client
-from benchmarks.throughput.goals import report_goals
-from benchmarks.throughput.report import table
+from benchmarks.throughput.goals import goals_of
+from benchmarks.throughput.pictures import draw
+from benchmarks.throughput.report import brief, table
 from benchmarks.throughput.run import Phase, Run
 from benchmarks.throughput.setups import FREEKV, Common, Retrieval, ablations
+from benchmarks.throughput.words import in_words
 from benchmarks.throughput.workloads import ABLATION, FULL, MEMORY, QUICK, SERIES, TRAFFIC, Suite, Workload
 from sglang_freekv.testing.tiny_model import TinyModel
 
@@ -50,16 +55,17 @@ def phases(args: argparse.Namespace, suite: Suite) -> list[Phase]:
         workloads = tuple(w for w in workloads if not args.workloads or w.name in args.workloads)
         if not workloads:
             continue
-        # The cache is small in traffic, where a burst must not fit; elsewhere it holds everything.
-        is_small = name in (TRAFFIC, SERIES)
-        tokens = max(suite.tokens * is_small, *(w.least_tokens if is_small else w.all_tokens for w in workloads))
+        # In traffic a burst must not fit into the cache; elsewhere it holds everything.
+        tokens = max(w.least_tokens if name == TRAFFIC else w.all_tokens for w in workloads)
+        if name in (TRAFFIC, SERIES):
+            tokens = max(tokens, suite.tokens)
         longest = max(w.longest for w in workloads)
         common = Common(
             model=args.model,
             dtype="auto" if torch.cuda.is_available() else _CPU_DTYPES.get(name, "bfloat16"),
             tokens=_whole_pages(tokens),
             chunk=_whole_pages(max(suite.tokens, longest)),
-            requests=max(w.at_once for w in workloads) if name == MEMORY else _running(workloads),
+            requests=_at_once(name, workloads, suite.running),
             server_flags=tuple(args.server_flags),
             freekv_flags=tuple(args.freekv_flags),
         )
@@ -72,9 +78,10 @@ def _whole_pages(tokens: int) -> int:
     return -(-tokens // 64) * 64
 
 
-def _running(workloads: tuple[Workload, ...]) -> int:
-    """Requests that run at once; a burst waits."""
-    return min(16, max(w.at_once for w in workloads)) + _SPARE_REQUESTS
+def _at_once(phase: str, workloads: tuple[Workload, ...], most: int) -> int:
+    """Requests that run at once; in `memory` all of them, elsewhere a burst waits."""
+    wanted = max(w.at_once for w in workloads)
+    return wanted if phase == MEMORY else min(most, wanted) + _SPARE_REQUESTS
 
 
 def _phase(name: str, common: Common, budget: int, workloads: tuple[Workload, ...], one_by_one: bool) -> Phase:
@@ -121,10 +128,21 @@ def run(args: argparse.Namespace) -> None:
     bench = Run(args.build, tokenizer, [*client_flags, *args.client_flags], writer)
     todo = phases(args, suite)
     bench.run(todo)
-    for phase in todo:
-        print(f"\n{phase.name}\n\n{table(bench.records, phase.name)}")
-    print(report_goals(bench.records))
-    print(f"{time.monotonic() - start:.0f} s; records in {args.out}, servers' and clients' messages in {args.build}")
+    print(report(bench.records, [phase.name for phase in todo]))
+    wide = args.build / "report.md"
+    wide.write_text("\n".join(f"## {phase.name}\n\n{table(bench.records, phase.name)}" for phase in todo))
+    pictures = draw(read_records(args.out), args.out.parent)
+    print(f"{time.monotonic() - start:.0f} s")
+    files = {"all columns": [wide], "records": [args.out], "pictures": pictures, "messages": [args.build]}
+    for what, paths in files.items():
+        print(f"{what}: {', '.join(map(os.path.relpath, paths)) or 'none, for want of a series'}")
+
+
+def report(records: Sequence[Record], phases: Sequence[str]) -> str:
+    """What a terminal shows of a run: tables that fit into it, what they say, and the goals that were measured."""
+    tables = [f"{phase}\n\n{brief(records, phase).text()}" for phase in phases]
+    goals = goals_table(goal for goal in goals_of(records) if goal.value is not None)
+    return "\n".join(["", *tables, in_words(records), "", *([goals.text()] if len(goals.lines) > 1 else [])])
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -13,6 +13,7 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import NullLocator, StrMethodFormatter
 
 from benchmarks.records import Record
+from benchmarks.tables.table import latest
 from benchmarks.throughput.setups import FREEKV, PLAIN
 from benchmarks.throughput.workloads import SERIES
 
@@ -69,8 +70,8 @@ def draw(records: Sequence[Record], folder: Path) -> list[Path]:
 
 def _draw(picture: Picture, records: Sequence[Record], folder: Path) -> Path | None:
     where = {"phase": SERIES, "workload": picture.workload, "setup": FREEKV}
-    found = [r for r in records if r.metric == picture.metric and where.items() <= r.params.items()]
-    points = sorted({r.params[picture.over]: r for r in found}.items())  # the latest of equal ones
+    found = [r for r in latest(records) if r.metric == picture.metric and where.items() <= r.params.items()]
+    points = sorted({r.params[picture.over]: r for r in found}.items())
     if not points:
         return None
     x = [value for value, _ in points]

@@ -1,33 +1,20 @@
-"""Tables and pictures of the throughput suite.
-
-    python -m benchmarks.throughput.report benchmarks/README.md
-
-fills `<!-- throughput FILE TABLE -->` ... `<!-- end -->` from benchmarks/results/FILE.jsonl, where TABLE is a phase
-(traffic, series, memory, ablation), `goals` or `summary`, and draws the pictures beside the records.
-"""
+"""Tables of the throughput suite: one per phase, the goals (`goals`), and the ratios of all of it (`summary`)."""
 
 from __future__ import annotations
 
-import argparse
-import json
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
-from benchmarks.records import RESULTS, Record, fill_marked, read_records, render_lines, sources, verdict
-from benchmarks.throughput.goals import report_goals
+from benchmarks.goals import goals_table
+from benchmarks.records import Record, verdict
+from benchmarks.tables.table import Lines, Row, Table, conditions_of, number, rows_of
+from benchmarks.throughput.goals import goals_of
 from benchmarks.throughput.measure import LATENCIES, PERCENTILES
 from benchmarks.throughput.setups import PLAIN
 from benchmarks.throughput.workloads import ABLATION, SERIES
 
 _MIB, _KIB = 1 << 20, 1 << 10
-
-
-class Row(NamedTuple):
-    """A workload on a server: what was run, and its records by metric."""
-
-    params: dict[str, Any]
-    numbers: dict[str, Record]
+OF_ROUNDS = "†"  # after a ratio: the median of the rounds' ratios, where the quotient of the medians is another
 
 
 class Column(NamedTuple):
@@ -38,23 +25,22 @@ class Column(NamedTuple):
     scale: float = 1.0
     digits: int | None = None  # behind the point; None: three significant ones
 
-    def cell(self, number: Callable[[Record], float | None], row: Row) -> str:
-        values = [number(row.numbers[metric]) for metric in self.metrics if metric in row.numbers]
-        return " / ".join(self._format(value) for value in values if value is not None)
+    def cell(self, value_of: Callable[[Record], float | None], row: Row) -> str:
+        values = [value_of(row.numbers[metric]) for metric in self.metrics if metric in row.numbers]
+        return " / ".join(self._format(value / self.scale) for value in values if value is not None)
 
     def _format(self, value: float) -> str:
-        value /= self.scale
-        if self.digits is not None:
-            return f"{value:.{self.digits}f}"
-        return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"
+        return number(value) if self.digits is None else f"{value:.{self.digits}f}"
 
     def ratio(self, row: Row) -> str:
-        """Ratio to plain SGLang, of percentiles the first, a loss marked."""
+        """Ratio to plain SGLang, of percentiles the first; a loss is marked, and what is no quotient of the medians."""
         record = row.numbers.get(self.metrics[0])
         if record is None or record.ratio is None:
             return ""
         ratio = f"{record.ratio:.2f}"
-        return ratio + " **loss**" * (ratio != "1.00" and verdict(record) == "**loss**")
+        is_of_rounds = ratio != f"{record.value / record.baseline_value:.2f}"
+        is_loss = ratio != "1.00" and verdict(record) == "**loss**"
+        return ratio + OF_ROUNDS * is_of_rounds + " **loss**" * is_loss
 
 
 _SPEED = (
@@ -94,24 +80,46 @@ _SETTING = (
 _SUMMARY = (_SPEED[0], _SPEED[3], *_LATENCY[:2], _RUN[1], _MEMORY[0])
 
 
-def rows_of(records: Sequence[Record]) -> list[Row]:
-    """One row for each workload and server, in the order of the records; of equal ones the latest."""
-    found: dict[str, Row] = {}
-    for record in records:
-        key = json.dumps(record.params, sort_keys=True)
-        found.setdefault(key, Row(record.params, {})).numbers[record.metric] = record
-    return list(found.values())
+_BRIEF = (
+    Column("at once", ("peak_concurrency",)),
+    Column("requests/s", ("request_throughput",)),
+    Column("tokens/s", ("output_throughput",)),
+    Column("decoding", ("decode_throughput",)),
+    Column("first ms", ("ttft_p50",)),
+    Column("next ms", ("tpot_p50",)),
+    Column("MiB", ("device_bytes",), _MIB),
+    Column("recalled", ("recalled_per_token",), _KIB),
+)
 
 
-def table(records: Sequence[Record], name: str) -> str:
-    """A phase's table, the goals or a summary, and below it what it was measured on."""
+def table(records: Sequence[Record], name: str) -> Table:
+    """A phase's table, the goals or a summary."""
     records = [record for record in records if _is_shown(record, name)]
+    if name == "goals" and records:
+        return goals_table(goals_of(records))
     if not records:
-        return "No records yet.\n"
-    if name == "goals":
-        return "".join(f"- {line}\n" for line in report_goals(records).splitlines())
-    lines = {ABLATION: _settings, "summary": _summary}.get(name, _runs)(rows_of(records))
-    return f"{render_lines(_aligned(lines))}\n{sources(records)}"
+        return Table([])
+    rows = rows_of(records)
+    lines = _settings(rows, _SETTING) if name == ABLATION else _summary(rows) if name == "summary" else _runs(rows)
+    return Table(lines, conditions_of(records))
+
+
+def brief(records: Sequence[Record], phase: str) -> Table:
+    """A phase's table for a terminal: medians, and lines that fit in it."""
+    rows = rows_of(record for record in records if record.params["phase"] == phase)
+    columns = _shown(_BRIEF, rows)
+    if phase == ABLATION:
+        columns = [column for column in columns if column not in _BRIEF[:3]]  # of all settings about the same
+        return Table([[cell.replace("**", "") for cell in line] for line in _settings(rows, columns)])
+    lines = [["workload", "server", *(column.title for column in columns)]]
+    for row in rows:
+        for name, (server, *cells) in zip((label(row), "", ""), _compared(row, columns), strict=True):
+            lines.append([name, server, *(cell.replace("**", "") for cell in cells)])
+    return Table(lines)
+
+
+def label(row: Row) -> str:
+    return f"{row.params['workload']}, {row.params['requests']} x {row.params['context']:,}"
 
 
 def _is_shown(record: Record, name: str) -> bool:
@@ -122,20 +130,31 @@ def _is_shown(record: Record, name: str) -> bool:
     return name in ("goals", phase)
 
 
-def _runs(rows: Sequence[Row]) -> list[list[str]]:
-    """Three lines for each workload: plain SGLang, FreeKV, ratio. Columns without a number are left out."""
-    columns = [column for column in _RUN if any(column.metrics[0] in row.numbers for row in rows)]
+def _runs(rows: Sequence[Row]) -> Lines:
+    """Three lines for each workload: plain SGLang, FreeKV, ratio."""
+    columns = _shown(_RUN, rows)
     lines = [["workload", "longest prompt", "server", *(column.title for column in columns)]]
     for row in rows:
         labels = [f"{row.params['workload']}, {row.params['requests']} requests", f"{row.params['context']:,}"]
-        plain = [column.cell(lambda record: record.baseline_value, row) for column in columns]
-        ours = [column.cell(lambda record: record.value, row) for column in columns]
-        lines += [[*labels, PLAIN, *plain], ["", "", row.params["setup"], *ours]]
-        lines.append(["", "", "ratio", *(column.ratio(row) for column in columns)])
+        lines += [
+            [*names, *line] for names, line in zip((labels, ["", ""], ["", ""]), _compared(row, columns), strict=True)
+        ]
     return lines
 
 
-def _summary(rows: Sequence[Row]) -> list[list[str]]:
+def _shown(columns: Sequence[Column], rows: Sequence[Row]) -> list[Column]:
+    """Columns that have a number."""
+    return [column for column in columns if any(column.metrics[0] in row.numbers for row in rows)]
+
+
+def _compared(row: Row, columns: Sequence[Column]) -> Iterator[list[str]]:
+    """Plain SGLang's cells, FreeKV's and the ratios, each after its name."""
+    yield [PLAIN, *(column.cell(lambda record: record.baseline_value, row) for column in columns)]
+    yield [row.params["setup"], *(column.cell(lambda record: record.value, row) for column in columns)]
+    yield ["ratio", *(column.ratio(row) for column in columns)]
+
+
+def _summary(rows: Sequence[Row]) -> Lines:
     """Ratios to plain SGLang, a line for each workload."""
     titles = [column.title.partition(" ms")[0].removesuffix(" MiB") for column in _SUMMARY]
     lines = [["workload", "requests", "longest prompt", *titles]]
@@ -145,38 +164,12 @@ def _summary(rows: Sequence[Row]) -> list[list[str]]:
     return lines
 
 
-def _settings(rows: Sequence[Row]) -> list[list[str]]:
+def _settings(rows: Sequence[Row], columns: Sequence[Column]) -> Lines:
     """A line for each setting."""
-    speed = _SETTING[0]
-    lines = [["setting", "budget", *(column.title for column in _SETTING), "decoding: times plain"]]
-    plain = [column.cell(lambda record: record.baseline_value, rows[0]) for column in _SETTING]
-    lines.append([PLAIN, "", *plain, ""])
+    speed = _SPEED[3]
+    lines = [["setting", "budget", *(column.title for column in columns), "decoding: times plain"]]
+    lines.append([PLAIN, "", *(column.cell(lambda record: record.baseline_value, rows[0]) for column in columns), ""])
     for row in rows:
-        ours = [column.cell(lambda record: record.value, row) for column in _SETTING]
+        ours = [column.cell(lambda record: record.value, row) for column in columns]
         lines.append([row.params["setup"], str(row.params["budget"]), *ours, speed.ratio(row)])
     return lines
-
-
-def _aligned(lines: Sequence[Sequence[str]]) -> list[list[str]]:
-    """Cells padded to the width of their column, and the line below the header."""
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    header, *body = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
-    return [header, ["-" * width for width in widths], *body]
-
-
-def main() -> None:
-    from benchmarks.throughput.pictures import draw
-
-    parser = argparse.ArgumentParser(description="Fill the marked throughput tables of markdown files from records.")
-    parser.add_argument("files", type=Path, nargs="+")
-    parser.add_argument("--records", type=Path, default=RESULTS / "throughput.jsonl", help="of the pictures")
-    args = parser.parse_args()
-    for path in args.files:
-        path.write_text(fill_marked(path.read_text(), "throughput", table))
-    if args.records.exists():
-        for path in draw(read_records(args.records), args.records.parent):
-            print(path)
-
-
-if __name__ == "__main__":
-    main()

@@ -18,7 +18,8 @@ from benchmarks.cost_model.planning import BUDGETS, K, Traffic, best_freekv, bes
 from benchmarks.cost_model.plans import PLANS, Plan
 from benchmarks.cost_model.results import model_of, read_run, write_run
 from benchmarks.cost_model.step_time import Setting, step_seconds, work_of
-from benchmarks.records import RecordWriter, fill_marked, read_records
+from benchmarks.records import RecordWriter, read_records
+from benchmarks.tables.marked import fill
 from sglang_freekv.memory.plan import MemoryPlan
 
 LLAMA, QWEN = Model.load("llama-3.1-8b"), Model.load("qwen3-32b")
@@ -204,22 +205,22 @@ class TestReport:
         }
 
     def test_predictions_stand_beside_measurements_with_their_error(self, records):
-        lines = report.table(records, "steps").splitlines()
+        lines = report.table(records, "steps").markdown().splitlines()
         header = [cell.strip() for cell in lines[0].split("|")]
         assert {"measured ms", "predicted ms", "predicted / measured", "used to calibrate"} <= set(header)
         assert sum("did not calibrate: median error 0%, largest 0%" in line for line in lines) == 2
 
     def test_a_plan_says_that_it_is_a_prediction(self):
-        text = report.render_plan(Plan(RTX_4090, ((LLAMA, (1,)),), (128 * K,)))
+        text = str(report.plan_table(Plan(RTX_4090, ((LLAMA, (1,)),), (128 * K,))))
         assert "| llama-3.1-8b | 131,072 | plain | does not fit |" in text
         assert "\nPredictions, nothing is measured. 1 x 24 GiB" in text
         assert "It leaves out prefill" in text
 
     def test_marked_tables_are_filled(self, tmp_path):
         text = "<!-- cost_model cost_model steps -->\nold\n<!-- end -->\n"
-        filled = fill_marked(text, "cost_model", report.table, tmp_path)
+        filled = fill(text, {"cost_model": report.table}, tmp_path)
         assert filled == text.replace("old", "No records yet.")
-        with pytest.raises(ValueError, match=r"no table 'speed'; there are rates, steps, " + ", ".join(PLANS)):
+        with pytest.raises(ValueError, match=r"no table 'speed'; there are rates, steps, errors, " + ", ".join(PLANS)):
             report.table([], "speed")
 
     def test_a_picture_is_drawn(self, records, tmp_path):

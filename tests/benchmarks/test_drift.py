@@ -10,8 +10,8 @@ import torch
 from benchmarks.records import RecordWriter, read_records
 from benchmarks.study.capture import Layer
 from benchmarks.study.drift import TABLES, TAUS, Drift, draw, measure_layer, merge, records
-from benchmarks.study.pivot import pivot
 from benchmarks.study.rules import Rule
+from benchmarks.tables.kinds import pivot
 
 _RULE = Rule(page_size=16, sink=16, recent=16)
 _STEPS = torch.arange(1, 9)
@@ -73,7 +73,7 @@ def test_records_tables_and_picture_show_every_family_and_layer(drifts, tmp_path
     writer = RecordWriter("accuracy.drift", tmp_path / "drift.jsonl")
     for metric, value, params in records(merged):
         writer.write(metric, value, "share", {"context": 512, **params})
-    layers, heads = (pivot(read_records(writer.path), table).splitlines() for table in TABLES)
+    layers, heads = (pivot(read_records(writer.path), table).markdown().splitlines() for table in TABLES)
     assert layers[0] == "| family | layer | cosine | cosine p10 | " + " | ".join(
         [*(f"flagged share {tau}" for tau in TAUS), "page turnover |"]
     )
@@ -88,4 +88,4 @@ def test_records_tables_and_picture_show_every_family_and_layer(drifts, tmp_path
 
 
 def test_a_table_of_records_that_do_not_exist_says_so(tmp_path):
-    assert pivot([], TABLES[0]) == "No records yet.\n"
+    assert pivot([], TABLES[0]).markdown() == "No records yet.\n"

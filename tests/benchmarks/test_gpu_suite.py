@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.gpu.__main__ import parse_args
 from benchmarks.gpu.phases import PHASES
 from benchmarks.gpu.report import Numbers, goals_of
 from benchmarks.gpu.suite import Suite, write_entry_points
@@ -18,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def rehearse(folder: Path, *phases: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "benchmarks.gpu.suite", "--rehearse", "--only", ",".join(phases)]
+    command = [sys.executable, "-m", "benchmarks.gpu", "--rehearse", "--only", ",".join(phases)]
     environment = os.environ | {"TMPDIR": str(folder), "OMP_NUM_THREADS": "1"}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
 
@@ -43,6 +44,7 @@ def test_nothing_in_a_rehearsal_looks_like_a_measurement(rehearsal):
     records = read_records(out / "gpu_suite.jsonl")
     assert {"recall_rate", "link_copy"} <= {record.metric for record in records}
     assert all(record.environment["rehearsal"] is True for record in records)
+    assert all("python -m benchmarks.gpu --out DIR --only" in record.command for record in records)
     assert all("--rehearse" in record.command for record in records)
     assert "A REHEARSAL" in done.stdout
     assert not list((ROOT / "benchmarks" / "results").glob("gpu_suite*"))
@@ -59,6 +61,27 @@ def test_a_phase_without_enough_time_is_skipped_and_says_so(tmp_path: Path):
     suite = Suite(tmp_path, ["--rehearse"], budget=1)
     suite.run([PHASES[0]])
     assert suite.results["env"].startswith("skipped")
+
+
+def test_a_phase_is_a_command_of_its_own_with_its_own_limit():
+    phase = parse_args(["link", "--out", "d", "--rehearse"])
+    limit = next(phase.seconds for phase in PHASES if phase.name == "link")
+    assert (phase.phase, phase.out, phase.seconds, phase.rehearse) == ("link", Path("d"), limit, True)
+    assert parse_args(["link", "--out", "d", "--seconds", "40"]).seconds == 40
+    suite = parse_args(["--only", "env,link"])
+    assert (suite.phase, suite.phases, suite.minutes) == (None, ["env", "link"], 9)
+
+
+def test_wrong_command_lines_are_refused_before_anything_large_is_imported():
+    program = (
+        "import sys, runpy\n"
+        "try: runpy.run_module('benchmarks.gpu', run_name='__main__')\n"
+        "except SystemExit as end: print(end.code, 'torch' in sys.modules)"
+    )
+    command = [sys.executable, "-c", program, "--only", "lonk"]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=60)
+    assert "--only names lonk; the phases are env, " in done.stderr
+    assert done.stdout == "2 False\n"
 
 
 def test_what_a_phase_needs_comes_before_it():

@@ -16,8 +16,9 @@ from benchmarks.accuracy.client import COUNTERS, Generation, collect, play
 from benchmarks.accuracy.matrix import Matrix, draw_batches
 from benchmarks.accuracy.methods import METHODS, Layout, Method, Setting, parse_method, settings
 from benchmarks.accuracy.tasks.session import Session, Turn
-from benchmarks.records import RecordWriter, fill_marked, read_records
+from benchmarks.records import RecordWriter, read_records
 from benchmarks.server import Chunk
+from benchmarks.tables.marked import fill
 from sglang_freekv.config import FreeKVConfig
 from sglang_freekv.memory.geometry import Geometry
 from sglang_freekv.request_params import request_budget_tokens
@@ -122,6 +123,7 @@ class TestMethods:
                 tau=float(given["--freekv-tau"]),
                 group_pooling=given["--freekv-group-pooling"],
                 page_size=int(given["--page-size"]),
+                key_bits=int(given["--freekv-key-bits"]),
             )
             for budget in setting.budgets:
                 assert request_budget_tokens(config, {"freekv_budget": budget}) == budget
@@ -307,34 +309,34 @@ class TestReport:
         assert read_records(records_file) == records
 
     def test_a_task_has_a_line_for_each_method_and_budget(self, records: list):
-        lines = report.table(records, "recite").splitlines()
+        lines = report.table(records, "recite").markdown().splitlines()
         assert "| context | method | pooling | budget | score [95 %] |" in lines[0]
         at_16 = [line for line in lines if line.startswith("| 16 |")]
         assert len(at_16) == 1 + 2 + 4 + 4  # full, window, exact and freekv with two poolings
         assert at_16[0].startswith("| 16 | full |  |  | 1.000 [0.676, 1.000] |  |")
         assert "| 2.0 | 0.40 | 2 |" in at_16[1]
-        assert "made_up" in lines[-1]
+        assert "made_up" in report.table(records, "recite").conditions[0]
 
     def test_the_summary_has_a_column_for_each_group(self, records: list):
-        lines = report.table(records, "summary").splitlines()
+        lines = report.table(records, "summary").markdown().splitlines()
         assert lines[0].endswith("| budget | lookup | walk | session |")
         assert "1.000 | 1.000 | 1.000 |" in lines[2]
         assert "%)" in lines[3]
 
     def test_turns_have_columns(self, records: list):
-        lines = report.table(records, "turns").splitlines()
+        lines = report.table(records, "turns").markdown().splitlines()
         assert lines[0].endswith("| turn 1 | turn 2 | turn 3 |")
-        assert all(line.startswith("| talk |") for line in lines[2:-2])
+        assert all(line.startswith("| talk |") for line in lines[2:])
         assert "| full |  |  | 1.000 | 1.000 | 1.000 |" in lines[2]
 
     def test_a_marked_file_is_filled_and_the_rest_stays(self, records: list, records_file: Path):
         text = "a\n<!-- accuracy made_up summary -->\nold\n<!-- end -->\nb\n<!-- accuracy none walk -->\n<!-- end -->\n"
-        filled = fill_marked(text, "accuracy", report.table, records_file.parent)
+        filled = fill(text, {"accuracy": report.table}, records_file.parent)
         assert filled.startswith("a\n")
         assert "old" not in filled
-        assert report.table(records, "summary") in filled
+        assert report.table(records, "summary").markdown() in filled
         assert "No records yet." in filled
-        assert fill_marked(filled, "accuracy", report.table, records_file.parent) == filled
+        assert fill(filled, {"accuracy": report.table}, records_file.parent) == filled
 
     def test_a_report_has_all_tables(self, records: list):
         text = report.render(records)

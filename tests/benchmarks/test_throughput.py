@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from transformers import AutoTokenizer
 
-from benchmarks.records import Record, RecordWriter, read_records
+from benchmarks.records import RESULTS, Record, RecordWriter, read_records
 from benchmarks.throughput import __main__ as suite
 from benchmarks.throughput import run as runs
 from benchmarks.throughput.datasets import write_dataset
-from benchmarks.throughput.goals import report_goals
+from benchmarks.throughput.goals import goals_of
 from benchmarks.throughput.measure import Answer, Measurement, Number, decode_throughput, equal_outputs, log_numbers
 from benchmarks.throughput.pictures import draw
-from benchmarks.throughput.report import table
+from benchmarks.throughput.report import brief, table
 from benchmarks.throughput.setups import FREEKV, PLAIN, Common, Setup, ablations
-from benchmarks.throughput.workloads import FULL, MEMORY, QUICK, SERIES, TRAFFIC, Workload
+from benchmarks.throughput.words import in_words
+from benchmarks.throughput.workloads import ABLATION, FULL, MEMORY, QUICK, SERIES, TRAFFIC, Workload
 from sglang_freekv.flags import add_cli_args, take_options
 from sglang_freekv.testing.tiny_model import TinyModel
 
@@ -251,16 +254,15 @@ def record(metric: str, value: float, plain: float | None, unit: str, **params) 
 def test_goals_are_reached_missed_or_not_measured():
     fast = {"phase": SERIES, "workload": "context", "context": 32768}
     prefix = {"workload": "prefix", "prefix": 16384}
-    lines = report_goals(
+    goals = goals_of(
         [
             record("decode_throughput", 35.0, 10.0, "tokens/s", **fast),
             record("output_throughput", 95.0, 100.0, "tokens/s"),
             record("ttft_p50", 1.3, 1.0, "ms", **prefix),
             record("peak_concurrency", 16, 4, "requests", phase=MEMORY, workload="memory", context=4096),
         ]
-    ).splitlines()
-    assert ["MISSED" in lines[0], "reached" in lines[1], "MISSED" in lines[2]] == [True] * 3
-    assert all("not measured" in line for line in lines[3:]) and len(lines) == 5
+    )
+    assert [goal.verdict for goal in goals] == ["MISSED", "met", "MISSED", "not measured", "not measured"]
 
 
 def test_losses_stand_beside_wins_in_the_table():
@@ -271,12 +273,50 @@ def test_losses_stand_beside_wins_in_the_table():
             record("ttft_p95", 50.0, 20.0, "ms"),
         ],
         TRAFFIC,
-    )
+    ).markdown()
     plain, ours, ratio = [[cell.strip() for cell in line.split("|")[3:-1]] for line in text.splitlines()[2:5]]
     assert plain == [PLAIN, "100", "10 / 20"]
     assert ours == [FREEKV, "50", "5 / 50"]
     assert ratio == ["ratio", "0.50 **loss**", "0.50"]
-    assert table([], TRAFFIC) == "No records yet.\n"
+    assert "†" not in text, "of one round, a ratio is the quotient"
+    assert table([], TRAFFIC).markdown() == "No records yet.\n"
+
+
+def test_a_ratio_of_rounds_that_is_not_the_quotient_above_it_is_marked_and_explained():
+    rounds = dataclasses.replace(record("output_throughput", 7.56, 8.45, "tokens/s"), ratio=0.91)
+    assert "| 0.91† **loss** |" in table([rounds], TRAFFIC).markdown()
+    assert "0.91† loss" in brief([rounds], TRAFFIC).text()
+    assert "†: the servers took turns for several rounds, and the ratio is" in in_words([rounds])
+
+
+def test_a_terminal_shows_a_run_in_lines_of_120_characters_and_says_what_it_means():
+    text = suite.report(read_records(RESULTS / "throughput.jsonl"), [TRAFFIC, SERIES, MEMORY, ABLATION])
+    assert max(map(len, text.splitlines())) <= 120
+    said = " ".join(text.split())
+    lists = r"Throughput is better in: (.*?)\. Worse in: (.*?)\. Decoding alone is better in: (.*?)\. Worse in: (.*?)\."
+    found = re.search(lists, said).groups()
+    throughput, decoding = found[:2], found[2:]
+    assert "context, 8 x 32,768" in throughput[0] and "short, 64 x 512" in throughput[1]
+    assert "context, 8 x 32,768" in decoding[0] and "concurrency, 1 x 8,192" in decoding[1]
+    assert "16 requests at once, not 3" in said
+    assert "nothing about a GPU" in text
+
+
+def test_requests_that_did_not_finish_are_said():
+    lost = [record("output_throughput", 0.0, 0.0, "tokens/s"), record("finished", 0.25, 1.0, "ratio")]
+    assert "only 25% of the requests finished" in in_words(lost)
+    assert "better in" not in in_words(lost), "nothing is known of their speed"
+
+
+def test_the_quick_suite_has_requests_that_recall_and_save_memory(model):
+    args = suite.parse_args(["--quick", "--phases", SERIES])
+    args.model = model
+    (series,) = suite.phases(args, QUICK)
+    (documents,) = (w for w in series.workloads if w.name == "documents")
+    blocks = series.common.requests * 2 * QUICK.budget  # tokens, of all running requests' windows
+    assert QUICK.budget < documents.context
+    assert documents.at_once * documents.context > 4 * blocks
+    assert series.common.tokens >= documents.all_tokens, "all of them run at once"
 
 
 def test_pictures_are_drawn_of_what_was_measured(tmp_path):

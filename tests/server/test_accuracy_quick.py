@@ -1,16 +1,17 @@
 """A small accuracy matrix on the trained model: it tells methods apart, and retrieval keeps what full attention has.
 
-The same code as `python -m benchmarks.accuracy.matrix`, with short contexts and few sessions.
+The same code as `python -m benchmarks.accuracy`, with short contexts and few sessions.
 """
 
 from __future__ import annotations
 
 import pytest
 
-from benchmarks.accuracy.matrix import MODEL, Launcher, Matrix, draw_batches
+from benchmarks.accuracy.matrix import Launcher, Matrix, draw_batches
 from benchmarks.accuracy.methods import METHODS, Layout, settings
 from benchmarks.accuracy.results import Cell, summarize
 from benchmarks.accuracy.tasks import TASKS
+from benchmarks.needle import MODEL
 
 CONTEXT, BUDGET, SESSIONS = 4096, 256, 4
 LAYOUT = Layout(sink=32, recent=32)

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import sglang as sgl
 
-from benchmarks.programs import PATTERN, PROGRAMS, Job, converse, endpoint, run_batch, select
+from benchmarks.programs.frontend import PATTERN, PROGRAMS, Job, converse, endpoint, run_batch, select
 from tests.support.openai_requests import LOGPROB_TOLERANCE
 from tools.servers import Server
 

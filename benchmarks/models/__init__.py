@@ -1,0 +1,1 @@
+"""Models that FreeKV serves: what each of them does on plain SGLang and on FreeKV."""
