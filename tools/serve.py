@@ -112,7 +112,7 @@ def _ready_text(own: argparse.Namespace) -> str:
 
 def _end(server: subprocess.Popen) -> None:
     """Ask the server to end and wait; a second Ctrl-C, or a minute, leaves the rest to `_kill_session`."""
-    server.send_signal(signal.SIGINT)
+    server.terminate()
     with suppress(KeyboardInterrupt, subprocess.TimeoutExpired):
         server.wait(_END_SECONDS)
 
