@@ -73,11 +73,12 @@ def _anchors(text: str) -> set[str]:
 
 def _words(span: str) -> Iterator[str]:
     """The names in a span: a span of one word is one; of commands and messages, what cannot be a plain word."""
+    span = re.sub(r"<[^>]*>", "*", span)  # a placeholder
     word = re.sub(r"\[[\w:, ]*\]", "", span.strip()).removesuffix("()")
     if _NAME.match(word) or re.match(r"/\S+$", word):
         yield word
         return
-    for part in re.split(r"[\s\"'=(){}\[\],;|:<>]+", _FLAG.sub(" ", span)):
+    for part in re.split(r"[\s\"'=(){}\[\],;|:]+", _FLAG.sub(" ", span)):
         if "/" in part or "_" in part or _FILE.match(part):
             yield part
 
