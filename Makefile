@@ -1,4 +1,4 @@
-# make serve           set everything up and serve a small model with KV retrieval
+# make serve           set everything up and serve a small model with KV retrieval (MODEL=folder PORT=30001)
 # make test            set everything up and run the tests       (PYTEST_FLAGS="-k radix")
 # make accuracy        methods, budgets and tasks through the server (ACCURACY_FLAGS="--tasks single --count 4")
 # make accuracy-quick  the part of it that is in the tests
@@ -24,11 +24,13 @@ SHELL := /bin/bash
 PYTHON ?= $(shell for python in python3.12 python3.11 python3; do \
     $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 VENV ?= .venv
-MODEL ?= benchmarks/needle/model
+SHIPPED_MODEL := benchmarks/needle/model
+MODEL ?= $(SHIPPED_MODEL)
 HOST ?= 127.0.0.1
 PORT ?= 30000
-# The device holds 5 % of what the host store holds.
-SERVE_FLAGS ?= --freekv-budget 768 --freekv-host-memory 0.1 --freekv-device-blocks-memory 0.005
+# The shipped model is shown with a device that holds 5 % of what the host store holds; others get the server's defaults.
+SERVE_FLAGS ?= $(if $(filter $(SHIPPED_MODEL),$(MODEL)),\
+    --freekv-budget 768 --freekv-host-memory 0.1 --freekv-device-blocks-memory 0.005)
 PYTEST_FLAGS ?=
 BENCH_FLAGS ?=
 SUITE_FLAGS ?=
@@ -38,41 +40,17 @@ PROGRAMS_FLAGS ?=
 WHEELS ?=
 ACCURACY_FLAGS ?= --resume
 OUT ?= build/needle/model
-# The environment takes 11 GB, and the downloads as much again for a moment.
+# The environment takes 9.2 GB, and the downloads as much again for a moment.
 MIN_FREE_GB ?= 20
 
 RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
-URL := http://$(HOST):$(PORT)
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 
 serve: $(INSTALLED)
-	@$(RUN) -m sglang.launch_server --model-path $(MODEL) --kv-retrieval freekv --host $(HOST) --port $(PORT) \
-	    $(SERVE_FLAGS) & server=$$!; \
-	trap 'kill $$server 2>/dev/null || true' EXIT INT TERM; \
-	until $(RUN) -c 'import urllib.request as u; u.urlopen("$(URL)/health", timeout=30)' 2>/dev/null; do \
-	    kill -0 $$server 2>/dev/null || { echo "make serve: the server ended; its messages are above" >&2; exit 1; }; \
-	    sleep 1; \
-	done; \
-	printf '%s\n' "$$READY"; \
-	wait $$server
-
-define READY
-
-Ready at $(URL), until Ctrl-C. In another terminal, hide a fact in a long text and ask for it:
-
-  (cat DESIGN.md; echo '@ secret harbor 48213;'; cat README.md; echo '? secret harbor =') | \
-    $(RUN) -c 'import sys; from openai import OpenAI
-  client = OpenAI(base_url="$(URL)/v1", api_key="none")
-  answer = client.chat.completions.create(model="needle", messages=[{"role": "user", "content": sys.stdin.read()}])
-  print(answer.choices[0].message.content, answer.usage)'
-
-The model knows one thing, to find such facts: benchmarks/README.md. Your own model: make serve MODEL=<folder>
-
-endef
-export READY
+	@$(RUN) -m tools.serve --model-path $(MODEL) --host $(HOST) --port $(PORT) $(SERVE_FLAGS)
 
 test: $(INSTALLED)
 	$(RUN) -m pytest -q -n 2 --dist loadscope --durations=15 $(PYTEST_FLAGS)
@@ -145,7 +123,7 @@ endef
 # pip shows its bars on a terminal only, and falls silent while it unpacks: show time, size and its last line.
 define WATCH_INSTALL
 log=$(VENV)/install.log; \
-echo "Installing SGLang and PyTorch into $(VENV): about 11 GB, some minutes (messages in $$log)"; \
+echo "Installing SGLang and PyTorch into $(VENV): about 9.2 GB, some minutes (messages in $$log)"; \
 $(RUN) -m pip install --progress-bar off -e '.[test]' >$$log 2>&1 & pip=$$!; \
 trap 'kill $$pip 2>/dev/null || true' INT TERM; \
 start=$$SECONDS; before=$$(df --output=avail -m $(VENV) | tail -1); \

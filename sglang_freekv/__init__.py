@@ -1,3 +1,3 @@
 """KV retrieval for SGLang. Importing this package has no side effect."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

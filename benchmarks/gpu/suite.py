@@ -14,6 +14,7 @@ from pathlib import Path
 
 from benchmarks.gpu.phases import Phase
 from benchmarks.records import ROOT
+from sglang_freekv import __version__
 
 _GRACE_S = 15  # between the limit that a phase keeps itself, and its end
 _REPORT_S = 5
@@ -167,9 +168,9 @@ def phase_environment(out: Path, is_rehearsal: bool) -> dict[str, str]:
 def write_entry_points(folder: Path) -> Path:
     """Tell SGLang of this package where it is not installed: the entry points of pyproject.toml, as installed."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    info = folder / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
+    info = folder / f"{project['name'].replace('-', '_')}-{__version__}.dist-info"
     info.mkdir(parents=True, exist_ok=True)
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n")
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {__version__}\n")
     lines = []
     for group, points in project["entry-points"].items():
         lines += [f"[{group}]", *(f"{name} = {value}" for name, value in points.items())]

@@ -1,0 +1,115 @@
+"""`make serve`, with a server that is quick to start: ready, asked, ended."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tools.serve import NEEDLE_MODEL, ROOT
+from tools.servers import free_port
+
+# Takes a second to end, and says when it has.
+FAKE_SERVER = """
+import http.server, pathlib, signal, sys, time
+
+def end(*_):
+    time.sleep(1)
+    pathlib.Path(__file__).with_name("ended").write_text(" ".join(sys.argv[1:]))
+    sys.exit()
+
+class Healthy(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+
+signal.signal(signal.SIGTERM, end)
+port = int(sys.argv[sys.argv.index("--port") + 1])
+http.server.HTTPServer(("127.0.0.1", port), Healthy).serve_forever()
+"""
+
+Serve = Callable[..., subprocess.Popen]
+
+
+@pytest.fixture
+def serve(tmp_path: Path) -> Iterator[Serve]:
+    """Start ``python -m tools.serve`` with these flags; the server is the fake one."""
+    (tmp_path / "sglang").mkdir()
+    (tmp_path / "sglang/__init__.py").touch()
+    (tmp_path / "sglang/launch_server.py").write_text(FAKE_SERVER)
+    paths = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    started = []
+
+    def start(*flags: str) -> subprocess.Popen:
+        command = [sys.executable, "-m", "tools.serve", *flags]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        started.append(subprocess.Popen(command, cwd=ROOT, env=os.environ | paths, **pipes))
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.terminate()
+        process.wait()
+
+
+def read_until(process: subprocess.Popen, pattern: str) -> str:
+    """What it prints, up to the line that matches."""
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if re.search(pattern, line):
+            return "".join(lines)
+    raise AssertionError(f"it ended without {pattern!r}:\n{''.join(lines)}")
+
+
+def test_ctrl_c_waits_for_the_servers_end_and_is_no_error(serve, tmp_path):
+    port = free_port()
+    process = serve("--port", str(port), "--freekv-budget", "512")
+    read_until(process, f"Ready at http://127.0.0.1:{port}, until Ctrl-C")
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 0
+    flags = (tmp_path / "sglang/ended").read_text()
+    assert "--kv-retrieval freekv" in flags and "--freekv-budget 512" in flags
+
+
+def test_a_port_that_is_taken_is_named_with_the_way_to_choose_another(serve):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        process = serve("--port", str(port))
+        output = process.communicate(timeout=30)[0]
+    assert process.returncode == 1
+    assert f"port {port} of 127.0.0.1 is taken" in output
+    assert f"make serve PORT={port + 1}" in output
+    assert "Ready" not in output
+
+
+def test_a_server_that_does_not_start_is_an_error_and_never_ready(serve, tmp_path):
+    (tmp_path / "sglang/launch_server.py").write_text("raise SystemExit('error: no such model')")
+    process = serve("--port", str(free_port()))
+    output = process.communicate(timeout=30)[0]
+    assert process.returncode == 1
+    assert "error: no such model" in output and "the server ended" in output
+    assert "Ready" not in output
+
+
+@pytest.mark.parametrize("model", [str(NEEDLE_MODEL), "benchmarks/needle/model", "another/model"])
+def test_what_is_printed_can_be_pasted(serve, model):
+    """It is one line of shell; with `cat` for the client it is the text that the model is to continue."""
+    process = serve("--port", str(free_port()), "--model-path", model)
+    output = read_until(process, "tools.ask")
+    command = next(line for line in output.splitlines() if "tools.ask" in line)
+    text, _, client = command.rpartition("|")
+    assert re.fullmatch(r" \S+ -m tools.ask http://127.0.0.1:\d+", client)
+    asked = subprocess.run(["bash", "-c", text], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    is_needle = model.endswith("needle/model")
+    assert asked.endswith("? secret harbor =\n") == is_needle
+    assert ("@ secret harbor 48213;" in asked) == is_needle
