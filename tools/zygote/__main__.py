@@ -132,7 +132,8 @@ class Imports:
         different = sorted(
             f"{name} ({order.environment.get(name)!r}, here {value!r})"
             for name, value in self.read_variables.items()
-            if name not in _FOLLOWED and order.environment.get(name) != value
+            # What the imports have set, they have set in the starting process, too, if it has imported the same.
+            if name not in _FOLLOWED and order.environment.get(name) not in (value, self.set_variables.get(name, value))
         )
         return f"the zygote's modules read {', '.join(different)} when they are imported" if different else None
 

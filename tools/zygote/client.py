@@ -97,8 +97,7 @@ def start(
             return subprocess.Popen(
                 command, stdout=out, stderr=subprocess.STDOUT, env=environment, start_new_session=True
             )
-        environment = {name: value for name, value in environment.items() if not name.startswith("PYTEST_")}
-        return Forked(Order(list(arguments), environment, os.getcwd(), (1, 2), children), out)
+        return Forked(Order(list(arguments), _without_pytest(environment), os.getcwd(), (1, 2), children), out)
 
 
 @contextmanager
@@ -118,7 +117,7 @@ def zygote(environment: dict[str, str], modules: Sequence[str] = SGLANG) -> Iter
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
-                env=environment,
+                env=_without_pytest(environment),
                 cwd=_ROOT,
                 pass_fds=[listener.fileno()],
             )
@@ -131,6 +130,11 @@ def zygote(environment: dict[str, str], modules: Sequence[str] = SGLANG) -> Iter
             if outer is not None:
                 os.environ[ADDRESS] = outer
             process.communicate()
+
+
+def _without_pytest(environment: dict[str, str]) -> dict[str, str]:
+    """Without variables that differ from test to test, and that nothing but pytest reads."""
+    return {name: value for name, value in environment.items() if not name.startswith("PYTEST_")}
 
 
 def _log(address: str | Path) -> Path:
