@@ -1,5 +1,6 @@
 # make serve           set everything up and serve a small model with KV retrieval (MODEL=folder PORT=30001)
 # make test            set everything up and run the tests       (PYTEST_FLAGS="-k radix")
+# make compile-kernels the kernels, for every supported GPU; the tests compile for one
 # make accuracy        methods, budgets and tasks through the server (ACCURACY_FLAGS="--tasks single --count 4")
 # make accuracy-quick  the part of it that is in the tests
 # make train-model     train the small model again, an hour       (OUT=folder)
@@ -17,7 +18,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help serve test accuracy accuracy-quick train-model bench bench-quick bench-programs cost-model \
+.PHONY: help serve test compile-kernels accuracy accuracy-quick train-model bench bench-quick bench-programs cost-model \
     soak soak-quick fuzz compatibility gpu-suite lint clean
 
 # The first that runs and is recent enough.
@@ -54,6 +55,9 @@ serve: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(RUN) -m pytest -q -n 2 --dist loadscope --durations=15 $(PYTEST_FLAGS)
+
+compile-kernels: $(INSTALLED)
+	FREEKV_ALL_GPUS=1 $(RUN) -m pytest -q tests/kernels/test_compile.py
 
 accuracy: $(INSTALLED)
 	$(RUN) -m benchmarks.accuracy $(ACCURACY_FLAGS)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,6 +14,8 @@ from typing import Any, NamedTuple
 
 import psutil
 import requests
+
+from tools.zygote.client import SERVER_CHILDREN, start
 
 _START_SECONDS = 900
 _ANSWER_SECONDS = 1800
@@ -41,9 +42,8 @@ class Server:
         self.log = log
         self.url = f"http://127.0.0.1:{_free_port()}"
         log.parent.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "sglang.launch_server", "--port", self.url.rpartition(":")[2], *flags]
-        with log.open("w") as file:
-            self._process = psutil.Popen(command, stdout=file, stderr=subprocess.STDOUT)
+        arguments = ["-m", "sglang.launch_server", "--port", self.url.rpartition(":")[2], *flags]
+        self._process = start(arguments, log, dict(os.environ), SERVER_CHILDREN)
         self._wait_until_ready()
 
     def _wait_until_ready(self) -> None:
@@ -62,7 +62,10 @@ class Server:
         return "\n".join(self.log.read_text().splitlines()[-20:])
 
     def _processes(self) -> list[psutil.Process]:
-        return [self._process, *self._process.children(recursive=True)] if self._process.is_running() else []
+        if self._process.poll() is not None:
+            return []
+        process = psutil.Process(self._process.pid)
+        return [process, *process.children(recursive=True)]
 
     def freeze(self) -> None:
         self._signal(signal.SIGSTOP)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 import pytest
 import torch
+
+from tools.zygote.client import zygote
 
 # Without a GPU, kernels run in Triton's interpreter, which is chosen when they are defined. Processes that tests start
 # must not inherit the choice.
@@ -18,6 +21,14 @@ if not torch.cuda.is_available():
 
     freekv_kernels.triton_ops()
     del os.environ["TRITON_INTERPRET"]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Servers are forked from one zygote for all workers; with a GPU they start anew, as CUDA survives no fork."""
+    if not hasattr(config, "workerinput") and not torch.cuda.is_available():
+        stack = ExitStack()
+        stack.enter_context(zygote(os.environ | {"OMP_NUM_THREADS": "1"}))
+        config.add_cleanup(stack.close)
 
 
 @pytest.hookimpl(optionalhook=True)

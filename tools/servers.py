@@ -8,16 +8,17 @@ import random
 import signal
 import socket
 import subprocess
-import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from tools.zygote.client import SERVER_CHILDREN, Forked, start
 
 START_TIMEOUT_S = 240
 
@@ -36,7 +37,11 @@ class Server:
 
     url: str
     log: Path
-    pid: int  # of the process that has started the others
+    process: subprocess.Popen | Forked  # that has started the others
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
 
     def request(self, path: str, body: dict | None = None, timeout_s: float = 120) -> Reply:
         """GET `path`, or POST `body` to it."""
@@ -123,24 +128,25 @@ def free_port() -> int:
 
 
 def launch(
-    model: Path, log: Path, port: int, *flags: str, env: dict[str, str] | None = None, prefix: Sequence[str] = ()
-) -> subprocess.Popen:
-    """Start ``python -m sglang.launch_server`` in a session of its own; `prefix` is a command that runs it."""
-    command = [*prefix, sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--port", str(port)]
-    with log.open("w") as out:
-        return subprocess.Popen(
-            [*command, "--max-running-requests", "64", "--sleep-on-idle", *flags],
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            # Servers of one test run share the cores; more threads would only wait for each other.
-            env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}),
-            start_new_session=True,
-        )
+    model: Path, log: Path, port: int, *flags: str, env: dict[str, str] | None = None, anew: bool = False
+) -> subprocess.Popen | Forked:
+    """Start ``python -m sglang.launch_server`` in a session of its own, forked where a zygote is and not `anew`."""
+    arguments = ["-m", "sglang.launch_server", "--model-path", str(model), "--port", str(port)]
+    # Servers of one test run share the cores; more threads would only wait for each other.
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | (env or {})
+    return start(
+        [*arguments, "--max-running-requests", "64", "--sleep-on-idle", *flags], log, environment, SERVER_CHILDREN, anew
+    )
 
 
 @contextmanager
 def serve(
-    model: Path, log: Path, *flags: str, env: dict[str, str] | None = None, port: int | None = None
+    model: Path,
+    log: Path,
+    *flags: str,
+    env: dict[str, str] | None = None,
+    port: int | None = None,
+    anew: bool = False,
 ) -> Iterator[Server]:
     """Run a server with `flags` until the block ends.
 
@@ -150,8 +156,8 @@ def serve(
         If the server does not become healthy; shows the end of its log.
     """
     port = port or free_port()
-    process = launch(model, log, port, *flags, env=env)
-    server = Server(f"http://127.0.0.1:{port}", log, process.pid)
+    process = launch(model, log, port, *flags, env=env, anew=anew)
+    server = Server(f"http://127.0.0.1:{port}", log, process)
     try:
         _wait_until_healthy(server, process)
         yield server
@@ -159,14 +165,14 @@ def serve(
         stop(process)
 
 
-def stop(process: subprocess.Popen) -> None:
+def stop(process: subprocess.Popen | Forked) -> None:
     """End a server that `launch` has started, and whatever is left of it."""
     with suppress(ProcessLookupError):  # it has ended by itself, and none of its processes is left
         os.killpg(process.pid, signal.SIGKILL)  # at once: a graceful end takes seconds, and nothing is to be saved
     process.wait()
 
 
-def _wait_until_healthy(server: Server, process: subprocess.Popen) -> None:
+def _wait_until_healthy(server: Server, process: subprocess.Popen | Forked) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
     while time.monotonic() < deadline and process.poll() is None:
         try:

@@ -1,4 +1,4 @@
-"""Compile every kernel for GPUs that are not here; prints one JSON line per kernel.
+"""Compile every kernel for GPUs that are not here:  compile_kernels.py CAPABILITY..., prints a JSON line per kernel.
 
 The ops are called with the engine's tensors in CPU memory, and Triton does what it does for a launch, except to launch:
 it binds and specialises the arguments, and compiles.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import sys
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -83,11 +84,12 @@ def compile_op(op: str, inputs: KernelInputs) -> list[dict[str, object]]:
     return compiled
 
 
-def main() -> None:
+def main(capabilities: set[int]) -> None:
     triton.knobs.nvidia.dump_ptxas_log = True
     triton.knobs.compilation.always_compile = True  # ptxas does not speak when a kernel comes from the cache
     compile_without_launch()
-    for number, (shape, geometry, capability) in enumerate(TARGETS):
+    targets = [target for target in TARGETS if target[2] in capabilities]
+    for number, (shape, geometry, capability) in enumerate(targets):
         config = FreeKVConfig(page_size=geometry.page_size, key_bits=geometry.key_bits)
         first, *others = (
             KernelInputs(geometry, **sizes, config=config, max_context=131072, device="cpu") for sizes in SIZES
@@ -103,4 +105,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    main()
+    main({int(argument) for argument in sys.argv[1:]})

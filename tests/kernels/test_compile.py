@@ -14,15 +14,17 @@ import pytest
 
 import freekv_kernels
 
-TARGETS = [("llama-3.1-8b", 80), ("llama-3.1-8b", 90), ("llama-3.1-8b", 100), ("odd", 90)]
-MAX_SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # of one program
+# The tests compile for one generation of GPUs, where kernels use the most registers; `make compile-kernels` for all.
+CAPABILITIES = [80, 90, 100] if "FREEKV_ALL_GPUS" in os.environ else [90]
+TARGETS = [*(("llama-3.1-8b", capability) for capability in CAPABILITIES), ("odd", 90)]
+MAX_SHARED_BYTES = 163 << 10  # of one program, on the GPU that has least: 80; on the others 227 KiB
 
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What was compiled, by a process of its own, where kernels are not defined for the interpreter."""
     paths = {"PYTHONPATH": os.pathsep.join(sys.path), "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
-    script = [sys.executable, str(Path(__file__).with_name("compile_kernels.py"))]
+    script = [sys.executable, str(Path(__file__).with_name("compile_kernels.py")), *map(str, CAPABILITIES)]
     done = subprocess.run(script, env=os.environ | paths, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-8000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
@@ -37,7 +39,7 @@ def test_an_op_compiles_without_spilling_registers(kernels, op, shape, capabilit
     for kernel in compiled:
         assert kernel["cubin_bytes"] > 0
         assert kernel["spill_bytes"] == 0, kernel
-        assert kernel["shared_bytes"] <= MAX_SHARED_BYTES[capability], kernel
+        assert kernel["shared_bytes"] <= MAX_SHARED_BYTES, kernel
 
 
 def test_nothing_is_compiled_again_when_batch_sizes_and_lengths_change(kernels):

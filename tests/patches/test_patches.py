@@ -6,10 +6,10 @@ import dataclasses
 import json
 import os
 import signal
-import subprocess
 import sys
 import types
 from importlib import import_module
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -19,6 +19,7 @@ from freekv_patches import launch, memory, patch, plugin, registry, requests, ru
 from freekv_patches.patch import IncompatibleSGLang, Patch, check_applied, check_version, install
 from freekv_patches.registry import ALL_PATCHES
 from sglang_freekv.config import FreeKVConfig, UnsupportedConfiguration
+from tools.zygote.client import start
 
 PLAIN = types.SimpleNamespace()  # arguments of a plain server
 FREEKV = types.SimpleNamespace(_freekv=FreeKVConfig())
@@ -241,12 +242,7 @@ def report(plain_argv, flags, announced, is_tokenizer_worker):
 
 arguments = pathlib.Path(sys.argv[1])
 targets, backends, caches = snapshot()
-for line in sys.stdin:  # each in a fork of a process that has imported what is patched, which takes longest
-    if not os.fork():
-        print(json.dumps(report(**json.loads(line))), flush=True)
-        os._exit(0)
-    if os.wait()[1]:
-        sys.exit(1)
+print(json.dumps(report(**json.loads(sys.argv[2]))))
 """
 
 
@@ -262,6 +258,15 @@ PLAIN_LAUNCH, FREEKV_LAUNCH, CHILD = Launch(), Launch(("--kv-retrieval", "freekv
 WORKER = Launch(is_tokenizer_worker=True)
 
 
+def output_of(program: str, log: Path, *arguments: str) -> str:
+    """What a fresh process prints that runs `program`, in which no plug-ins are loaded."""
+    environment = {name: value for name, value in os.environ.items() if name != "SGLANG_KV_RETRIEVAL"}
+    process = start(["-c", program, *arguments], log, environment | {"OMP_NUM_THREADS": "1"}, children=0)
+    status = process.wait(timeout=240)
+    assert status == 0, log.read_text()
+    return log.read_text()
+
+
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory) -> dict[Launch, dict]:
     """What of SGLang changed in fresh processes that load plug-ins and resolve arguments."""
@@ -270,14 +275,13 @@ def reports(tmp_path_factory) -> dict[Launch, dict]:
     config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **sizes}
     (path / "config.json").write_text(json.dumps(config))
     plain_argv = ["--model-path", str(path), "--random-seed", "1"]
-    launches = (PLAIN_LAUNCH, FREEKV_LAUNCH, WORKER, CHILD)
-    lines = [json.dumps({"plain_argv": plain_argv, **each._asdict()}) for each in launches]
-    env = {name: value for name, value in os.environ.items() if name != "SGLANG_KV_RETRIEVAL"}
-    command = [sys.executable, "-c", PROGRAM, str(path / "arguments")]
-    done = subprocess.run(command, input="\n".join(lines), capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr
-    printed = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
-    return dict(zip(launches, printed, strict=True))
+
+    def report(launch: Launch) -> dict:
+        launched = json.dumps({"plain_argv": plain_argv, **launch._asdict()})
+        printed = output_of(PROGRAM, path / "log", str(path / "arguments"), launched)
+        return json.loads(printed.splitlines()[-1])
+
+    return {launch: report(launch) for launch in (PLAIN_LAUNCH, FREEKV_LAUNCH, WORKER, CHILD)}
 
 
 def test_without_the_flag_everything_but_the_flags_is_the_identical_object(reports):
@@ -435,17 +439,20 @@ def test_models_do_not_write_to_a_pool_that_has_no_token_major_buffer(is_freekv,
     assert runner.enable_fused_set_kv_buffer(lambda forward_batch: True, "batch") is not is_freekv
 
 
-def test_models_that_are_loaded_before_and_after_see_the_patched_function():
+def test_models_that_are_loaded_before_and_after_see_the_patched_function(tmp_path):
     program = """
+import sys
 from sglang.srt.models import gpt_oss
 from freekv_patches import plugin
 plugin.activate()
+import sglang.srt.models
+sys.modules.pop("sglang.srt.models.qwen3_moe", None)  # as if nothing had loaded it yet
+vars(sglang.srt.models).pop("qwen3_moe", None)
 from sglang.srt.models import qwen3_moe, utils
 assert utils.enable_fused_set_kv_buffer is gpt_oss.enable_fused_set_kv_buffer is qwen3_moe.enable_fused_set_kv_buffer
 assert hasattr(utils.enable_fused_set_kv_buffer, "__wrapped__")
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    output_of(program, tmp_path / "log")
 
 
 @pytest.mark.parametrize("disable_radix_cache", [True, False])

@@ -5,17 +5,17 @@ from __future__ import annotations
 import json
 import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from tools.servers import Server, random_prompt
+from tools.servers import Server, random_prompt, stop
+from tools.zygote.client import start
 
 SCRIPT = Path(__file__).with_name("engine_script.py")
+CHILDREN = 5  # of two engines: a detokenizer each, and a scheduler per rank
 NUM_STEPS = 64
 GREEDY = {"temperature": 0, "max_new_tokens": NUM_STEPS, "ignore_eos": True}
 BUDGET_COVERS, BUDGET_SELECTS = 1024, 128  # the second as on the server "narrow", like sink, recent and pooling
@@ -75,11 +75,12 @@ def engines(
     }
     path = folder / "jobs.json"
     path.write_text(json.dumps(list(jobs.values())))
-    with (folder / "log").open("w") as log:
-        environment = os.environ | {"OMP_NUM_THREADS": "1"}
-        command = [sys.executable, str(SCRIPT), str(path)]
-        end = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment, timeout=300 * len(jobs))
-    assert end.returncode == 0, (folder / "log").read_text()[-4000:]
+    log, environment = folder / "log", os.environ | {"OMP_NUM_THREADS": "1"}
+    process = start([str(SCRIPT), str(path)], log, environment, CHILDREN)
+    try:
+        assert process.wait(timeout=300 * len(jobs)) == 0, log.read_text()[-4000:]
+    finally:
+        stop(process)
     return dict(zip(jobs, json.loads(path.with_suffix(".replies.json").read_text()), strict=True))
 
 

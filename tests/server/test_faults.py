@@ -108,7 +108,7 @@ def death_and_next(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
             scheduler.send_signal(signal.SIGKILL)
             rest = stream.read_to_the_end()
         death = Death(tokens, rest, wait_until_all_have_ended(first.pid), first.log.read_text())
-    with serve(model, logs / "next.log", *flags, port=port) as second:
+    with serve(model, logs / "next.log", *flags, port=port, anew=True) as second:  # as a user's server
         yield death, second
 
 

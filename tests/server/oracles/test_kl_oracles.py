@@ -6,7 +6,6 @@ break this server; the last tests of the file use it, to show what the oracles a
 
 from __future__ import annotations
 
-import os
 import random
 import signal
 import time
@@ -102,5 +101,4 @@ def test_a_device_block_that_differs_from_its_host_page_turns_an_audited_server_
         assert server.metrics()["sglang:freekv_audit_failures_total"] == 1
         with pytest.raises(OSError):  # the server hangs up, without a token of this step
             answer.result()
-    end = os.waitid(os.P_PID, server.pid, os.WEXITED | os.WNOWAIT)
-    assert (end.si_code, end.si_status) == (os.CLD_KILLED, signal.SIGKILL)
+    assert server.process.wait() == -signal.SIGKILL
