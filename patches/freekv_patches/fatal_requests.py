@@ -32,6 +32,10 @@ def _is_no_tensor(value: Any, server_args: Any, model: Any) -> bool:
     return not isinstance(value, PositionalEmbeds)
 
 
+def _is_of_another_width(value: Any, server_args: Any, model: Any) -> bool:
+    return any(len(embedding) != model.hidden_size for embedding in value)
+
+
 def _are_unknown_labels(value: Any, server_args: Any, model: Any) -> bool:
     allowed = server_args.tokenizer_metrics_allowed_custom_labels or ()
     return server_args.enable_metrics and not set(value) <= set(allowed)
@@ -40,6 +44,7 @@ def _are_unknown_labels(value: Any, server_args: Any, model: Any) -> bool:
 FIELDS = (
     Limit("bootstrap_host", lambda value, *_: True, "nothing, as prefill is not disaggregated here"),
     Limit("positional_embed_overrides", _is_no_tensor, "nothing, as JSON holds no tensors"),
+    Limit("input_embeds", _is_of_another_width, "a list of the model's hidden size for each token"),
     Limit("logprob_start_len", lambda value, *_: value < -1, "-1, or a position from 0"),
     Limit("top_logprobs_num", lambda value, _, model: value > model.vocab_size, "at most the size of the vocabulary"),
     Limit("custom_labels", _are_unknown_labels, "labels of --tokenizer-metrics-allowed-custom-labels"),

@@ -16,17 +16,19 @@ from freekv_patches import endpoints, requests
 from freekv_patches.fatal_requests import FIELDS, SAMPLING_PARAMS, check_fields, check_readable
 from sglang_freekv.config import FreeKVConfig
 
-MODEL = types.SimpleNamespace(vocab_size=256)
+MODEL = types.SimpleNamespace(vocab_size=256, hidden_size=4)
 SERVER = types.SimpleNamespace(tokenizer_metrics_allowed_custom_labels=["team"], enable_metrics=True)
 FATAL = {
     "bootstrap_host": ["2.2.2.2", "another"],
     "positional_embed_overrides": [{"embeds": [[1.0]], "positions": [0]}, "x", 5, []],
+    "input_embeds": [[[0.5, 0.5]], [[0.5] * 4, [0.5] * 3], [[]]],
     "logprob_start_len": [-2, -600],
     "top_logprobs_num": [257, 1_000_000],
     "custom_labels": [{"a": "b"}, {"team": "a", "b": "c"}],
 }
 FINE = {
     "positional_embed_overrides": [PositionalEmbeds(torch.zeros(1, 4), [0])],
+    "input_embeds": [[[0.5] * 4] * 3],
     "logprob_start_len": [-1, 0, 600],
     "top_logprobs_num": [0, 20, 256],
     "custom_labels": [{"team": "a"}, {}],
