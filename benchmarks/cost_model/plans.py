@@ -13,7 +13,8 @@ LLAMA, QWEN = Model.load("llama-3.1-8b"), Model.load("qwen3-32b")
 LLAMA_FP8 = Model.load("llama-3.1-8b", weight_bits=8)
 DEFAULT_BUDGET = FreeKVConfig.budget_tokens
 _WITH_TRAFFIC = (
-    "Assumed traffic: one step changes {turnover:.0%} of the selected pages, {flagged:.0%} of the rows are corrected."
+    "Traffic that is put in: one step changes {turnover:.0%} of the selected pages (assumed), and {flagged:.0%} of the "
+    "rows are corrected (by default as measured with a small language model)."
 )
 _COLUMNS = ["budget", "requests", "why no more", "device GB/request", "host GB/request", "step ms", "nothing hidden"]
 

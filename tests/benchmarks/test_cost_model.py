@@ -14,7 +14,16 @@ from benchmarks.cost_model.fit import Sample, describe_machine, errors_of
 from benchmarks.cost_model.machine import H100_X8, RTX_4090, Kernels, Machine
 from benchmarks.cost_model.model import MODELS, Model
 from benchmarks.cost_model.picture import draw
-from benchmarks.cost_model.planning import BUDGETS, K, Traffic, best_freekv, best_plain, plain_misfit, plan_freekv
+from benchmarks.cost_model.planning import (
+    BUDGETS,
+    K,
+    Traffic,
+    best_freekv,
+    best_plain,
+    plain_misfit,
+    plan_freekv,
+    recalled_bytes,
+)
 from benchmarks.cost_model.plans import PLANS, Plan
 from benchmarks.cost_model.results import model_of, read_run, write_run
 from benchmarks.cost_model.step_time import Setting, step_seconds, work_of
@@ -139,9 +148,18 @@ class TestPlanning:
         assert best_plain(RTX_4090, QWEN, 8 * K) is None
         assert best_freekv(RTX_4090, QWEN, 8 * K, Traffic()) is None
 
-    def test_no_batch_of_a_budget_is_much_faster_than_the_chosen_one(self):
-        choice = best_freekv(RTX_4090, LLAMA, 32 * K, Traffic(), budget=2 * K)
+    @pytest.mark.parametrize("traffic", [Traffic(), Traffic(flagged_share=0.1), Traffic(turnover=0.4)], ids=str)
+    def test_no_batch_of_a_budget_is_much_faster_than_the_chosen_one(self, traffic):
+        choice = best_freekv(RTX_4090, LLAMA, 32 * K, traffic, budget=2 * K)
         assert choice.setting.batch <= choice.most_requests
+        for batch in range(1, choice.most_requests + 1):
+            setting = replace(choice.setting, batch=batch)
+            recalled = recalled_bytes(plan_freekv(RTX_4090, LLAMA, setting, 1), setting, traffic)
+            throughput = batch / step_seconds(RTX_4090, LLAMA, replace(setting, recalled_bytes=recalled))
+            assert choice.throughput >= 0.9 * throughput
+
+    def test_no_batch_is_much_faster_than_the_chosen_one_even_if_it_recalled_nothing(self):
+        choice = best_freekv(RTX_4090, LLAMA, 32 * K, Traffic(flagged_share=0.1), budget=2 * K)
         quiet = replace(choice.setting, recalled_bytes=0.0)  # an upper bound of what any batch could do
         for batch in range(1, choice.most_requests + 1):
             throughput = batch / step_seconds(RTX_4090, LLAMA, replace(quiet, batch=batch))
