@@ -56,6 +56,28 @@ def test_the_rules_are_about_what_an_operator_must_know():
         assert re.fullmatch(r"\d+[smh]", rule.get("for", "0s"))
 
 
+def is_firing(alert: str, rates: dict[str, float]) -> bool:
+    """Whether a rule holds for these rates per second, by the names of METRICS."""
+    (rule,) = (rule for rule in RULES if rule["alert"] == alert)
+    named = {published_name(name): str(value) for name, value in rates.items()}
+    return eval(re.sub(r"rate\((\S+?)\[10m\]\)", lambda found: named[found[1]], rule["expr"]))
+
+
+@pytest.mark.parametrize(
+    ("flagged", "missed", "fires"),
+    [
+        (0.78, 0.11, False),  # a language model whose requests have two windows of blocks each
+        (1.0, 0.05, False),  # a model whose queries never stay, with everything near
+        (0.1, 0.9, False),  # hidden beside the step
+        (0.78, 0.5, True),
+        (1.0, 0.3, True),
+    ],
+)
+def test_a_storm_of_corrections_is_one_that_attention_waits_for(flagged: float, missed: float, fires: bool):
+    rates = {"rows": 900.0, "flagged_rows": 900 * flagged, "hits": 50 * (1 - missed), "misses": 50 * missed}
+    assert is_firing("FreeKVCorrectionStorm", rates) is fires
+
+
 def test_the_dashboard_can_be_imported_anywhere():
     """No data source of ours is in it, numbers are unique, and panels do not overlap."""
     numbers = [panel["id"] for panel in BOARD["panels"]]
