@@ -6,6 +6,7 @@ import argparse
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
@@ -14,7 +15,7 @@ import torch
 
 from sglang_freekv.config import FreeKVConfig, UnsupportedConfiguration
 from sglang_freekv.doctor.arguments import server_arguments
-from sglang_freekv.doctor.capacity import Rank, free_before_weights
+from sglang_freekv.doctor.capacity import Rank, best_fit, free_before_weights
 from sglang_freekv.doctor.checkpoint import Weights, check_path, not_found, weights_of
 from sglang_freekv.flags import take_options
 from sglang_freekv.memory.geometry import Geometry
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 _NUM_SMS = 132  # of an H100 or H200, where there is no GPU to ask
 _LARGEST_FRACTION = 0.9  # of a GPU for weights and KV that we propose: the rest holds activations and graphs
+_SHORT = 8192  # tokens of a request, for which we propose a smaller host store where the default one does not fit
 _WEIGHTS_SHARE = 0.75  # of a GPU, at most, where we propose how many to take
 
 
@@ -134,7 +136,7 @@ def forecast(server_args: ServerArgs, config: FreeKVConfig, machine: Machine) ->
         most = _rank(server_args, model, geometry, machine, int(before * _LARGEST_FRACTION) - weights_bytes)
         raise UnsupportedConfiguration(_no_room(server_args, model, weights.num_bytes, before, most.holds_one(config)))
     rank = _rank(server_args, model, geometry, machine, free_bytes)
-    plan = rank.plan(config)
+    plan = _plan(rank, config, min(_SHORT, model.context_len))
     return Forecast(model, config, weights, weights_bytes, reserve_bytes, rank, plan)
 
 
@@ -156,6 +158,8 @@ def _check_model(raw: Mapping[str, Any], config: FreeKVConfig) -> None:
                 model_impl=raw["model_impl"],
             )
     except OSError as error:
+        if Path(raw["model_path"]).exists():
+            raise
         raise UnsupportedConfiguration(not_found(raw["model_path"], str(error).partition("\n")[0])) from error
     support.check_model(model, config)
 
@@ -180,6 +184,20 @@ def _rank(server_args: ServerArgs, model: ModelConfig, geometry: Geometry, machi
         attention_bytes=workspaces,
         max_total_tokens=server_args.max_total_tokens,
     )
+
+
+def _plan(rank: Rank, config: FreeKVConfig, length: int) -> MemoryPlan:
+    """The server's plan; where it fails, say which host store would not, as its summaries lie on the device."""
+    try:
+        return rank.plan(config)
+    except UnsupportedConfiguration as error:
+        fit = best_fit(rank, config, length)
+        if config.host_memory_gib is not None or not fit.num_requests:
+            raise
+        raise UnsupportedConfiguration(
+            f"{error}. With --freekv-host-memory {fit.host_memory_gib:g} it starts, and holds {fit.num_requests} "
+            f"request(s) of {length:,} tokens."
+        ) from error
 
 
 def _no_room(server_args: ServerArgs, model: ModelConfig, weights: int, before: int, a_fraction_helps: bool) -> str:
