@@ -10,7 +10,6 @@ from unittest import mock
 
 import pytest
 
-from sglang_freekv.cpu.platform import CpuPlatform
 from sglang_freekv.doctor.__main__ import main
 
 CONFIGS = json.loads((Path(__file__).parent / "model_configs.json").read_text())
@@ -44,6 +43,9 @@ def diagnose(capsys: pytest.CaptureFixture) -> Callable[..., tuple[int, str]]:
 @pytest.fixture(autouse=True)
 def unchanged_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """To resolve arguments deals cores to ranks, in the environment; servers of other tests must not inherit them."""
+    # Not before SGLang, which asks this module for the platform while it is imported.
+    from sglang_freekv.cpu.platform import CpuPlatform
+
     monkeypatch.setattr(CpuPlatform, "_dealt_cores", None)
     with mock.patch.dict(os.environ):
         yield

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from benchmarks import which_flags
+import benchmarks.which_flags.__main__ as which_flags
 from benchmarks.cost_model.model import MODELS
 
 GPU_8GB = ["--gpu-memory-gb", "8", "--host-memory-gb", "32", "--mem-fraction-static"]
