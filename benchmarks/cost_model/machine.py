@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sglang_freekv.doctor.capacity import free_before_weights
 from sglang_freekv.memory.plan import GIB
 
 # Where nothing could be measured. Shares of the published peak that a good kernel or copy gets ...
@@ -45,7 +46,8 @@ class Machine:
     gpus: int = 1
     overlaps: bool = True  # recalls run beside the computation: a second stream, which a CPU has not
     all_reduce_s: float = 0.0
-    static_share: float = 0.88  # of the device, for weights and KV: SGLang's --mem-fraction-static
+    num_sms: int = 132  # of one GPU; sizes FlashInfer's workspaces
+    static_share: float = 0.88  # of the device, for weights and KV: what SGLang makes of --mem-fraction-static
     host_share: float = 0.8  # of the host, for the host store: the rest is for the system
 
     @property
@@ -59,7 +61,7 @@ class Machine:
 
     def device_bytes(self, weight_bytes: int) -> int:
         """For KV on one GPU, beside its weights."""
-        return int(self.device_gib * GIB * self.static_share) - weight_bytes
+        return int(free_before_weights(int(self.device_gib * GIB)) * self.static_share) - weight_bytes
 
     def host_bytes(self, ranks: int = 1) -> int:
         """For the host stores of `ranks` GPUs."""
@@ -75,6 +77,8 @@ def published(
     link_gbs: float,
     host_gib: float,
     host_gbs: float,
+    num_sms: int,
+    static_share: float,
     gpus: int = 1,
 ) -> Machine:
     """A machine that nobody has measured: published peaks, and the shares assumed above."""
@@ -96,6 +100,8 @@ def published(
             f"{_FREEKV_LAYER_S * 1e6:.0f} us with retrieval."
         ),
         gpus=gpus,
+        num_sms=num_sms,
+        static_share=static_share,
         all_reduce_s=_ALL_REDUCE_S,
     )
 
@@ -111,6 +117,8 @@ RTX_4090 = published(
     # A desktop board with two channels of DDR5-5600: 2 * 44.8 GB/s.
     host_gib=256,
     host_gbs=89.6,
+    num_sms=128,
+    static_share=0.847,  # what SGLang 0.5.17 chooses for 24 GiB
 )
 H100_X8 = published(
     "8 x H100 80 GB",
@@ -122,6 +130,8 @@ H100_X8 = published(
     # NVIDIA, DGX H100 user guide: 2 TB of system memory, two Xeon 8480C, each with 8 channels of DDR5-4800 (38.4 GB/s).
     host_gib=2048,
     host_gbs=614,
+    num_sms=132,
+    static_share=0.83,  # SGLang 0.5.17 chooses 0.836 for one rank on 80 GiB, 0.819 for eight
     gpus=8,
 )
 MACHINES = {"rtx4090": RTX_4090, "h100x8": H100_X8}

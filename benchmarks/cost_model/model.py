@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from sglang_freekv.doctor.parameters import count_parameters
 from sglang_freekv.memory.geometry import Geometry, stored_head_dim
 
 MODELS = Path(__file__).parent / "models"  # config.json of each, as published, without what is not read here
@@ -25,6 +26,7 @@ class Model:
     head_dim: int
     params: int
     embedding_params: int  # of the input embedding, where it is not the output's too: a step reads only rows of it
+    max_context: int = 0  # tokens that it was trained for; 0: not said
     weight_bits: int = 16  # of a parameter; KV is bfloat16 in any case
 
     @classmethod
@@ -38,27 +40,20 @@ class Model:
         """
         if experts := [key for key in _EXPERTS if config.get(key)]:
             raise ValueError(f"{name}: {experts[0]} is {config[experts[0]]}; the cost model knows dense models only")
-        needed = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
-        if missing := [key for key in needed if key not in config]:
-            raise ValueError(f"{name}: no {', '.join(missing)} in the configuration; give a model's config.json")
-        layers, hidden, inner, q_heads, vocab = (config[key] for key in needed)
-        kv_heads = config.get("num_key_value_heads") or q_heads
-        head_dim = config.get("head_dim") or hidden // q_heads
-        kind = config.get("model_type", "")
-        attention = 2 * hidden * (q_heads + kv_heads) * head_dim
-        attention += (q_heads + 2 * kv_heads) * head_dim if kind == "qwen2" else 0  # biases
-        attention += 2 * head_dim if kind == "qwen3" else 0  # norms of queries and keys
-        per_layer = attention + 3 * hidden * inner + 2 * hidden
-        is_tied = bool(config.get("tie_word_embeddings"))
-        embedding = vocab * hidden
+        try:
+            counts = count_parameters(config)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from error
+        q_heads = config["num_attention_heads"]
         return cls(
             name=name,
-            layers=layers,
+            layers=config["num_hidden_layers"],
             q_heads=q_heads,
-            kv_heads=kv_heads,
-            head_dim=head_dim,
-            params=layers * per_layer + hidden + embedding * (1 if is_tied else 2),
-            embedding_params=0 if is_tied else embedding,
+            kv_heads=config.get("num_key_value_heads") or q_heads,
+            head_dim=config.get("head_dim") or config["hidden_size"] // q_heads,
+            params=counts.total,
+            embedding_params=counts.input_embedding if counts.output_embedding else 0,
+            max_context=config.get("max_position_embeddings", 0),
             weight_bits=weight_bits,
         )
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import partial
 
 from benchmarks.cost_model.machine import Machine
 from benchmarks.cost_model.model import Model
 from benchmarks.cost_model.step_time import Setting, step_seconds
 from sglang_freekv.config import FreeKVConfig
-from sglang_freekv.memory.geometry import Geometry
-from sglang_freekv.memory.plan import GIB, MemoryPlan, plan_memory
+from sglang_freekv.doctor.capacity import Rank, best_fit, pages_of, plan_for_requests
+from sglang_freekv.memory.plan import GIB, MemoryPlan
+from sglang_freekv.serving.pool_sizes import attention_bytes, whole_lines
 
 K = 1024
 # Smaller ones would be faster still, and nobody has measured what they lose.
@@ -56,47 +56,49 @@ class Choice:
         return self.replicas * self.setting.batch / self.step_s
 
 
+def rank_of(machine: Machine, model: Model, setting: Setting, tp: int) -> Rank:
+    """One of `tp` ranks, as the doctor sees it: what fits is asked of the same plan that a server makes."""
+    g = model.geometry(setting.page_size, setting.key_bits, tp=tp)
+    longest = max(model.max_context, setting.context)
+    return Rank(
+        geometry=g,
+        plain_token_bytes=g.token_bytes * model.head_dim // g.head_dim,
+        device_bytes=machine.device_bytes(model.weight_bytes // tp),
+        host_bytes=machine.host_bytes(),
+        max_requests=_MOST_REQUESTS,
+        max_context=whole_lines(longest + 1, setting.page_size),
+        attention_bytes=attention_bytes(g, machine.num_sms),
+    )
+
+
 def plan_freekv(machine: Machine, model: Model, setting: Setting, tp: int) -> MemoryPlan | str:
     """The memory of a rank that holds the requests of `setting`, or what they do not fit."""
-    g = model.geometry(setting.page_size, setting.key_bits, tp=tp)
-    host_bytes = (setting.batch * _pages(setting) + 1) * g.page_bytes
-    if host_bytes > machine.host_bytes():
-        return "host memory"
-    config = FreeKVConfig(
-        budget_tokens=setting.budget,
-        page_size=setting.page_size,
-        key_bits=setting.key_bits,
-        tau=setting.tau,
-        host_memory_gib=host_bytes / GIB,
+    rank = rank_of(machine, model, setting, tp)
+    return plan_for_requests(rank, _config(setting), setting.context, setting.batch)
+
+
+def _config(setting: Setting) -> FreeKVConfig:
+    return FreeKVConfig(
+        budget_tokens=setting.budget, page_size=setting.page_size, key_bits=setting.key_bits, tau=setting.tau
     )
-    try:
-        plan = plan_memory(
-            g,
-            config,
-            device_bytes=machine.device_bytes(model.weight_bytes // tp),
-            host_bytes=host_bytes,
-            max_requests=setting.batch,
-            max_context=_pages(setting) * setting.page_size,
-        )
-    except ValueError:  # not even one request
-        return "device memory"
-    return plan if plan.max_requests >= setting.batch else "device memory"
 
 
 def plain_misfit(machine: Machine, model: Model, setting: Setting, tp: int) -> str | None:
     """What the requests of `setting` do not fit in plain SGLang; None if they do."""
-    needed = setting.batch * _pages(setting) * setting.page_size * _geometry(model, setting, tp).token_bytes
-    return None if needed <= machine.device_bytes(model.weight_bytes // tp) else "device memory"
+    fitting = rank_of(machine, model, setting, tp).plain_requests(setting.context)
+    return None if setting.batch <= fitting else "device memory"
 
 
 def best_plain(machine: Machine, model: Model, context: int, tp: int | None = None) -> Choice | None:
     """The fastest plain SGLang; None where not one request fits. `tp`: as for `best_freekv`."""
     found = []
     for ranks in _ranks(machine, model, tp):
-        most, limit = _most_requests(partial(plain_misfit, machine, model, tp=ranks), Setting(context, 1))
+        rank = rank_of(machine, model, Setting(context, 1), ranks)
+        most = rank.plain_requests(context)
+        limit = "device memory" if most < _MOST_REQUESTS else "SGLang's --max-running-requests"
+        request_bytes = ranks * context * rank.plain_token_bytes
         for batch in _batches(most):
             setting = Setting(context, batch)
-            request_bytes = ranks * context * _geometry(model, setting, ranks).token_bytes
             found.append(_choice(machine, model, setting, ranks, most, limit, request_bytes, 0, 0.0))
     return _smallest_batch(found)
 
@@ -134,20 +136,16 @@ def best_freekv(
 
 
 def _of_budget(machine: Machine, model: Model, one: Setting, tp: int, traffic: Traffic) -> Iterator[Choice]:
-    def misfit(setting: Setting) -> str | None:
-        plan = plan_freekv(machine, model, setting, tp)
-        return plan if isinstance(plan, str) else None
-
-    most, limit = _most_requests(misfit, one)
-    for batch in _batches(most):
+    fit = best_fit(rank_of(machine, model, one, tp), _config(one), one.context)
+    for batch in _batches(fit.num_requests):
         setting = replace(one, batch=batch, flagged_share=traffic.flagged_share)
         plan = plan_freekv(machine, model, setting, tp)
         g = plan.geometry
         setting = replace(setting, recalled_bytes=recalled_bytes(plan, setting, traffic) * tp)
-        device = plan.request_bytes + _pages(setting) * (plan.summaries_bytes // (plan.num_pages + 1))
-        host = _pages(setting) * g.page_bytes
+        device = plan.request_bytes + pages_of(setting.context, g) * (plan.summaries_bytes // (plan.num_pages + 1))
+        host = pages_of(setting.context, g) * g.page_bytes
         store = plan.host_bytes / GIB
-        yield _choice(machine, model, setting, tp, most, limit, tp * device, tp * host, store)
+        yield _choice(machine, model, setting, tp, fit.num_requests, fit.limit, tp * device, tp * host, store)
 
 
 def recalled_bytes(plan: MemoryPlan, setting: Setting, traffic: Traffic) -> float:
@@ -156,7 +154,7 @@ def recalled_bytes(plan: MemoryPlan, setting: Setting, traffic: Traffic) -> floa
     A page that enters is taken to be resident as often as any page of the running requests.
     """
     g, c = plan.geometry, plan.config
-    resident = min(1.0, plan.num_blocks / (setting.batch * _pages(setting) * g.num_kv_heads))
+    resident = min(1.0, plan.num_blocks / (setting.batch * pages_of(setting.context, g) * g.num_kv_heads))
     selected = setting.budget - c.sink_tokens - c.recent_tokens
     return traffic.turnover * (1 - resident) * selected * g.token_bytes
 
@@ -190,28 +188,6 @@ def _ranks(machine: Machine, model: Model, wanted: int | None) -> list[int]:
     """Numbers of GPUs that a replica may have."""
     known = [tp for tp in (1, 2, 4, 8) if tp <= machine.gpus and model.kv_heads % tp == 0]
     return [tp for tp in known if wanted in (None, tp)]
-
-
-def _pages(setting: Setting) -> int:
-    """Of one request, with the page that its next token may open."""
-    return -(-setting.context // setting.page_size) + 1
-
-
-def _geometry(model: Model, setting: Setting, tp: int) -> Geometry:
-    return model.geometry(setting.page_size, setting.key_bits, tp=tp)
-
-
-def _most_requests(misfit: Callable[[Setting], str | None], one: Setting) -> tuple[int, str]:
-    """The largest batch that fits, and what the next one does not fit; a larger batch never fits better."""
-    low, high = 0, _MOST_REQUESTS + 1
-    limit = "SGLang's --max-running-requests"
-    while high - low > 1:
-        middle = (low + high) // 2
-        if reason := misfit(replace(one, batch=middle)):
-            high, limit = middle, reason
-        else:
-            low = middle
-    return low, limit
 
 
 def _batches(most: int) -> list[int]:

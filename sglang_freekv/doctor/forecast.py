@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import psutil
 import torch
 
-from sglang_freekv.config import FreeKVConfig
-from sglang_freekv.flags import add_cli_args, take_options
-from sglang_freekv.memory.pinned import GIB, free_container_bytes, free_host_bytes
-from sglang_freekv.memory.plan import MemoryPlan, plan_memory
+from sglang_freekv.config import FreeKVConfig, UnsupportedConfiguration
+from sglang_freekv.doctor.arguments import server_arguments
+from sglang_freekv.doctor.capacity import Rank, best_fit, free_before_weights
+from sglang_freekv.doctor.checkpoint import Weights, check_path, not_found, weights_of
+from sglang_freekv.flags import take_options
+from sglang_freekv.memory.geometry import Geometry
+from sglang_freekv.memory.pinned import free_container_bytes, free_host_bytes
+from sglang_freekv.memory.plan import MemoryPlan
 from sglang_freekv.memory.units import in_words
 from sglang_freekv.serving import pool_sizes, support
 
@@ -24,8 +28,10 @@ if TYPE_CHECKING:
     from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.server_args import ServerArgs
 
-_CONTEXT_BYTES = GIB // 2  # taken by CUDA and its libraries before the weights are loaded
 _NUM_SMS = 132  # of an H100 or H200, where there is no GPU to ask
+_LARGEST_FRACTION = 0.9  # of a GPU for weights and KV that we propose: the rest holds activations and graphs
+_SHORT = 8192  # tokens of a request, for which we propose a smaller host store where the default one does not fit
+_WEIGHTS_SHARE = 0.75  # of a GPU, at most, where we propose how many to take
 
 
 @dataclass(frozen=True)
@@ -55,8 +61,10 @@ class Forecast:
 
     model: ModelConfig
     config: FreeKVConfig
+    weights: Weights
     weights_bytes: int  # of a rank
     reserve_bytes: int  # what SGLang keeps free for activations and graphs
+    rank: Rank
     plan: MemoryPlan
 
 
@@ -65,22 +73,19 @@ def resolve(flags: list[str], machine: Machine) -> tuple[ServerArgs, FreeKVConfi
 
     Raises
     ------
-    UnsupportedConfiguration, ValueError
-        If FreeKV, or SGLang, refuses them; says why.
-    SystemExit
-        If SGLang's parser does not know one; it has said so.
+    UnsupportedConfiguration
+        If there is no model, the parser does not take a flag, or FreeKV refuses something; says why.
+    Exception
+        Whatever SGLang's own code refuses something with.
     """
     from sglang.srt.server_args import ServerArgs
 
-    # Where the plug-in is active, SGLang adds our flags itself.
-    parser = argparse.ArgumentParser(prog="doctor", add_help=False, conflict_handler="resolve")
-    ServerArgs.add_cli_args(parser)
-    add_cli_args(parser)
-    arguments = vars(parser.parse_args(flags)) | {"kv_retrieval": "freekv"}
-    config, raw = take_options(arguments)
+    config, raw = take_options(server_arguments(flags) | {"kv_retrieval": "freekv"})
+    check_path(raw["model_path"])
     if machine.device == "cuda" and raw["device"] is None and raw["attention_backend"] is None:
         raw |= {"device": "cuda", "attention_backend": "flashinfer"}
     raw = support.preset(raw)
+    _check_model(raw, config)
     with _capacity(machine):
         server_args = ServerArgs.from_cli_args(argparse.Namespace(**raw))
     support.check_settings(server_args, config)
@@ -90,17 +95,31 @@ def resolve(flags: list[str], machine: Machine) -> tuple[ServerArgs, FreeKVConfi
     return server_args, config
 
 
+def class_of(model: ModelConfig) -> str:
+    """Name of the class that SGLang serves a model with.
+
+    Raises
+    ------
+    ValueError
+        If it has none; says so.
+    """
+    from sglang.srt.model_loader.utils import get_model_architecture
+
+    return get_model_architecture(model)[1]
+
+
 def forecast(server_args: ServerArgs, config: FreeKVConfig, machine: Machine) -> Forecast:
     """Plan the memory of a rank with what its model and the machine would leave.
 
     Raises
     ------
-    UnsupportedConfiguration, ValueError
+    UnsupportedConfiguration
         If it does not fit; says which flag to change.
     """
     model, device = server_args.get_model_config(), server_args.device
     pool_sizes.check_host_memory(config, machine.free_host_bytes, pool_sizes.ranks_of_machine(server_args))
-    weights_bytes = _weights_bytes(model, machine) // server_args.tp_size
+    weights = weights_of(model, machine.weights_bytes)
+    weights_bytes = weights.num_bytes // server_args.tp_size
     geometry = pool_sizes.geometry_of_model(
         model,
         config,
@@ -110,33 +129,93 @@ def forecast(server_args: ServerArgs, config: FreeKVConfig, machine: Machine) ->
         dtype=support.kv_dtype_of(server_args, model),
         page_size=server_args.page_size,
     )
-    before = machine.total_gpu_bytes - _CONTEXT_BYTES if device == "cuda" else _free_memory(machine)
-    reserve_bytes = int(before * (1 - server_args.mem_fraction_static))
-    free_bytes = before - weights_bytes - reserve_bytes
+    before = _free_memory(machine) if device == "cpu" else free_before_weights(machine.total_gpu_bytes)
+    free_bytes = int(before * server_args.mem_fraction_static) - weights_bytes
+    reserve_bytes = before - weights_bytes - free_bytes
     if free_bytes <= 0:
-        raise ValueError(
-            f"The weights take {in_words(weights_bytes)} of {in_words(before)} on each rank, and SGLang keeps "
-            f"{in_words(reserve_bytes)} free: nothing is left for KV. Raise --mem-fraction-static or --tp-size."
-        )
+        most = _rank(server_args, model, geometry, machine, int(before * _LARGEST_FRACTION) - weights_bytes)
+        raise UnsupportedConfiguration(_no_room(server_args, model, weights.num_bytes, before, most.holds_one(config)))
+    rank = _rank(server_args, model, geometry, machine, free_bytes)
+    plan = _plan(rank, config, min(_SHORT, model.context_len))
+    return Forecast(model, config, weights, weights_bytes, reserve_bytes, rank, plan)
+
+
+def _check_model(raw: Mapping[str, Any], config: FreeKVConfig) -> None:
+    """Refuse a model before SGLang adapts its settings to it, which may end in errors that say nothing of attention.
+
+    Whether its quantization is served depends on the machine, and is left to SGLang.
+    """
+    from sglang.srt.configs.model_config import ModelConfig
+
+    try:
+        with mock.patch.object(ModelConfig, "_verify_quantization", lambda model: None):
+            model = ModelConfig(
+                raw["model_path"],
+                trust_remote_code=raw["trust_remote_code"],
+                revision=raw["revision"],
+                model_override_args=raw["json_model_override_args"],
+                is_embedding=raw["is_embedding"],
+                model_impl=raw["model_impl"],
+            )
+    except OSError as error:
+        if Path(raw["model_path"]).exists():
+            raise
+        raise UnsupportedConfiguration(not_found(raw["model_path"], str(error).partition("\n")[0])) from error
+    support.check_model(model, config)
+
+
+def _rank(server_args: ServerArgs, model: ModelConfig, geometry: Geometry, machine: Machine, free_bytes: int) -> Rank:
+    """What `pool_sizes.plan_for` hands to the plan, for a machine that may not be this one."""
     max_context, workspaces = None, 0
-    if device == "cpu":
+    if server_args.device == "cpu":
         in_container = free_container_bytes() if machine.host_bytes is None else None
         device_bytes, host_bytes = pool_sizes.divide_cpu_memory(free_bytes, in_container, server_args)
     else:
         device_bytes, host_bytes = free_bytes, pool_sizes.share_of_host(machine.free_host_bytes, server_args)
         max_context = pool_sizes.table_width(model, server_args, geometry.page_size)
         workspaces = pool_sizes.attention_bytes(geometry, _num_sms(machine))
-    plan = plan_memory(
-        geometry,
-        config,
+    return Rank(
+        geometry=geometry,
+        plain_token_bytes=geometry.token_bytes * model.head_dim // geometry.head_dim,
         device_bytes=device_bytes,
         host_bytes=host_bytes,
         max_requests=_max_requests(server_args, model, free_bytes // geometry.token_bytes),
-        max_total_tokens=server_args.max_total_tokens,
         max_context=max_context,
         attention_bytes=workspaces,
+        max_total_tokens=server_args.max_total_tokens,
     )
-    return Forecast(model, config, weights_bytes, reserve_bytes, plan)
+
+
+def _plan(rank: Rank, config: FreeKVConfig, length: int) -> MemoryPlan:
+    """The server's plan; where it fails, say which host store would not, as its summaries lie on the device."""
+    try:
+        return rank.plan(config)
+    except UnsupportedConfiguration as error:
+        fit = best_fit(rank, config, length)
+        if config.host_memory_gib is not None or not fit.num_requests:
+            raise
+        raise UnsupportedConfiguration(
+            f"{error}. With --freekv-host-memory {fit.host_memory_gib:g} it starts, and holds {fit.num_requests} "
+            f"request(s) of {length:,} tokens."
+        ) from error
+
+
+def _no_room(server_args: ServerArgs, model: ModelConfig, weights: int, before: int, a_fraction_helps: bool) -> str:
+    """Say that the weights leave nothing for KV, and what would help."""
+    tp_size, of_rank = server_args.tp_size, weights // server_args.tp_size
+    found = f"The weights take {in_words(of_rank)} of {in_words(before)} on each of {tp_size} rank(s)"
+    if a_fraction_helps:
+        return (
+            f"{found}, and SGLang keeps {1 - server_args.mem_fraction_static:.0%} free: nothing is left for KV. Raise "
+            f"--mem-fraction-static from {server_args.mem_fraction_static} towards {_LARGEST_FRACTION}, or --tp-size."
+        )
+    heads = model.num_attention_heads
+    fitting = [n for n in range(tp_size + 1, heads + 1) if not heads % n and weights / n <= _WEIGHTS_SHARE * before]
+    ranks = f"--tp-size {fitting[0]} on as many of these GPUs, " if fitting else ""
+    return (
+        f"{found}: no --mem-fraction-static leaves room for KV. Give {ranks}a GPU of "
+        f"{in_words(of_rank / _WEIGHTS_SHARE)} or more, or a smaller or quantized model."
+    )
 
 
 @contextmanager
@@ -147,26 +226,6 @@ def _capacity(machine: Machine) -> Iterator[None]:
         return
     with mock.patch("sglang.srt.server_args.get_device_memory_capacity", lambda device=None: machine.gpu_bytes / 2**20):
         yield
-
-
-def _weights_bytes(model: ModelConfig, machine: Machine) -> int:
-    """Size of the model's weights in memory, from the headers of its files."""
-    if machine.weights_bytes is not None:
-        return machine.weights_bytes
-    from safetensors import safe_open
-
-    files = sorted(Path(model.model_path).glob("*.safetensors"))
-    if not files:
-        raise ValueError(
-            f"{model.model_path} has no *.safetensors file to tell the size of the weights; give --weights-gb."
-        )
-    if model.quantization is not None:
-        return sum(file.stat().st_size for file in files)
-    num_elements = 0
-    for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            num_elements += sum(torch.Size(tensors.get_slice(name).get_shape()).numel() for name in tensors.keys())  # noqa: SIM118
-    return num_elements * model.dtype.itemsize
 
 
 def _free_memory(machine: Machine) -> int:

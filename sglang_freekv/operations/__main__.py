@@ -1,8 +1,13 @@
-"""Write the dashboard, and the table of metrics in README.md, anew: ``python -m sglang_freekv.operations``."""
+"""Write the dashboard, and the table of metrics in README.md, anew: ``python -m sglang_freekv.operations --write``.
+
+Without ``--write``, say which of them are out of date.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
+import sys
 from pathlib import Path
 
 from sglang_freekv.operations import dashboard
@@ -23,7 +28,20 @@ def generated() -> dict[Path, str]:
     }
 
 
+def main(argv: list[str] | None = None) -> int:
+    """Write, or compare; return 1 where a file is left out of date."""
+    parser = argparse.ArgumentParser(prog="python -m sglang_freekv.operations", description=__doc__)
+    parser.add_argument("--write", action="store_true", help="write the files that are out of date")
+    is_writing = parser.parse_args(argv).write
+    stale = {path: text for path, text in generated().items() if path.read_text() != text}
+    for path, text in stale.items():
+        if is_writing:
+            path.write_text(text)
+        print(f"{path}: {'written' if is_writing else 'out of date, see --write'}")
+    if not stale:
+        print("The dashboard and the table of metrics are up to date.")
+    return 1 if stale and not is_writing else 0
+
+
 if __name__ == "__main__":
-    for path, text in generated().items():
-        path.write_text(text)
-        print(path)
+    sys.exit(main())

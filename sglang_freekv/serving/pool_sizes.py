@@ -146,13 +146,14 @@ def max_context_of(configurator: KVCacheConfigurator) -> int:
 
 
 def table_width(model: ModelConfig, server_args: ServerArgs, page_size: int) -> int:
-    """Tokens of a row of SGLang's request table.
+    """Tokens of a row of SGLang's request table."""
+    return whole_lines(model.context_len + get_req_to_token_extra_context_len(server_args), page_size)
 
-    Rounded up to whole cache lines of the tables by page, which kernels then read with 16-byte accesses.
-    """
-    max_context = model.context_len + get_req_to_token_extra_context_len(server_args)
+
+def whole_lines(num_tokens: int, page_size: int) -> int:
+    """Round up to whole cache lines of the tables by page, which kernels then read with 16-byte accesses."""
     step = 16 * page_size
-    return -(-max_context // step) * step
+    return -(-num_tokens // step) * step
 
 
 def _attention_bytes(geometry: Geometry, gpu_id: int) -> int:

@@ -194,12 +194,24 @@ def check_gpu(server_args: ServerArgs, model: ModelConfig) -> None:
 
 def check_kernels(server_args: ServerArgs, model: ModelConfig) -> None:
     """The part of `check_gpu` that does not ask the machine."""
+    _check_ranks(model, server_args.tp_size)
     _refuse_on_gpu(_kernel_obstacle(server_args, model))
 
 
 def _refuse_on_gpu(obstacle: str | None) -> None:
     if obstacle is not None:
         raise UnsupportedConfiguration(f"--kv-retrieval freekv on a GPU {obstacle}; or remove --kv-retrieval.")
+
+
+def _check_ranks(model: ModelConfig, tp_size: int) -> None:
+    """Refuse what SGLang's layers would assert while the model is loaded. On a CPU it pads the heads instead."""
+    q_heads, kv_heads = model.num_attention_heads, model.get_total_num_kv_heads()
+    if q_heads % tp_size or (kv_heads % tp_size and tp_size % kv_heads):
+        possible = [n for n in range(1, q_heads + 1) if not q_heads % n and (not kv_heads % n or not n % kv_heads)]
+        raise UnsupportedConfiguration(
+            f"--tp-size is {tp_size}, and ranks cannot share {q_heads} query heads and {kv_heads} KV heads evenly; "
+            f"give one of {', '.join(map(str, possible))}."
+        )
 
 
 def _machine_obstacle() -> str | None:
@@ -266,7 +278,8 @@ def _obstacle(model: ModelConfig) -> str | None:
         return "multi-head latent attention (MLA), which has no keys per head"
     if mambaish_config(model) is not None:
         return "state-space or linear-attention layers"
-    if model.is_encoder_decoder:
+    # SGLang's own list has the encoder-decoders that it has classes for.
+    if model.is_encoder_decoder or getattr(model.hf_config, "is_encoder_decoder", False):
         return "cross-attention layers"
     if _sees_later_tokens(model):
         return "attention to later tokens, as encoders have"

@@ -84,7 +84,7 @@ class TestModel:
             Model.from_config(config, "odd")
 
     def test_an_unknown_name_is_answered_with_the_known_ones(self):
-        with pytest.raises(ValueError, match=r"give one of llama-3.1-8b, qwen3-32b"):
+        with pytest.raises(ValueError, match=r"give one of llama-3.1-70b, llama-3.1-8b, qwen2.5-1.5b, qwen3-32b, "):
             Model.load("gpt-5")
 
 

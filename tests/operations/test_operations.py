@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import sglang_freekv.operations.__main__ as command
 from sglang_freekv.memory.units import in_words
 from sglang_freekv.operations import dashboard
 from sglang_freekv.operations.__main__ import FOLDER, generated
@@ -33,7 +34,32 @@ def metrics_of(query: str) -> set[str]:
 
 @pytest.mark.parametrize("path", list(generated()), ids=lambda path: path.name)
 def test_a_generated_file_is_up_to_date(path: Path):
-    assert path.read_text() == generated()[path], "run python -m sglang_freekv.operations"
+    assert path.read_text() == generated()[path], "run python -m sglang_freekv.operations --write"
+
+
+@pytest.fixture
+def stale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file that is out of date, in place of the package's."""
+    path = tmp_path / "board.json"
+    path.write_text("old")
+    monkeypatch.setattr(command, "generated", lambda: {path: "new"})
+    return path
+
+
+def test_help_writes_nothing(stale: Path, capsys: pytest.CaptureFixture):
+    with pytest.raises(SystemExit):
+        command.main(["--help"])
+    assert "--write" in capsys.readouterr().out
+    assert stale.read_text() == "old"
+
+
+def test_files_are_written_when_it_is_asked_for_only(stale: Path, capsys: pytest.CaptureFixture):
+    assert command.main([]) == 1
+    assert f"{stale}: out of date, see --write" in capsys.readouterr().out
+    assert stale.read_text() == "old"
+    assert command.main(["--write"]) == 0
+    assert stale.read_text() == "new"
+    assert command.main([]) == 0
 
 
 def test_every_metric_of_ours_that_is_asked_for_exists_and_each_is_shown():

@@ -1,0 +1,1 @@
+"""Which model, GPU and context want which flags, by the doctor: docs/which_flags.md."""
