@@ -94,8 +94,9 @@ def _exists(word: str, folder: Path) -> bool:
         return re.search(rf"[\"'`/ ]{re.escape(word.removesuffix('...'))}", "".join(_sources()) + _sglang()) is not None
     if "/" in word or _FILE.match(word):
         return _is_path(word, folder)
-    is_of_sglang = re.search(rf"\b{re.escape(word)}\b", _sglang()) and word.startswith("SGLANG_")
-    return is_of_sglang or f"sglang:{word}" in _sglang() or not _NAME.match(word) or _is_name(word)
+    if word.startswith("SGLANG_"):
+        return re.search(rf"\b{word}\b", _sglang()) is not None
+    return not _NAME.match(word) or _is_name(word) or f"sglang:{word}" in _sglang()
 
 
 def _is_path(word: str, folder: Path) -> bool:
