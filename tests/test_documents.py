@@ -90,3 +90,25 @@ def test_a_first_page_stays_short(name, most):
 def test_every_flag_is_explained():
     text = (ROOT / "docs/flags.md").read_text()
     assert [f.metadata["flag"] for f in flags().values() if f"| `--freekv-{f.metadata['flag']}` |" not in text] == []
+
+
+def test_the_flags_for_a_card_are_rows_of_the_doctors_table():
+    """README shows few columns of it: card, CPU memory, model, length, plain SGLang, at most, flags."""
+    document = (ROOT / "docs/which_flags.md").read_text()
+    rows = {
+        (card, cpu, model, length, plain, most, flags)
+        for card, cpu, model, _, length, plain, _, most, _, flags in _rows(document, 10)
+    }
+    shown = set(_rows((ROOT / "README.md").read_text(), 7))
+    shown = {row for row in shown if row[0].endswith("GiB")}
+    assert shown and shown <= rows
+
+
+def _rows(text: str, num_columns: int) -> list[tuple[str, ...]]:
+    """Rows of the tables of so many columns."""
+    rows = [
+        tuple(cell.strip() for cell in line.strip("| ").split("|"))
+        for line in text.splitlines()
+        if line.startswith("|")
+    ]
+    return [row for row in rows if len(row) == num_columns]

@@ -84,14 +84,19 @@ def _words(span: str) -> Iterator[str]:
 
 
 def _exists(word: str, folder: Path) -> bool:
-    if word in _NOWHERE or any(part.isupper() and "_" not in part for part in word.split("/")):
-        return True  # the last: a placeholder
+    if (
+        word in _NOWHERE
+        or word.startswith("build/")
+        or any(part.isupper() and "_" not in part for part in word.split("/"))
+    ):
+        return True  # an output, a placeholder
     if word.startswith("/"):
         return re.search(rf"[\"'`/ ]{re.escape(word.removesuffix('...'))}", "".join(_sources()) + _sglang()) is not None
     if "/" in word or _FILE.match(word):
         return _is_path(word, folder)
-    is_of_sglang = re.search(rf"\b{re.escape(word)}\b", _sglang()) and word.startswith("SGLANG_")
-    return is_of_sglang or f"sglang:{word}" in _sglang() or not _NAME.match(word) or _is_name(word)
+    if word.startswith("SGLANG_"):
+        return re.search(rf"\b{word}\b", _sglang()) is not None
+    return not _NAME.match(word) or _is_name(word) or f"sglang:{word}" in _sglang()
 
 
 def _is_path(word: str, folder: Path) -> bool:
@@ -154,7 +159,7 @@ def _python_files() -> list[Path]:
 def _other_sources() -> list[Path]:
     operations = ROOT / "sglang_freekv/operations"
     others = [*operations.glob("*.yml"), *operations.glob("*.service"), operations / "Dockerfile"]
-    return [ROOT / "Makefile", ROOT / "pyproject.toml", *others]
+    return [ROOT / "Makefile", ROOT / "pyproject.toml", ROOT / "benchmarks/needle/model/training.jsonl", *others]
 
 
 @cache
@@ -177,10 +182,15 @@ def _targets() -> list[str]:
 
 
 @cache
+def _nodes(file: Path) -> list[ast.AST]:
+    return list(ast.walk(ast.parse(file.read_text())))
+
+
+@cache
 def _names(file: Path) -> frozenset[str]:
     """Names that a file uses or makes, and its texts without blanks; comments and docstrings are neither."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse(file.read_text())):
+    for node in _nodes(file):
         for field in ("id", "attr", "arg", "name", "asname", "module"):
             if isinstance(value := getattr(node, field, None), str):
                 names.update(value.split("."))
@@ -202,7 +212,7 @@ def _classes() -> dict[str, set[str]]:
     """Class of ours -> the names in the files that define one of that name."""
     members: dict[str, set[str]] = {}
     for path in _python_files():
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in _nodes(path):
             if isinstance(node, ast.ClassDef):
                 members.setdefault(node.name, set()).update(_names(path))
     return members

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -113,3 +114,14 @@ def test_what_is_printed_can_be_pasted(serve, model):
     is_needle = model.endswith("needle/model")
     assert asked.endswith("? secret harbor =\n") == is_needle
     assert ("@ secret harbor 48213;" in asked) == is_needle
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize(("settings", "flags"), [((), "--freekv-budget 768"), (("MODEL=another/model",), None)])
+def test_flags_of_the_shipped_model_are_not_given_to_another(settings, flags):
+    dry = subprocess.run(
+        ["make", "-n", "serve", "PORT=1", *settings], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    command = next(line for line in dry.stdout.splitlines() if "tools.serve" in line)
+    assert ("--freekv" in command) == (flags is not None)
+    assert flags is None or flags in command
