@@ -98,7 +98,7 @@ def row(case: Case) -> list[str]:
     flags = [*case.flags, "--kv-retrieval freekv"]
     if found.has_better_store:
         flags.append(f"--freekv-host-memory {asked.best.host_memory_gib:g}")
-    advice = f"`{' '.join(flags)}`" if asked.best.num_requests > asked.plain else "plain SGLang holds as many"
+    advice = f"`{' '.join(flags)}`" if asked.best.num_requests > asked.plain else "plain SGLang holds no fewer"
     counts = [f"{number:,}" for number in (asked.plain, asked.planned, asked.best.num_requests)]
     return [*known, *counts, "-" if found.gains_above is None else f"{found.gains_above:,}", advice]
 
