@@ -227,27 +227,6 @@ class FreeKVConfig:
         """The selector, also where none was asked for."""
         return self.selector or ("codes" if self.key_bits else "min-max")
 
-    @property
-    def budget_pages(self) -> int:
-        return self.budget_tokens // self.page_size
-
-    @property
-    def max_budget_pages(self) -> int:
-        """Width of a window."""
-        return self.max_budget_tokens // self.page_size
-
-    @property
-    def sink_pages(self) -> int:
-        return self.sink_tokens // self.page_size
-
-    @property
-    def recent_pages(self) -> int:
-        return self.recent_tokens // self.page_size
-
-    @property
-    def arena_pages(self) -> int:
-        return self.arena_tokens // self.page_size
-
 
 def flags() -> dict[str, Field]:
     return {f.name: f for f in fields(FreeKVConfig) if "flag" in f.metadata}

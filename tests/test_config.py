@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from sglang_freekv.config import PAGE_SIZES, FreeKVConfig, UnsupportedConfiguration
 from sglang_freekv.flags import add_cli_args, take_options
+from sglang_freekv.memory.windows import WindowSizes
 from sglang_freekv.request_params import request_budget_tokens, request_dump_interval
 
 
@@ -67,19 +68,22 @@ def test_a_value_that_does_not_fit_is_refused_by_the_name_of_its_flag(settings, 
 
 def test_recent_pages_alone_are_a_valid_budget():
     config = FreeKVConfig(budget_tokens=64, sink_tokens=0, recent_tokens=64)
-    assert (config.budget_pages, config.sink_pages, config.recent_pages) == (2, 0, 2)
+    sizes = WindowSizes.of(config, config.page_size)
+    assert (sizes.budget, sizes.sink, sizes.recent) == (2, 0, 2)
 
 
 def test_the_window_is_as_wide_as_the_budget_where_no_maximum_is_given():
     assert FreeKVConfig(budget_tokens=4096).max_budget_tokens == 4096
-    assert FreeKVConfig(budget_tokens=4096, max_budget_tokens=8192).max_budget_pages == 256
+    config = FreeKVConfig(budget_tokens=4096, max_budget_tokens=8192)
+    assert WindowSizes.of(config, config.page_size).max_budget == 256
 
 
 @pytest.mark.parametrize("page_size", PAGE_SIZES)
 def test_the_defaults_are_whole_pages_of_any_size(page_size):
     config = FreeKVConfig(page_size=page_size)
-    assert config.budget_pages * page_size == 2048
-    assert (config.sink_pages, config.recent_pages) == (128 // page_size, 128 // page_size)
+    sizes = WindowSizes.of(config, page_size)
+    assert sizes.budget * page_size == 2048
+    assert (sizes.sink, sizes.recent) == (128 // page_size, 128 // page_size)
 
 
 @pytest.mark.parametrize("tau", [-1, -1.0, 0.9, 1.01, 2])

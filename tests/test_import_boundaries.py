@@ -114,3 +114,15 @@ def test_importing_a_light_module_stays_light(module, absent):
     program = f"import sys, {module}; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
     assert not absent & set(loaded.stdout.split())
+
+
+@pytest.mark.parametrize("room", ["sglang_freekv.memory", "sglang_freekv.attention", "sglang_freekv.algorithm"])
+def test_after_start_up_the_geometry_alone_is_asked_for_what_the_config_says_too(room):
+    asked = [
+        f"{file.name}:{node.lineno}"
+        for file in files_of(room)
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr in ("page_size", "key_bits")
+        if ast.unparse(node.value).rpartition(".")[2] == "config"
+    ]
+    assert asked == []

@@ -8,6 +8,7 @@ from sglang_freekv.config import FreeKVConfig
 from sglang_freekv.memory.geometry import Geometry
 from sglang_freekv.memory.layers import kinds_of
 from sglang_freekv.memory.page_indexes import INDEXES
+from sglang_freekv.memory.windows import WindowSizes
 
 _GIB = 1 << 30
 
@@ -29,7 +30,7 @@ def workspace_bytes(geometry: Geometry, config: FreeKVConfig, max_context: int, 
     max_requests : int
         Rows of the largest batch.
     """
-    g, width = geometry, config.max_budget_pages
+    g, width = geometry, WindowSizes.of(config, geometry.page_size).max_budget
     max_pages = -(-max_context // g.page_size)
     batch = 8 * (max_pages + 4 + g.num_kv_heads)  # page table, row, slot, lengths, budgets
     scores = 2 * 4 * g.num_qo_heads * max_pages  # of the main and of the side stream
@@ -75,11 +76,16 @@ class Needs:
         return 2 * self.config.arena_tokens * 2 * g.num_kv_heads * g.head_dim * g.dtype.itemsize
 
     @property
+    def window_pages(self) -> int:
+        """Width of a window."""
+        return WindowSizes.of(self.config, self.geometry.page_size).max_budget
+
+    @property
     def window_bytes(self) -> int:
         """Page lists and latest queries of one request."""
         g = self.geometry
         last_q_bytes = g.num_layers * g.num_qo_heads * g.head_dim * g.dtype.itemsize
-        return 2 * g.num_layers * g.num_kv_heads * self.config.max_budget_pages * 4 + last_q_bytes
+        return 2 * g.num_layers * g.num_kv_heads * self.window_pages * 4 + last_q_bytes
 
     @property
     def row_bytes(self) -> int:
@@ -93,7 +99,7 @@ class Needs:
 
     @property
     def blocks_per_request(self) -> int:
-        return 2 * self.config.max_budget_pages * self.geometry.num_kv_heads
+        return 2 * self.window_pages * self.geometry.num_kv_heads
 
     @property
     def fixed_bytes(self) -> int:

@@ -8,6 +8,7 @@ import torch
 from freekv_kernels import Count
 from sglang_freekv.config import FreeKVConfig
 from sglang_freekv.memory.geometry import Geometry
+from sglang_freekv.memory.windows import WindowSizes
 from tests.support.random_traces import Trace, make_trace
 from tests.support.reference_checks import DecodedToken, Request, window_of
 from tests.support.simulated_requests import PAGE, SimulatedEngine
@@ -60,12 +61,12 @@ CASES = {
 
 def selections(tokens: list[DecodedToken], config: FreeKVConfig) -> dict[tuple, list[int]]:
     """The pages that were really chosen, per (request, layer, head): neither sink nor recent ones."""
-    chosen = {}
+    chosen, sizes = {}, WindowSizes.of(config, config.page_size)
     for token in tokens:
         for layer, expected in enumerate(token.expected):
             for head, window in enumerate(expected.windows):
                 if expected.over_budget:
-                    pages = window[config.sink_pages : len(window) - config.recent_pages]
+                    pages = window[sizes.sink : len(window) - sizes.recent]
                     chosen[id(token.request), layer, head] = pages
     return chosen
 

@@ -19,6 +19,7 @@ from sglang_freekv.memory.needs import workspace_bytes
 from sglang_freekv.memory.page_indexes import INDEXES
 from sglang_freekv.memory.plan import GIB, plan_memory
 from sglang_freekv.memory.units import in_words
+from sglang_freekv.memory.windows import WindowSizes
 from sglang_freekv.serving import pool_sizes
 
 CONFIG = FreeKVConfig()
@@ -26,6 +27,7 @@ LLAMA_8B = Geometry(
     num_layers=32, num_qo_heads=32, num_kv_heads=8, head_dim=128, dtype=torch.bfloat16, key_bits=CONFIG.key_bits
 )
 CONTEXT = 131072
+WINDOW = WindowSizes.of(CONFIG, LLAMA_8B.page_size).max_budget
 
 
 def gpu_plan(config: FreeKVConfig = CONFIG, *, device_gib: float = 50, host_gib: float = 200, **changes):
@@ -49,7 +51,7 @@ def test_everything_on_a_gpu_fits_and_every_request_has_its_two_windows(device_g
     assert device_total(plan) <= device_gib * GIB
     assert 1 <= plan.max_requests <= max_requests
     num_keys = (plan.num_pages + 1) * LLAMA_8B.num_kv_heads
-    own = 2 * CONFIG.max_budget_pages * LLAMA_8B.num_kv_heads * plan.max_requests
+    own = 2 * WINDOW * LLAMA_8B.num_kv_heads * plan.max_requests
     assert plan.num_blocks == num_keys or plan.num_blocks >= own
 
 
@@ -61,7 +63,7 @@ def test_no_memory_is_left_that_one_more_request_would_need(dense_layers):
         + workspace_bytes(LLAMA_8B, plan.config, CONTEXT, 1)
         - workspace_bytes(LLAMA_8B, plan.config, CONTEXT, 0)
     )
-    blocks_of_requests = 2 * CONFIG.max_budget_pages * LLAMA_8B.num_kv_heads * plan.max_requests
+    blocks_of_requests = 2 * WINDOW * LLAMA_8B.num_kv_heads * plan.max_requests
     spare = (plan.num_blocks - blocks_of_requests) * (LLAMA_8B.num_layers - len(dense_layers)) * LLAMA_8B.block_bytes
     assert 50 * GIB - device_total(plan) + spare < one_more
 
@@ -76,7 +78,7 @@ def test_no_more_requests_are_planned_for_than_have_a_page_each():
     few, many = (gpu_plan(FreeKVConfig(host_memory_gib=n * page_gib), device_gib=24) for n in (14, 1400))
     assert (few.num_pages, few.max_requests) == (13, 13)
     assert 13 < many.max_requests <= many.num_pages == 1399
-    window_bytes = few.request_bytes - 2 * CONFIG.max_budget_pages * LLAMA_8B.num_kv_heads * 32 * LLAMA_8B.block_bytes
+    window_bytes = few.request_bytes - 2 * WINDOW * LLAMA_8B.num_kv_heads * 32 * LLAMA_8B.block_bytes
     assert few.windows_bytes == 14 * window_bytes  # and of row 0, which is padding
     on_cpu = plan_memory(LLAMA_8B, few.config, device_bytes=24 * GIB, host_bytes=GIB, max_requests=4096)
     assert on_cpu.max_requests == 13
@@ -102,7 +104,7 @@ def test_the_workspace_is_what_the_memory_and_the_attention_allocate(dense_layer
     tensors = [*tables._batch[:-1], *tables._flags, *tables._misses[0], *tables._misses[1], tables.opened.pairs]
     rows = max_requests * LLAMA_8B.num_kv_heads
     tensors += [torch.empty((rows, LLAMA_8B.group_size, max_pages), device="meta")] * 2  # scores; a CPU keeps none
-    for width in (config.max_budget_pages, *([max_pages] if dense_layers else [])):
+    for width in (WINDOW, *([max_pages] if dense_layers else [])):
         attention = TorchWindowAttention(LLAMA_8B, max_requests, width)
         tensors += [attention.kv_indptr[1:], attention.kv_indices, attention.last_page_len]
     assert workspace_bytes(LLAMA_8B, config, CONTEXT, max_requests) == sum(tensor.nbytes for tensor in tensors)

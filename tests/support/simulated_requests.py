@@ -17,6 +17,7 @@ from sglang_freekv.algorithm.inputs import DecodeInput, ExtendInput
 from sglang_freekv.config import FreeKVConfig
 from sglang_freekv.memory.geometry import Geometry
 from sglang_freekv.memory.kv_memory import KVMemory
+from sglang_freekv.memory.windows import WindowSizes
 from sglang_freekv.testing.reference_decoder import ReferenceRequest, Rule
 from tests.support.random_traces import Trace
 from tests.support.reference_checks import DecodedToken, ReferenceChecks, Request
@@ -58,7 +59,7 @@ class SimulatedEngine:
     ) -> None:
         g = replace(geometry, key_bits=config.key_bits)
         if num_blocks is None:
-            num_blocks = 2 * config.max_budget_pages * g.num_kv_heads * max_requests
+            num_blocks = 2 * WindowSizes.of(config, g.page_size).max_budget * g.num_kv_heads * max_requests
         self.geometry, self.config, self.scale = g, config, 1 / math.sqrt(g.head_dim)
         self.page_size = g.page_size
         self.device = device
@@ -82,8 +83,8 @@ class SimulatedEngine:
             num_layers=g.num_layers,
             num_qo_heads=g.num_qo_heads,
             num_kv_heads=g.num_kv_heads,
-            sink_pages=config.sink_pages,
-            recent_pages=config.recent_pages,
+            sink_pages=self.memory.sizes.sink,
+            recent_pages=self.memory.sizes.recent,
             tau=config.tau,
             pooling=config.group_pooling,
             scale=self.scale,

@@ -8,6 +8,7 @@ import torch
 
 from sglang_freekv.config import FreeKVConfig
 from sglang_freekv.memory.geometry import Geometry
+from sglang_freekv.memory.windows import WindowSizes
 
 PAGE_SIZE = 16  # the smallest
 MAX_PAGES = 12  # of one request
@@ -31,7 +32,7 @@ class Setup:
 
     @property
     def blocks(self) -> int:
-        windows = 2 * self.config.max_budget_pages * self.geometry.num_kv_heads * self.max_requests
+        windows = 2 * WindowSizes.of(self.config, PAGE_SIZE).max_budget * self.geometry.num_kv_heads * self.max_requests
         return self.num_blocks or windows
 
 
