@@ -23,6 +23,7 @@ from sglang_freekv.memory.pinned import free_container_bytes, free_host_bytes
 from sglang_freekv.memory.plan import MemoryPlan
 from sglang_freekv.memory.units import in_words
 from sglang_freekv.serving import pool_sizes, support
+from sglang_freekv.serving.model_support import check_model
 
 if TYPE_CHECKING:
     from sglang.srt.configs.model_config import ModelConfig
@@ -161,7 +162,7 @@ def _check_model(raw: Mapping[str, Any], config: FreeKVConfig) -> None:
         if Path(raw["model_path"]).exists():
             raise
         raise UnsupportedConfiguration(not_found(raw["model_path"], str(error).partition("\n")[0])) from error
-    support.check_model(model, config)
+    check_model(model, config)
 
 
 def _rank(server_args: ServerArgs, model: ModelConfig, geometry: Geometry, machine: Machine, free_bytes: int) -> Rank:

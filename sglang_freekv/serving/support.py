@@ -1,4 +1,4 @@
-"""Which SGLang settings and models FreeKV serves: what it presets, and what it refuses with a sentence."""
+"""Which SGLang settings and machines FreeKV serves: what it presets, and what it refuses with a sentence."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ import torch
 from sglang_freekv.config import FreeKVConfig, UnsupportedConfiguration
 from sglang_freekv.memory.geometry import GPU_GROUP_SIZE, GPU_HEAD_DIMS
 from sglang_freekv.memory.units import in_words
+from sglang_freekv.serving.model_support import check_model
 
 if TYPE_CHECKING:
     from sglang.srt.configs.model_config import ModelConfig
@@ -248,66 +249,7 @@ def _in_words(capability: tuple[int, int]) -> str:
     return ".".join(map(str, capability))
 
 
-def check_model(model: ModelConfig, config: FreeKVConfig) -> None:
-    """Raise UnsupportedConfiguration where the model is not served."""
-    if (obstacle := _obstacle(model)) is not None:
-        raise UnsupportedConfiguration(
-            f"--kv-retrieval freekv serves models with full attention in every layer; "
-            f"{model.model_path} has {obstacle}. Remove --kv-retrieval to serve it."
-        )
-    num_layers = model.num_hidden_layers
-    if any(layer >= num_layers for layer in config.dense_layers):
-        raise UnsupportedConfiguration(
-            f"--freekv-dense-layers is {config.dense_layers}; the model has layers 0 to {num_layers - 1}."
-        )
-
-
 def _apply_rules(settings: Mapping[str, Any]) -> None:
     for rule in RULES:
         if (refusal := rule.refusal(settings)) is not None:
             raise UnsupportedConfiguration(refusal)
-
-
-def _obstacle(model: ModelConfig) -> str | None:
-    """Name the part of the model that FreeKV cannot serve; None where there is none."""
-    from sglang.srt.configs.hybrid_arch import mambaish_config
-    from sglang.srt.configs.model_config import AttentionArch
-
-    text = model.hf_text_config
-    if model.attention_arch == AttentionArch.MLA:
-        return "multi-head latent attention (MLA), which has no keys per head"
-    if mambaish_config(model) is not None:
-        return "state-space or linear-attention layers"
-    # SGLang's own list has the encoder-decoders that it has classes for.
-    if model.is_encoder_decoder or getattr(model.hf_config, "is_encoder_decoder", False):
-        return "cross-attention layers"
-    if _sees_later_tokens(model):
-        return "attention to later tokens, as encoders have"
-    if model.is_hybrid_swa or model.is_local_attention_model or _slides(model):
-        return "sliding-window layers"
-    if getattr(text, "attn_logit_softcapping", None) is not None:
-        return "soft-capped attention logits"
-    if model.v_head_dim != model.head_dim:
-        return f"values of another width ({model.v_head_dim}) than keys ({model.head_dim})"
-    return None
-
-
-def _sees_later_tokens(model: ModelConfig) -> bool:
-    """Whether attention is not causal. SGLang knows its own encoders of texts, not those that classify or rank."""
-    text = model.hf_text_config
-    return (
-        model.embedding_model_spec.bidirectional_attention
-        or getattr(text, "type_vocab_size", None) is not None  # of BERT and its kin: one text or the other of a pair
-        or getattr(text, "is_causal", True) is False
-        or bool(getattr(text, "use_bidirectional_attention", False))
-    )
-
-
-def _slides(model: ModelConfig) -> bool:
-    """Whether a layer's attention ends before the context does."""
-    text = model.hf_text_config
-    window = model.sliding_window_size
-    if not window or window >= model.context_len or getattr(text, "use_sliding_window", True) is False:
-        return False
-    layer_types = getattr(text, "layer_types", None)
-    return layer_types is None or "sliding_attention" in layer_types

@@ -17,7 +17,8 @@ from sglang.srt.server_args import ServerArgs
 
 from sglang_freekv.config import FreeKVConfig, UnsupportedConfiguration
 from sglang_freekv.serving import support
-from sglang_freekv.serving.support import RULES, check_model, check_resolved, preset
+from sglang_freekv.serving.model_support import check_model
+from sglang_freekv.serving.support import RULES, check_resolved, preset
 
 SIZES = {
     "vocab_size": 320,
