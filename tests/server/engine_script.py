@@ -1,7 +1,7 @@
-"""Run `sgl.Engine` in a process of its own, as spawning needs a main module:  engine_script.py JOBS.json
+"""Run `sgl.Engine` in a process of its own, as spawning needs a main module:  engine_script.py JOB.json
 
-A job has the engine's keywords, and a list of requests (keywords of `Engine.generate`). Jobs run one after the other:
-side by side they need the memory of both. A list of replies for each is written to JOBS.replies.json.
+A job has the engine's keywords, and a list of requests (keywords of `Engine.generate`). The list of replies is written
+to JOB.replies.json.
 """
 
 from __future__ import annotations
@@ -13,16 +13,13 @@ from pathlib import Path
 import sglang as sgl
 
 
-def run(job: dict) -> list:
+def main() -> None:
+    path = Path(sys.argv[1])
+    job = json.loads(path.read_text())
     engine = sgl.Engine(**job["engine"])
     replies = [engine.generate(**request) for request in job["requests"]]
     engine.shutdown()
-    return replies
-
-
-def main() -> None:
-    path = Path(sys.argv[1])
-    path.with_suffix(".replies.json").write_text(json.dumps([run(job) for job in json.loads(path.read_text())]))
+    path.with_suffix(".replies.json").write_text(json.dumps(replies))
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ print(json.dumps({
 import json, multiprocessing, os, sys
 
 def answer(channel):
+    print("spawned", file=sys.stderr, flush=True)
     channel.send((os.getppid(), os.environ["SAID"], [name for name in sys.modules if name == "only_in_parent"]))
 
 def main(number):
@@ -123,8 +124,10 @@ def test_modules_are_loaded_before_and_what_one_fork_does_is_not_seen_in_another
 def test_spawned_processes_are_children_of_who_spawned_them_with_its_environment_and_none_of_its_state(run):
     status, output = run("-m", "spawning", "2", children=3)  # one is left over
     assert status == 0, output
-    parent, answers = json.loads(output)
+    *said, last = output.splitlines()
+    parent, answers = json.loads(last)
     assert answers == [[parent, "0", []], [parent, "1", []]]
+    assert said == ["spawned"] * 2, "a spawned process writes to the log of who spawned it"
 
 
 def test_who_spawns_more_processes_than_it_said_is_told_so(run):

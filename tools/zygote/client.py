@@ -120,6 +120,7 @@ def zygote(environment: dict[str, str], modules: Sequence[str] = SGLANG) -> Iter
                 env=_without_pytest(environment),
                 cwd=_ROOT,
                 pass_fds=[listener.fileno()],
+                start_new_session=True,  # a signal to this process and its group ends this process, and so the zygote
             )
         outer = os.environ.pop(ADDRESS, None)
         os.environ[ADDRESS] = str(address)

@@ -54,9 +54,8 @@ def receive_order(channel: socket.socket) -> tuple[Order, list[int]] | None:
 
 def become(order: Order, files: list[int]) -> None:
     """Run what is ordered, and end as an interpreter does that has run it. Never returns."""
-    children = [] if order.children == 0 else _fork_fresh(order.children)
-    _spawn_from(children)
-    _place(files, order.files)
+    _place(files, order.files)  # before there are children: they write to the same log
+    _spawn_from(_fork_fresh(order.children))
     os.chdir(order.folder)
     os.environ.clear()
     os.environ.update(order.environment)
@@ -128,6 +127,7 @@ def _run(arguments: list[str]) -> None:
     match arguments:
         case ["-m", module, *rest]:
             sys.argv = [module, *rest]
+            sys.modules.pop(module, None)  # to a new interpreter it is __main__ only
             runpy.run_module(module, run_name="__main__", alter_sys=True)
         case ["-c", code, *rest]:
             sys.argv = ["-c", *rest]
