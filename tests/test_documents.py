@@ -55,7 +55,7 @@ def test_a_planted_wrong_name_is_found(wrong):
         "`sglang_freekv/config.py`",
         "`plan.py`",
         "`sglang_freekv.config.FreeKVConfig`",
-        "`FreeKVConfig.budget_pages`",
+        "`FreeKVConfig.selector_name`",
         "`/server_info`",
         "`make serve MODEL=<folder>`",
         "`python -m tools.soak --minutes 5`",
