@@ -17,7 +17,7 @@ SOURCES = {"freekv_kernels": ROOT / "kernels", "sglang_freekv": ROOT, "freekv_pa
 # its name.
 ROOMS: dict[str, set[str]] = {}
 ROOMS["freekv_kernels"] = set()
-ROOMS["sglang_freekv"] = set()  # config, flags, request_params
+ROOMS["sglang_freekv"] = set()  # config, flags, request_params, tested_release
 ROOMS["sglang_freekv.memory"] = {"freekv_kernels", "sglang_freekv"}
 ROOMS["sglang_freekv.attention"] = {"freekv_kernels", "sglang_freekv.memory"}
 ROOMS["sglang_freekv.algorithm"] = {*ROOMS["sglang_freekv.memory"], "sglang_freekv.memory", "sglang_freekv.attention"}

@@ -29,7 +29,7 @@ from benchmarks.cost_model.planning import Traffic
 from benchmarks.cost_model.plans import Plan
 from benchmarks.cost_model.results import NAME, read_run, write_run
 from benchmarks.records import RESULTS, ROOT, RecordWriter, read_records
-from sglang_freekv.memory.plan import GIB
+from sglang_freekv.memory.units import GIB
 
 _SECONDS = 900  # for one engine
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sglang_freekv.doctor.capacity import free_before_weights
-from sglang_freekv.memory.plan import GIB
+from sglang_freekv.memory.units import GIB
 
 # Where nothing could be measured. Shares of the published peak that a good kernel or copy gets ...
 _MEMORY_SHARE, _LINK_SHARE, _FLOPS_SHARE = 0.9, 0.85, 0.7

@@ -22,7 +22,7 @@ from benchmarks.cost_model.cells import Cell, cells, shape_for
 from freekv_kernels import Count
 from sglang_freekv.memory.kv_memory import KVMemory
 from sglang_freekv.memory.pinned import free_host_bytes
-from sglang_freekv.memory.plan import GIB
+from sglang_freekv.memory.units import GIB
 
 _CPU_STEPS = 2, 7  # to warm up, and timed
 _MOST_STEPS = 48  # of a cell, on any device

@@ -10,7 +10,8 @@ from benchmarks.cost_model.model import Model
 from benchmarks.cost_model.step_time import Setting, step_seconds
 from sglang_freekv.config import FreeKVConfig
 from sglang_freekv.doctor.capacity import Rank, best_fit, pages_of, plan_for_requests
-from sglang_freekv.memory.plan import GIB, MemoryPlan
+from sglang_freekv.memory.plan import MemoryPlan
+from sglang_freekv.memory.units import GIB
 from sglang_freekv.serving.pool_sizes import attention_bytes, whole_lines
 
 K = 1024

@@ -7,6 +7,7 @@ the same, but what one request made resident another one may find.
 
 from __future__ import annotations
 
+import gc
 from dataclasses import dataclass
 from itertools import pairwise
 from types import SimpleNamespace
@@ -107,6 +108,7 @@ def fill_host_store(memory: KVMemory) -> None:
 
 def resize_blocks(memory: KVMemory, num_blocks: int) -> None:
     """Give the engine another number of device blocks, all free; graphs that were captured before are void."""
+    gc.collect()  # graphs that were captured before hold the old ones in cycles
     memory.resize_blocks(num_blocks)
     for kv in memory.blocks.kv:
         kv.zero_()  # a page that is opened reads what is there until it is written: no NaN
@@ -117,8 +119,9 @@ def give_first_windows(requests: Requests) -> None:
     prefill, rows, lengths = requests.runner.attn_backend.prefill, requests.rows, requests.seq_lens
     memory = prefill.memory
     g = memory.geometry
+    budget_tokens = memory.config.budget_tokens  # of the cell: the memory was built for the largest
     for row in range(1, len(rows) + 1):
-        memory.admit(row)
+        memory.admit(row, budget_tokens)
     num_pages = (lengths + g.page_size - 1) // g.page_size
     longest = int(num_pages.max()) * g.page_size
     batch = Batch(
@@ -127,7 +130,7 @@ def give_first_windows(requests: Requests) -> None:
         page_table=requests.runner.req_to_token_pool.req_to_token[rows, : longest : g.page_size].long() // g.page_size,
         num_pages=num_pages,
         num_pages_next=lengths // g.page_size + 1,
-        budget_pages=rows.new_full((len(rows), g.num_kv_heads), memory.sizes.budget),
+        budget_pages=rows.new_full((len(rows), g.num_kv_heads), budget_tokens // g.page_size),
         step=memory.blocks.step,
     )
     memory.budgets.start(batch.rows, batch.budget_pages)

@@ -20,7 +20,8 @@ from benchmarks.gpu.decode_model import capture, load_runner, set_drift
 from benchmarks.gpu.decode_requests import Requests, fill_host_store, give_first_windows, make_requests, resize_blocks
 from benchmarks.gpu.session import Failures, Session
 from freekv_kernels import Count
-from sglang_freekv.memory.pinned import GIB, free_host_bytes
+from sglang_freekv.memory.pinned import free_host_bytes
+from sglang_freekv.memory.units import GIB
 
 _WARM_UP, _STEPS = 8, 32
 _CAP_BYTES = 24e9  # of device memory for KV, where it is capped

@@ -11,7 +11,8 @@ from benchmarks.gpu.session import Session
 from benchmarks.gpu.timing import Stopwatch
 from freekv_kernels import Count, MissList, PageStore, recall_blocks_triton
 from sglang_freekv.memory.geometry import Geometry
-from sglang_freekv.memory.pinned import GIB, CudaDriver, PinnedMemory
+from sglang_freekv.memory.pinned import CudaDriver, PinnedMemory
+from sglang_freekv.memory.units import GIB
 
 _MISSES = (64, 256, 1024, 4096, 16384)
 _PROGRAMS = (16, 32, 64, 128, 256)

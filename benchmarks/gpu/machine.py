@@ -13,7 +13,8 @@ import psutil
 import torch
 
 from benchmarks.gpu.session import Session
-from sglang_freekv.memory.pinned import GIB, cpus_near, free_container_bytes, free_host_bytes, pci_address
+from sglang_freekv.memory.pinned import cpus_near, free_container_bytes, free_host_bytes, pci_address
+from sglang_freekv.memory.units import GIB
 
 _QUERIES = {
     "driver": "driver_version",

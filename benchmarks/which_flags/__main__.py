@@ -16,7 +16,7 @@ from benchmarks.records import ROOT
 from sglang_freekv.config import UnsupportedConfiguration
 from sglang_freekv.doctor.benefit import Benefit, benefit_of
 from sglang_freekv.doctor.forecast import Machine, forecast, resolve
-from sglang_freekv.memory.pinned import GIB
+from sglang_freekv.memory.units import GIB
 
 PATH = ROOT / "docs" / "which_flags.md"
 _TEXT = """# Which flags for which model, GPU and context

@@ -2,8 +2,8 @@
 beside it (`<op>_triton.py`).
 
 This package imports torch and Triton only, never SGLang. Ops work on one layer unless they say otherwise; a row is one
-(request, KV head): request * num_kv_heads + head. Pages are `[..., 2, page_size, head_dim]` records, K first,
-head-major (HND).
+(request, KV head): request * num_kv_heads + head. Blocks, and records of the plain codec, are
+`[2, page_size, head_dim]`, K first, head-major (HND).
 """
 
 from collections.abc import Callable

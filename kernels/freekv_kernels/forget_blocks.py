@@ -1,4 +1,4 @@
-"""Release the blocks of pages that change their owner."""
+"""Forget the blocks of pages that change their owner."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def forget_blocks(old: PairList, blocks: BlockTables) -> None:
     Parameters
     ----------
     old : PairList
-        Keys, none twice, the same for all layers; those without a block are left alone.
+        None twice, the same for all layers; those without a block are left alone.
     blocks : BlockTables, of some layers
         Updated; the freed blocks are pushed on the stack.
     """

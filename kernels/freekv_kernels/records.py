@@ -20,11 +20,11 @@ def records_at(host_kv: torch.Tensor, pages: torch.Tensor, heads: torch.Tensor) 
         One layer of the host store: a strided view of whole records.
     pages, heads : int64, ``[n]``
     """
-    num_pages, num_heads, *record = host_kv.shape
+    num_host_pages, num_kv_heads, *record = host_kv.shape
     between_pages, between_heads, *strides = host_kv.stride()
     records_per_page = between_pages // between_heads  # of all layers
     # As one list of records, of which index_select copies whole runs.
-    shape = ((num_pages - 1) * records_per_page + num_heads, *record)
+    shape = ((num_host_pages - 1) * records_per_page + num_kv_heads, *record)
     records = host_kv.as_strided(shape, (between_heads, *strides))
     return records.index_select(0, pages * records_per_page + heads)
 

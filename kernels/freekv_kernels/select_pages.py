@@ -70,7 +70,7 @@ def select_pages(
     half : Half
         FRONT and BACK write the windows of rows over their budget; BOTH both windows of every row.
     sink_pages, recent_pages : int
-        recent_pages is at least 1, and their sum less than any budget.
+        recent_pages is at least 1; their sum is at most any budget, and where it is the budget nothing is selected.
     pooling : "softmax" | "scaled" | "max" | "mean"
         See `pool_group`.
     windows : int32, ``[2, max_requests + 1, num_kv_heads, max_budget_pages]``, device

@@ -13,7 +13,7 @@ def summarize_pages(summary: torch.Tensor, k: torch.Tensor, slots: torch.Tensor,
 
     Parameters
     ----------
-    summary : model dtype, ``[num_pages, num_kv_heads, 2, head_dim]``, device
+    summary : model dtype, ``[num_host_pages, num_kv_heads, 2, head_dim]``, device
     k : model dtype, ``[num_tokens, num_kv_heads, head_dim]``, device
         Post-RoPE keys.
     slots : int64, ``[num_tokens]``, device

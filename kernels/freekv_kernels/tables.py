@@ -27,7 +27,7 @@ class Half(IntEnum):
 
 
 class Claim(Enum):
-    """When blocks are claimed, and for whom: (the next step's blocks stay, the next step reads the claimed blocks).
+    """When blocks are claimed, and for whom: (what this step alone reads may go, the next step reads what is claimed).
 
     What may go is said by stamps, 2 * step for blocks that the step reads and 2 * step + 1 for those of the next step.
     """

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 from sglang_freekv.config import UnsupportedConfiguration
 from sglang_freekv.flags import add_cli_args
-from sglang_freekv.memory.pinned import GIB
+from sglang_freekv.memory.units import GIB
 
 _EPILOG = (
     "All other flags are those of the server: --freekv-budget, --tp-size, --mem-fraction-static and so on. Sizes are "

@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass, replace
 
 from sglang_freekv.config import FreeKVConfig, UnsupportedConfiguration
-from sglang_freekv.memory.geometry import Geometry
-from sglang_freekv.memory.pinned import GIB
+from sglang_freekv.memory.geometry import Geometry, num_pages_of
 from sglang_freekv.memory.plan import MemoryPlan, plan_memory
+from sglang_freekv.memory.units import GIB
 
 _CONTEXT_BYTES = GIB // 2  # taken by CUDA and its libraries before the weights are loaded
 _STEP = 1024  # tokens, in which the context is told from which on there is a gain
@@ -91,7 +91,7 @@ def free_before_weights(total_bytes: int) -> int:
 
 def pages_of(length: int, geometry: Geometry) -> int:
     """Of one request, with the page that its next token may open."""
-    return -(-length // geometry.page_size) + 1
+    return num_pages_of(length, geometry.page_size) + 1
 
 
 def planned_requests(plan: MemoryPlan, length: int) -> int:

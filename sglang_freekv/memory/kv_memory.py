@@ -83,6 +83,7 @@ class KVMemory:
         if self.device != "cpu":
             torch.cuda.empty_cache()
         self._allocate_blocks(num_blocks)
+        self.blocks.step.fill_(self.counters.steps)
 
     def _allocate_blocks(self, num_blocks: int) -> None:
         """Blocks, and all that knows their addresses."""

@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sglang_freekv.config import FreeKVConfig
-from sglang_freekv.memory.geometry import Geometry
+from sglang_freekv.memory.geometry import Geometry, num_pages_of
 from sglang_freekv.memory.layers import kinds_of
 from sglang_freekv.memory.page_indexes import INDEXES
+from sglang_freekv.memory.units import GIB
 from sglang_freekv.memory.windows import WindowSizes
-
-_GIB = 1 << 30
 
 
 def bytes_by_page(geometry: Geometry, config: FreeKVConfig) -> int:
@@ -31,7 +30,7 @@ def workspace_bytes(geometry: Geometry, config: FreeKVConfig, max_context: int, 
         Rows of the largest batch.
     """
     g, width = geometry, WindowSizes.of(config, geometry.page_size).max_budget
-    max_pages = -(-max_context // g.page_size)
+    max_pages = num_pages_of(max_context, g.page_size)
     batch = 8 * (max_pages + 4 + g.num_kv_heads)  # page table, row, slot, lengths, budgets
     scores = 2 * 4 * g.num_qo_heads * max_pages  # of the main and of the side stream
     misses = 2 * (8 + 4 + 4) * g.num_kv_heads * width  # front and back: pair, entry, block
@@ -116,4 +115,4 @@ class Needs:
         """What the user gives to device blocks, but no more than everything takes; None: what is left."""
         if self.config.device_blocks_memory_gib is None:
             return None
-        return min(int(self.config.device_blocks_memory_gib * _GIB), self.num_pairs * self.layer_blocks_bytes)
+        return min(int(self.config.device_blocks_memory_gib * GIB), self.num_pairs * self.layer_blocks_bytes)

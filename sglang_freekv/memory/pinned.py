@@ -17,11 +17,10 @@ from typing import NamedTuple
 import psutil
 import torch
 
-from sglang_freekv.memory.units import in_words
+from sglang_freekv.memory.units import GIB, in_words
 
 logger = logging.getLogger(__name__)
 
-GIB = 1 << 30
 _ROOT = Path("/")
 _MADV_POPULATE_WRITE = 23  # Linux 5.14
 _MAX_THREADS = 16  # zeroing pages is bound by memory bandwidth beyond that

@@ -9,9 +9,8 @@ from sglang_freekv.config import FreeKVConfig, UnsupportedConfiguration
 from sglang_freekv.memory.geometry import Geometry
 from sglang_freekv.memory.layers import kinds_of
 from sglang_freekv.memory.needs import Needs, bytes_by_page
-from sglang_freekv.memory.units import in_words
+from sglang_freekv.memory.units import GIB, in_words
 
-GIB = 1 << 30
 # Of the device memory, where the user does not size the host store: the rest is for device blocks.
 _SUMMARIES_SHARE = 0.5
 

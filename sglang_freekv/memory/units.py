@@ -1,7 +1,8 @@
-"""Sizes in words, for logs and reports."""
+"""Sizes in bytes, and in words for logs and reports."""
 
 from __future__ import annotations
 
+GIB = 1 << 30
 _UNITS = ("bytes", "KiB", "MiB", "GiB", "TiB")
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 MAX_FILE_BYTES = 16 << 20
 MAX_FILES = 64  # since start-up: one GiB where all are full
 

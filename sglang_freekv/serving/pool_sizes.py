@@ -13,8 +13,8 @@ from sglang.srt.utils.common import get_cpu_ids_by_node
 from sglang_freekv.config import FreeKVConfig, UnsupportedConfiguration
 from sglang_freekv.memory.geometry import Geometry, stored_head_dim
 from sglang_freekv.memory.pinned import free_container_bytes, free_host_bytes
-from sglang_freekv.memory.plan import GIB, MemoryPlan, plan_memory
-from sglang_freekv.memory.units import in_words
+from sglang_freekv.memory.plan import MemoryPlan, plan_memory
+from sglang_freekv.memory.units import GIB, in_words
 
 if TYPE_CHECKING:
     from sglang.srt.configs.model_config import ModelConfig

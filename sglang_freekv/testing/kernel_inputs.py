@@ -32,7 +32,7 @@ class KernelInputs:
     Parameters
     ----------
     geometry : Geometry
-        At least two layers, and codes of pairs.
+        At least two layers, and codes of keys.
     batch_size : int
     context_tokens : int
         Of each request, a multiple of the page size; the last pages are filled differently.

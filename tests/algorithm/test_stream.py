@@ -17,11 +17,11 @@ def test_only_what_was_forked_is_waited_for_and_once(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.cuda, "Stream", MagicMock())
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: current)
     monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
-    side = SideStream("cuda")
-    side.join()
+    stream = SideStream("cuda")
+    stream.join()
     current.wait_stream.assert_not_called()
-    with side.fork():
+    with stream.fork():
         pass
-    side.join()
-    side.join()
+    stream.join()
+    stream.join()
     current.wait_stream.assert_called_once()

@@ -18,7 +18,7 @@ from sglang_freekv.doctor import forecast
 from sglang_freekv.doctor.capacity import Rank, best_fit, gains_above, pages_of, plan_for_requests, planned_requests
 from sglang_freekv.doctor.forecast import Forecast, resolve
 from sglang_freekv.memory.geometry import Geometry
-from sglang_freekv.memory.pinned import GIB
+from sglang_freekv.memory.units import GIB
 
 K = 1024
 LLAMA_24GB = ["--gpu-memory-gb", "24", "--host-memory-gb", "256"]

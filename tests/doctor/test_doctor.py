@@ -13,7 +13,7 @@ import sglang_freekv.doctor.__main__ as command
 from freekv_patches import patch
 from sglang_freekv.doctor.__main__ import main
 from sglang_freekv.doctor.forecast import Machine, forecast, resolve
-from sglang_freekv.memory.pinned import GIB
+from sglang_freekv.memory.units import GIB
 from sglang_freekv.testing.tiny_model import TinyModel
 
 CONFIGS = json.loads((Path(__file__).parent / "model_configs.json").read_text())

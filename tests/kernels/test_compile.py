@@ -14,7 +14,7 @@ import pytest
 
 import freekv_kernels
 
-# The tests compile for the generation on which most kernels use the most registers; all: `make compile-kernels`.
+# The tests compile for the GPUs on which most kernels use the most registers; for all: `make compile-kernels`.
 CAPABILITIES = [80, 90, 100] if "FREEKV_ALL_GPUS" in os.environ else [90]
 TARGETS = [*(("llama-3.1-8b", capability) for capability in CAPABILITIES), ("odd", 90)]
 MAX_SHARED_BYTES = 163 << 10  # of one program, on the GPU that has least: 80; on the others 227 KiB

@@ -129,7 +129,7 @@ def test_filled_counts_the_tokens_of_the_pages_that_are_written(impl):
     assert step.filled.tolist() == expected.tolist()
 
 
-def test_the_keys_of_opened_pages_are_listed_and_no_others(impl):
+def test_the_pairs_of_opened_pages_are_listed_and_no_others(impl):
     step = Step(impl, rows=[4, 1, 6, 2], lens=[1, PAGE, 2 * PAGE + 1, 3])
     pages = [step.host_pages[4, 0].item(), step.host_pages[6, 2].item()]
     count = step.opened.count.item()

@@ -17,8 +17,8 @@ from sglang_freekv.memory.geometry import Geometry
 from sglang_freekv.memory.kv_memory import KVMemory
 from sglang_freekv.memory.needs import workspace_bytes
 from sglang_freekv.memory.page_indexes import INDEXES
-from sglang_freekv.memory.plan import GIB, plan_memory
-from sglang_freekv.memory.units import in_words
+from sglang_freekv.memory.plan import plan_memory
+from sglang_freekv.memory.units import GIB, in_words
 from sglang_freekv.memory.windows import WindowSizes
 from sglang_freekv.serving import pool_sizes
 
@@ -50,9 +50,9 @@ def test_everything_on_a_gpu_fits_and_every_request_has_its_two_windows(device_g
     plan = gpu_plan(device_gib=device_gib, host_gib=host_gib, max_requests=max_requests)
     assert device_total(plan) <= device_gib * GIB
     assert 1 <= plan.max_requests <= max_requests
-    num_keys = (plan.num_pages + 1) * LLAMA_8B.num_kv_heads
+    num_pairs = (plan.num_pages + 1) * LLAMA_8B.num_kv_heads
     own = 2 * WINDOW * LLAMA_8B.num_kv_heads * plan.max_requests
-    assert plan.num_blocks == num_keys or plan.num_blocks >= own
+    assert plan.num_blocks == num_pairs or plan.num_blocks >= own
 
 
 @pytest.mark.parametrize("dense_layers", [(), (0,), (0, 31)])

@@ -158,8 +158,6 @@ _FATAL_SAMPLING = {
     "half a token more": {"max_new_tokens": 1.5},
     "a switch of text": {"skip_special_tokens": "x"},
 }
-_WEIGHTS = {"names": ["a"], "dtypes": ["float32"], "shapes": [[1]]}
-_GROUP = {"master_address": "127.0.0.1", "master_port": 1, "rank_offset": 1, "world_size": 1, "group_name": ""}
 _LONG = [token % 250 for token in range(600)]  # more than a chunk of the test servers
 FATAL = [
     *(_post(f"with {name}", GENERATE, generate(input_ids=_LONG, **field)) for name, field in _FATAL_FIELDS.items()),
