@@ -1,4 +1,4 @@
-"""Requests that start in mid-decode have the budget that is asked for now, not the one that the memory was built with."""
+"""Requests in mid-decode have the budget that is asked for now, not the one that the memory was built with."""
 
 from __future__ import annotations
 
