@@ -11,6 +11,9 @@ import torch
 
 from tools.zygote.client import zygote
 
+# Files of tests/server that use none of the shared servers.
+STARTS_ITS_OWN = {f"tests/server/{name}.py" for name in ("test_accuracy_quick", "test_faults")}
+
 # Without a GPU, kernels run in Triton's interpreter, which is chosen when they are defined. Processes that tests start
 # must not inherit the choice.
 if not torch.cuda.is_available():
@@ -33,13 +36,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log):
-    """Of parallel workers, one has the shared servers; the oracles, which start their own, run beside them."""
+    """Of parallel workers, one has the shared servers; tests that start their own run beside them."""
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            folders = ("tests/server/oracles/", "tests/server/")
-            return next((folder for folder in folders if nodeid.startswith(folder)), nodeid.partition("::")[0])
+            file = nodeid.partition("::")[0]
+            shares_servers = file.startswith("tests/server/") and file not in STARTS_ITS_OWN
+            shares_servers &= not file.startswith("tests/server/oracles/")
+            return "tests/server/" if shares_servers else file
 
     return Scheduling(config, log)
 
