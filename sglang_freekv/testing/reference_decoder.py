@@ -1,6 +1,6 @@
 """A slow decoder that keeps every key and value of a request, and says what retrieval must do with them.
 
-It shares no code with the package: one tensor per layer, loops over heads and pages, float64. The
+It shares no code with the engine: one tensor per layer, loops over heads and pages, float64. The
 double buffer of the real decoder does not exist here; a window is chosen when it is needed, from the
 query that the rule names, which is the same thing because only finished pages are candidates.
 """
@@ -9,8 +9,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from sglang_freekv.memory.kv_memory import KVMemory
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,24 @@ class Rule:
     page_size: int
     key_bits: int  # pages are scored by their keys in this many bits; 0: by their minimum and maximum
     dense_layers: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, memory: KVMemory) -> Rule:
+        """The rule that an engine's memory was built for, with the usual scale of the logits."""
+        g, config, sizes = memory.geometry, memory.config, memory.sizes
+        return cls(
+            num_layers=g.num_layers,
+            num_qo_heads=g.num_qo_heads,
+            num_kv_heads=g.num_kv_heads,
+            sink_pages=sizes.sink,
+            recent_pages=sizes.recent,
+            tau=config.tau,
+            pooling=config.group_pooling,
+            scale=1 / math.sqrt(g.head_dim),
+            page_size=g.page_size,
+            key_bits=g.key_bits,
+            dense_layers=config.dense_layers,
+        )
 
 
 @dataclass(frozen=True)

@@ -79,19 +79,7 @@ class SimulatedEngine:
         if g.key_bits:
             index.codes.fill_(UNWRITTEN_CODE)
         self.decoder, self.prefiller = build_engine(self.memory)
-        self.rule = Rule(
-            num_layers=g.num_layers,
-            num_qo_heads=g.num_qo_heads,
-            num_kv_heads=g.num_kv_heads,
-            sink_pages=self.memory.sizes.sink,
-            recent_pages=self.memory.sizes.recent,
-            tau=config.tau,
-            pooling=config.group_pooling,
-            scale=self.scale,
-            page_size=g.page_size,
-            key_bits=g.key_bits,
-            dense_layers=config.dense_layers,
-        )
+        self.rule = Rule.of(self.memory)
         self.checks = ReferenceChecks(self.memory, self.rule)
         self.req_to_token = torch.zeros((max_requests + 1, num_pages * g.page_size), dtype=torch.int32, device=device)
         self.free_rows = list(range(max_requests, 0, -1))

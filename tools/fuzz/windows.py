@@ -31,19 +31,7 @@ class WindowChecks:
         self._windows = self._memory.windows.pages.numpy()
         self._layers = [layer for layer in range(g.num_layers) if layer not in c.dense_layers]
         self._next: dict[Life, tuple[np.ndarray, ...]] = {}  # layer, head, logical and host page of resident entries
-        self._rule = Rule(
-            num_layers=g.num_layers,
-            num_qo_heads=g.num_qo_heads,
-            num_kv_heads=g.num_kv_heads,
-            sink_pages=self._memory.sizes.sink,
-            recent_pages=self._memory.sizes.recent,
-            tau=c.tau,
-            pooling=c.group_pooling,
-            scale=g.head_dim**-0.5,
-            page_size=PAGE_SIZE,
-            key_bits=g.key_bits,
-            dense_layers=c.dense_layers,
-        )
+        self._rule = Rule.of(self._memory)
 
     def after_batch(self, batch: Batch) -> None:
         """A batch has run."""
