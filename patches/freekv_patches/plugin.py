@@ -88,7 +88,9 @@ def _attention_factory(original: AttentionFactory) -> AttentionFactory:
     """Build FreeKV's attention backend on a FreeKV server, SGLang's on a plain one."""
 
     def create(runner: ModelRunner) -> AttentionBackend:
-        if getattr(runner.server_args, "_freekv", None) is None:
+        from freekv_patches.patch import freekv_config
+
+        if freekv_config(runner.server_args) is None:
             return original(runner)
         from sglang_freekv.serving.attention_backend import FreeKVAttentionBackend
 

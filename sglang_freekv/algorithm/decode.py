@@ -71,20 +71,21 @@ class Decode:
             Whether the runs are captured in, or replayed from, a CUDA graph.
         """
         memory = self.memory
-        batch = self._write_tables(step, in_graph)
+        num_pages = [num_pages_of(n, memory.geometry.page_size) for n in step.seq_lens_cpu]
+        batch = self._write_tables(step, num_pages, in_graph)
         memory.tables.clear()
         if step.seq_lens_cpu:  # a warm-up has padding only: the windows of running requests stay where they are
             memory.begin_step()
         memory.counters.decoded_tokens += len(step.seq_lens_cpu)
-        self._plan_attention(batch, step)
-        todo = shortcuts(memory, batch, step, in_graph)
+        self._plan_attention(batch, step, num_pages)
+        todo = shortcuts(memory, batch, step, num_pages, in_graph)
         self._plan = DecodePlan(batch, memory.tables.flags(len(step.rows)), todo)
         return self._plan
 
-    def _write_tables(self, step: DecodeInput, in_graph: bool) -> Batch:
+    def _write_tables(self, step: DecodeInput, num_pages: list[int], in_graph: bool) -> Batch:
         """Snapshot what the step reads of SGLang's tables, and open the pages that it starts."""
         memory, page_size = self.memory, self.memory.geometry.page_size
-        longest = max((num_pages_of(n, page_size) for n in step.seq_lens_cpu), default=1)
+        longest = max(num_pages, default=1)
         # A graph holds whole tables; otherwise a CPU need not read beyond the longest request.
         batch = memory.tables.batch(len(step.rows), None if memory.device != "cpu" or in_graph else longest)
         memory.ops.write_tables(
@@ -106,9 +107,8 @@ class Decode:
             memory.blocks.open(memory.tables.opened)
         return batch
 
-    def _plan_attention(self, batch: Batch, step: DecodeInput) -> None:
+    def _plan_attention(self, batch: Batch, step: DecodeInput, num_pages: list[int]) -> None:
         memory, num_kv_heads = self.memory, self.memory.geometry.num_kv_heads
-        num_pages = [num_pages_of(n, memory.geometry.page_size) for n in step.seq_lens_cpu]
         budgets = [memory.budgets.of(row) for row in step.rows_cpu]
         padding = [1] * ((len(step.rows) - len(num_pages)) * num_kv_heads)
         in_windows = [min(n, budget) for n, own in zip(num_pages, budgets, strict=True) for budget in own]

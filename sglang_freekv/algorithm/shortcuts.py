@@ -12,7 +12,6 @@ import torch
 
 from freekv_kernels import Batch, pairs_of
 from sglang_freekv.algorithm.inputs import DecodeInput
-from sglang_freekv.memory.geometry import num_pages_of
 from sglang_freekv.memory.kv_memory import KVMemory
 
 
@@ -25,11 +24,13 @@ class Shortcuts(NamedTuple):
     every_pair: torch.Tensor | None  # int64, what each layer reads, in order, where that is every page of every request
 
 
-def shortcuts(memory: KVMemory, batch: Batch, step: DecodeInput, in_graph: bool) -> Shortcuts:
+def shortcuts(memory: KVMemory, batch: Batch, step: DecodeInput, num_pages: list[int], in_graph: bool) -> Shortcuts:
     """Find them for a step whose tables are written.
 
     Parameters
     ----------
+    num_pages : list of int, ``[num_requests]``
+        Of the requests, without padding.
     in_graph : bool
         Whether the step is captured in, or replayed from, a CUDA graph.
     """
@@ -42,12 +43,11 @@ def shortcuts(memory: KVMemory, batch: Batch, step: DecodeInput, in_graph: bool)
         selects=is_over or in_graph,
         seals=runs_everything or any(n % page_size == 0 for n in step.seq_lens_cpu),
         scores_once=may_skip,
-        every_pair=_every_pair(memory, batch, step) if reads_every_page else None,
+        every_pair=_every_pair(memory, batch, num_pages) if reads_every_page else None,
     )
 
 
-def _every_pair(memory: KVMemory, batch: Batch, step: DecodeInput) -> torch.Tensor:
+def _every_pair(memory: KVMemory, batch: Batch, num_pages: list[int]) -> torch.Tensor:
     """The pairs of every page of every request, in the order of the window attention's lists."""
-    num_pages = [num_pages_of(n, memory.geometry.page_size) for n in step.seq_lens_cpu]
     pairs = pairs_of(batch.page_table, memory.geometry.num_kv_heads).transpose(1, 2)
     return torch.cat([own[:, :n].flatten() for own, n in zip(pairs, num_pages, strict=True)])

@@ -29,6 +29,11 @@ def kinds_of(config: FreeKVConfig, num_layers: int) -> tuple[LayerKind, ...]:
     return tuple(DENSE if number in config.dense_layers else WINDOWED for number in range(num_layers))
 
 
+def num_cached_layers(config: FreeKVConfig, num_layers: int) -> int:
+    """Layers whose blocks come and go."""
+    return sum(kind.is_cached for kind in kinds_of(config, num_layers))
+
+
 class Layer(NamedTuple):
     """One layer: views of the tensors of `KVMemory`."""
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from sglang_freekv.config import FreeKVConfig
 from sglang_freekv.memory.geometry import Geometry, num_pages_of
-from sglang_freekv.memory.layers import kinds_of
+from sglang_freekv.memory.layers import num_cached_layers
 from sglang_freekv.memory.page_indexes import INDEXES
 from sglang_freekv.memory.units import GIB
 from sglang_freekv.memory.windows import WindowSizes
@@ -36,7 +36,7 @@ def workspace_bytes(geometry: Geometry, config: FreeKVConfig, max_context: int, 
     misses = 2 * (8 + 4 + 4) * g.num_kv_heads * width  # front and back: pair, entry, block
     flags, opened = (4 + 1) * g.num_kv_heads, 8 * g.num_kv_heads
     window_attention = 4 * g.num_kv_heads * (width + 2)  # kv_indices, kv_indptr, last_page_len
-    has_dense = not all(kind.is_cached for kind in kinds_of(config, g.num_layers))
+    has_dense = num_cached_layers(config, g.num_layers) < g.num_layers
     dense_attention = 4 * g.num_kv_heads * (max_pages + 2) if has_dense else 0
     return max_requests * (batch + scores + misses + flags + opened + window_attention + dense_attention)
 
@@ -59,7 +59,7 @@ class Needs:
     @property
     def num_cached_layers(self) -> int:
         """Layers that have windows; the others keep every page on the device."""
-        return sum(kind.is_cached for kind in kinds_of(self.config, self.geometry.num_layers))
+        return num_cached_layers(self.config, self.geometry.num_layers)
 
     @property
     def dense_bytes(self) -> int:

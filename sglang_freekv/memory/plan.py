@@ -7,7 +7,7 @@ from typing import Any
 
 from sglang_freekv.config import FreeKVConfig, UnsupportedConfiguration
 from sglang_freekv.memory.geometry import Geometry
-from sglang_freekv.memory.layers import kinds_of
+from sglang_freekv.memory.layers import num_cached_layers
 from sglang_freekv.memory.needs import Needs, bytes_by_page
 from sglang_freekv.memory.units import GIB, in_words
 
@@ -45,7 +45,7 @@ class MemoryPlan:
     def cached_blocks_bytes(self) -> int:
         """Device blocks of the layers that have windows: what ``--freekv-device-blocks-memory`` sizes."""
         g = self.geometry
-        return self.num_blocks * sum(kind.is_cached for kind in kinds_of(self.config, g.num_layers)) * g.block_bytes
+        return self.num_blocks * num_cached_layers(self.config, g.num_layers) * g.block_bytes
 
     def describe(self) -> str:
         """One line per pool, for the log."""
