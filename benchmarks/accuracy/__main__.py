@@ -23,8 +23,9 @@ from pathlib import Path
 
 from benchmarks.accuracy import results
 from benchmarks.accuracy.matrix import Launcher, Matrix, draw_batches
-from benchmarks.accuracy.methods import METHODS, Layout, parse_method, settings
+from benchmarks.accuracy.settings import Layout, settings
 from benchmarks.accuracy.tasks import TASKS
+from benchmarks.methods import METHODS, parse_method
 from benchmarks.needle import MODEL
 from benchmarks.records import RESULTS, ROOT, RecordWriter
 

@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from benchmarks.accuracy import results
 from benchmarks.accuracy.client import Client, ServerClient, play, read_documents, scores
-from benchmarks.accuracy.methods import Setting, read_geometry
 from benchmarks.accuracy.results import Result, make_key
+from benchmarks.accuracy.settings import Setting, read_geometry
 from benchmarks.accuracy.tasks.session import Session, Task
 from benchmarks.server import Server
 

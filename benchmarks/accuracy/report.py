@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from statistics import mean
 
-from benchmarks.accuracy.methods import METHODS, Layout
 from benchmarks.accuracy.results import FULL
+from benchmarks.accuracy.settings import Layout
+from benchmarks.methods import METHODS
 from benchmarks.records import Record
 from benchmarks.tables import table as tables
 from benchmarks.tables.table import Lines, Row, Table, conditions_of

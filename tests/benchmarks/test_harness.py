@@ -14,8 +14,9 @@ import torch
 from benchmarks.accuracy import pictures, report, results
 from benchmarks.accuracy.client import COUNTERS, Generation, collect, play
 from benchmarks.accuracy.matrix import Matrix, draw_batches
-from benchmarks.accuracy.methods import METHODS, Layout, Method, Setting, parse_method, settings
+from benchmarks.accuracy.settings import Layout, Setting, settings
 from benchmarks.accuracy.tasks.session import Session, Turn
+from benchmarks.methods import METHODS, Method, parse_method
 from benchmarks.records import RecordWriter, read_records
 from benchmarks.server import Chunk
 from benchmarks.tables.marked import fill

@@ -8,9 +8,10 @@ from __future__ import annotations
 import pytest
 
 from benchmarks.accuracy.matrix import Launcher, Matrix, draw_batches
-from benchmarks.accuracy.methods import METHODS, Layout, settings
 from benchmarks.accuracy.results import Cell, summarize
+from benchmarks.accuracy.settings import Layout, settings
 from benchmarks.accuracy.tasks import TASKS
+from benchmarks.methods import METHODS
 from benchmarks.needle import MODEL
 
 CONTEXT, BUDGET, SESSIONS = 4096, 256, 4

@@ -1,5 +1,4 @@
-"""The methods that are compared, as data: a name and engine flags. One that comes later is a line in `METHODS`,
-or on the command line `NAME=FLAGS`.
+"""The servers of a matrix: a method, its sizes, and the budgets that requests ask it for.
 
 Budgets are asked for per request, so one server answers for all budgets of a method, and its prefix cache for all of
 them, too. What only flags can say (tau, page size, pooling, sink, recent, dense layers) takes a server each.
@@ -8,7 +7,6 @@ them, too. What only flags can say (tau, page size, pooling, sink, recent, dense
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,49 +14,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks.methods import Method
 from sglang_freekv.config import FreeKVConfig
 from sglang_freekv.memory.geometry import Geometry
 
 _DEFAULTS = FreeKVConfig()
-
-
-@dataclass(frozen=True)
-class Method:
-    """How a request's KV is read. `flags` are the engine's, beyond those of a `Layout`."""
-
-    name: str
-    flags: tuple[str, ...] = ()
-    is_full: bool = False  # plain SGLang: no budget, no layout
-    is_window: bool = False  # sink and recent take the whole budget: nothing is selected
-
-
-METHODS = {
-    method.name: method
-    for method in (
-        Method("full", is_full=True),
-        Method("window", ("--freekv-tau", "-1"), is_window=True),
-        Method("exact", ("--freekv-tau", "2")),
-        Method("speculation", ("--freekv-tau", "-1")),
-        Method("freekv-0.9", ("--freekv-tau", "0.9")),
-        Method("freekv-0.8", ("--freekv-tau", "0.8")),
-    )
-}
-
-
-def parse_method(text: str) -> Method:
-    """Look a method up by name, or read a new one: ``"dense0=--freekv-tau 0.9 --freekv-dense-layers 0"``.
-
-    Raises
-    ------
-    ValueError
-        If the name is unknown.
-    """
-    name, is_new, flags = text.partition("=")
-    if is_new:
-        return Method(name, tuple(shlex.split(flags)))
-    if name not in METHODS:
-        raise ValueError(f"unknown method {name!r}; give one of {', '.join(METHODS)}, or NAME=FLAGS for a new one")
-    return METHODS[name]
 
 
 class Layout(NamedTuple):
