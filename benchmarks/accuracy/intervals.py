@@ -65,6 +65,14 @@ def share(sessions: Scores, baseline: Scores, seed: int = 0) -> Interval | None:
     return _interval(value, ratios, (min(low, value), max(high, value)))
 
 
+def bootstrap(values: Sequence[float], seed: int = 0) -> Interval:
+    """Mean of one value for each session, of any size, with a 95 % interval by bootstrap over sessions."""
+    values = np.asarray(values)
+    means = values[_resample(len(values), seed)].mean(1)
+    low, high = np.percentile(means, _PERCENTILES)
+    return Interval(float(values.mean()), float(low), float(high))
+
+
 def _sums(sessions: Scores) -> tuple[np.ndarray, np.ndarray]:
     """Sum and number of the references of each session that has any."""
     scored = [session for session in sessions if len(session)]

@@ -31,14 +31,14 @@ _HOST_SHARE = 0.8  # of what is free
 
 
 def measure_plain(device: str, wanted: list[Cell], folder: Path) -> Iterator[dict]:
-    from benchmarks.gpu.decode_model import capture, load_runner
+    from benchmarks.gpu.decode_model import capture, load_dummy
     from benchmarks.gpu.decode_requests import make_requests
     from benchmarks.gpu.decode_step import step_times
 
     model = shape_for(device).write(folder)
     on_cpu = {"max_total_tokens": _tokens(wanted), "mem_fraction_static": 0.8}
     sizes = on_cpu if device == "cpu" else {"mem_fraction_static": 0.88} | _graph_flags(wanted)
-    runner = load_runner(model, device, max_running_requests=_most(wanted), **sizes)
+    runner = load_dummy(model, device, max_running_requests=_most(wanted), **sizes)
     pool = runner.token_to_kv_pool
     for buffer in (*pool.k_buffer, *pool.v_buffer):
         buffer.normal_()
@@ -53,12 +53,12 @@ def measure_plain(device: str, wanted: list[Cell], folder: Path) -> Iterator[dic
 
 
 def measure_freekv(device: str, wanted: list[Cell], folder: Path) -> Iterator[dict]:
-    from benchmarks.gpu.decode_model import load_runner
+    from benchmarks.gpu.decode_model import load_dummy
     from benchmarks.gpu.decode_requests import fill_host_store
 
     shape = shape_for(device)
     host_bytes = _tokens(wanted) * shape.geometry().token_bytes
-    runner = load_runner(
+    runner = load_dummy(
         shape.write(folder),
         device,
         max_running_requests=_most(wanted),
@@ -84,21 +84,21 @@ def measure_freekv(device: str, wanted: list[Cell], folder: Path) -> Iterator[di
 def _freekv_sample(runner, memory: KVMemory, cell: Cell) -> dict:
     """Measure one cell, with blocks, budget, tau and drift of its own."""
     from benchmarks.gpu.decode_model import capture, set_drift
-    from benchmarks.gpu.decode_requests import give_first_windows, make_requests, resize_blocks
+    from benchmarks.gpu.decode_requests import give_first_windows, make_requests, restart
     from benchmarks.gpu.decode_step import step_times
 
-    g, num_pages, counters = memory.geometry, memory.host.num_host_pages, memory.counters
-    memory.config = dataclasses.replace(memory.config, tau=cell.tau, budget_tokens=cell.budget)
+    g, num_pages = memory.geometry, memory.host.num_host_pages
+    config = dataclasses.replace(memory.config, tau=cell.tau, budget_tokens=cell.budget)
     set_drift(runner, g, cell.drift)
     num_pairs = num_pages * g.num_kv_heads
     num_blocks = int(cell.windows * cell.batch * cell.budget // g.page_size * g.num_kv_heads)
-    resize_blocks(memory, min(num_blocks, num_pairs) if cell.windows else num_pairs)
+    restart(memory, config, min(num_blocks, num_pairs) if cell.windows else num_pairs)
     capture(runner, cell.batch)
     requests = make_requests(runner, cell.batch, cell.context, _MOST_STEPS, num_pages - 1)
     give_first_windows(requests)
     before: list[int] = []
-    seconds = step_times(requests, lambda: before.extend(counters.values.tolist()), _CPU_STEPS)
-    count = {c: counters[c] - before[c] for c in Count}
+    seconds = step_times(requests, lambda: before.extend(memory.counters.values.tolist()), _CPU_STEPS)
+    count = {c: memory.counters[c] - before[c] for c in Count}
     if count[Count.ABSENT_PAGES]:
         raise RuntimeError(f"{count[Count.ABSENT_PAGES]} pages were absent when attention ran, in {cell}")
     return _sample(

@@ -13,29 +13,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from sglang.benchmark.one_batch import load_model
-from sglang.srt.entrypoints.engine import _set_envs_and_config
-from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardBatch, ForwardMode
-from sglang.srt.plugins import load_plugins
-from sglang.srt.server_args import PortArgs, ServerArgs
 
+from benchmarks.runner import load_runner
 from sglang_freekv.memory.geometry import Geometry
 
 WALK_TOKENS = 512
 _PERSISTENCE = 0.8  # cosine of two steps of the walk; what moves comes back the later, the larger it is
 
 
-def load_runner(model: Path, device: str, **keywords: object):
-    """SGLang's ModelRunner with pools and attention, as `sglang.bench_one_batch` makes it."""
-    torch.set_grad_enabled(False)
-    load_plugins()
-    if device == "cuda":
-        keywords |= {"attention_backend": "flashinfer"}
-    server_args = ServerArgs(
-        model_path=str(model), load_format="dummy", dtype="bfloat16", device=device, random_seed=0, **keywords
-    )
-    _set_envs_and_config(server_args)
-    runner = load_model(server_args, PortArgs.init_new(server_args), 0, 0)[0].torch_runner
+def load_dummy(model: Path, device: str, **keywords: object):
+    """SGLang's runner with weights whose queries walk; `set_drift` comes next."""
+    runner = load_runner(str(model), device, load_format="dummy", dtype="bfloat16", **keywords)
     for name, weight in runner.model.named_parameters():
         if "norm" in name:
             weight.data.fill_(1)
@@ -80,31 +68,3 @@ def set_drift(runner, geometry: Geometry, drift: float) -> None:
         queries = weight[: g.num_qo_heads * g.head_dim]
         queries[:, :1] *= (2 * (1 - walking)).sqrt() * is_slow
         queries[:, 1:] *= (2 * walking).sqrt() * is_slow
-
-
-def decode_batch(
-    runner,
-    input_ids: torch.Tensor,
-    rows: torch.Tensor,
-    seq_lens: torch.Tensor,
-    seq_lens_cpu: torch.Tensor,
-    slots: torch.Tensor,
-) -> ForwardBatch:
-    """One decode step, with what SGLang's scheduler would say of it; lengths include the new token."""
-    return ForwardBatch(
-        forward_mode=ForwardMode.DECODE,
-        batch_size=len(rows),
-        input_ids=input_ids,
-        req_pool_indices=rows,
-        seq_lens=seq_lens,
-        out_cache_loc=slots,
-        seq_lens_sum=int(seq_lens_cpu.sum()),
-        seq_lens_cpu=seq_lens_cpu,
-        orig_seq_lens=seq_lens,
-        positions=seq_lens - 1,
-        rids=[str(i) for i in range(len(rows))],
-        lora_ids=[None] * len(rows),
-        spec_algorithm=runner.spec_algorithm,
-        capture_hidden_mode=CaptureHiddenMode.NULL,
-        num_token_non_padded_cpu=len(rows),
-    )

@@ -10,17 +10,16 @@ from __future__ import annotations
 import gc
 from dataclasses import dataclass
 from itertools import pairwise
-from types import SimpleNamespace
 
 import torch
-from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-from benchmarks.gpu.decode_model import WALK_TOKENS, decode_batch
+from benchmarks.gpu.decode_model import WALK_TOKENS
+from benchmarks.runner import decode_batch, forward
 from freekv_kernels import Batch
 from sglang_freekv.algorithm.prefill import start_windows
+from sglang_freekv.config import FreeKVConfig
 from sglang_freekv.memory.geometry import num_pages_of
 from sglang_freekv.memory.kv_memory import KVMemory
-from sglang_freekv.serving.kv_pool import FreeKVPool
 
 _PAGE = 32
 _PIECE_BYTES = 1 << 30  # `PinnedMemory`: the driver's copies stay within a piece
@@ -44,13 +43,8 @@ class Requests:
         slots = runner.req_to_token_pool.req_to_token[self.rows, self.seq_lens].long()
         self.lengths, self.seq_lens = self.lengths + 1, self.seq_lens + 1
         tokens, self.tokens = self.tokens, (self.tokens + 1) % WALK_TOKENS
-        is_freekv = isinstance(runner.token_to_kv_pool, FreeKVPool)
-        if is_freekv:  # as the patch of SGLang's worker does around each batch
-            reqs = [SimpleNamespace(req_pool_idx=row) for row in range(1, len(self.rows) + 1)]
-            runner.attn_backend.begin_batch(SimpleNamespace(reqs=reqs, chunked_req=None))
-        runner.forward(decode_batch(runner, tokens, self.rows, self.seq_lens, self.lengths, slots))
-        if is_freekv:
-            runner.attn_backend.end_batch(ForwardMode.DECODE)
+        batch = decode_batch(runner, tokens, self.rows, self.seq_lens, self.lengths, slots)
+        forward(runner, batch, range(1, len(self.rows) + 1))
 
 
 def make_requests(runner, batch_size: int, context: int, max_steps: int, num_pages: int) -> Requests:
@@ -106,10 +100,10 @@ def fill_host_store(memory: KVMemory) -> None:
     memory.host.filled.fill_(g.page_size)
 
 
-def resize_blocks(memory: KVMemory, num_blocks: int) -> None:
-    """Give the engine another number of device blocks, all free; graphs that were captured before are void."""
+def restart(memory: KVMemory, config: FreeKVConfig, num_blocks: int) -> None:
+    """Give the engine other settings and another number of device blocks, as `KVMemory.start`."""
     gc.collect()  # graphs that were captured before hold the old ones in cycles
-    memory.resize_blocks(num_blocks)
+    memory.start(config, num_blocks)
     for kv in memory.blocks.kv:
         kv.zero_()  # a page that is opened reads what is there until it is written: no NaN
 

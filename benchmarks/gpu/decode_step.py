@@ -16,8 +16,8 @@ from itertools import pairwise
 import torch
 
 from benchmarks.gpu.decode_cells import FREEKV_CELLS, PLAIN_CELLS, REHEARSED_FREEKV, REHEARSED_PLAIN, Cell, K
-from benchmarks.gpu.decode_model import capture, load_runner, set_drift
-from benchmarks.gpu.decode_requests import Requests, fill_host_store, give_first_windows, make_requests, resize_blocks
+from benchmarks.gpu.decode_model import capture, load_dummy, set_drift
+from benchmarks.gpu.decode_requests import Requests, fill_host_store, give_first_windows, make_requests, restart
 from benchmarks.gpu.session import Failures, Session
 from freekv_kernels import Count
 from sglang_freekv.memory.pinned import free_host_bytes
@@ -107,10 +107,10 @@ class FreeKVBench:
         """Weights, blocks, tau and graph of a cell."""
         g, memory = self.memory.geometry, self.memory
         set_drift(self.runner, g, drift)
-        memory.config = dataclasses.replace(memory.config, tau=cell.tau)
+        config = dataclasses.replace(memory.config, tau=cell.tau)
         num_pairs = memory.host.num_host_pages * g.num_kv_heads
         num_blocks = int(cell.windows * cell.batch * memory.sizes.max_budget * g.num_kv_heads)
-        resize_blocks(memory, min(num_blocks, num_pairs) if cell.windows else num_pairs)
+        restart(memory, config, min(num_blocks, num_pairs) if cell.windows else num_pairs)
         capture(self.runner, cell.batch)
 
     def _start(self, cell: Cell, max_steps: int) -> Requests:
@@ -186,7 +186,7 @@ def _load(session: Session, **keywords: object):
     if session.device == "cuda":
         # Captured again in each cell, one size each; buffers that all of them share are made for the largest one here.
         keywords |= {"cuda_graph_bs_decode": [keywords["max_running_requests"]], "disable_prefill_cuda_graph": True}
-    return load_runner(model, session.device, **keywords)
+    return load_dummy(model, session.device, **keywords)
 
 
 def step_times(

@@ -62,28 +62,37 @@ class KVMemory:
         ops: Ops | None = None,
     ) -> None:
         g = geometry
-        self.geometry, self.config, self.max_requests, self.device = g, config, max_requests, device
+        self.geometry, self.max_requests, self.device = g, max_requests, device
         self.ops = ops or (REFERENCE if device == "cpu" else triton_ops())
         self.runs_references = self.ops is REFERENCE
         self.max_pages = num_pages_of(max_context, g.page_size)
-        self.sizes = WindowSizes.of(config, g.page_size)
-        self.kinds = kinds_of(config, g.num_layers)
-        self.counters = Counters(g.record_bytes, device)
         self.host = HostStore(g, num_host_pages, device)
         self.index = INDEXES[config.selector_name](g, num_host_pages, device)
-        self.windows = Windows(g, max_requests, self.sizes.max_budget, device)
-        self.budgets = Budgets(max_requests, g.num_kv_heads, self.sizes.max_budget, device)
         # [half, arena_tokens, 2, num_kv_heads, head_dim]
         self.arena = torch.empty((2, config.arena_tokens, 2, g.num_kv_heads, g.head_dim), dtype=g.dtype, device=device)
-        self._allocate_blocks(num_blocks)
+        self.start(config, num_blocks)
 
-    def resize_blocks(self, num_blocks: int) -> None:
-        """Take another number of device blocks, all free; no request may be running, and captured graphs are void."""
-        self.layers, self.blocks, self.tables = [], None, None  # the old ones go before the new ones come
+    def start(self, config: FreeKVConfig, num_blocks: int) -> None:
+        """Start, or start over: no requests, all blocks free, counters at zero; host store and index stay as they are.
+
+        No request may be running, and captured graphs are void.
+
+        Parameters
+        ----------
+        config : FreeKVConfig
+            Whose selector must read the index that there is.
+        """
+        g = self.geometry
+        self.layers, self.blocks, self.tables, self.windows = [], None, None, None  # the old go before the new come
         if self.device != "cpu":
             torch.cuda.empty_cache()
+        self.config = config
+        self.sizes = WindowSizes.of(config, g.page_size)
+        self.kinds = kinds_of(config, g.num_layers)
+        self.counters = Counters(g.record_bytes, self.device)
+        self.windows = Windows(g, self.max_requests, self.sizes.max_budget, self.device)
+        self.budgets = Budgets(self.max_requests, g.num_kv_heads, self.sizes.max_budget, self.device)
         self._allocate_blocks(num_blocks)
-        self.blocks.step.fill_(self.counters.steps)
 
     def _allocate_blocks(self, num_blocks: int) -> None:
         """Blocks, and all that knows their addresses."""

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import torch
 
-from benchmarks.gpu.decode_requests import give_first_windows, resize_blocks
+from benchmarks.gpu.decode_requests import give_first_windows, restart
 from sglang_freekv.algorithm.engine import build_engine
 from sglang_freekv.config import FreeKVConfig
 from sglang_freekv.memory.geometry import Geometry
@@ -24,10 +24,8 @@ def test_a_cell_of_another_budget_has_it_in_the_tables_and_in_its_windows():
     memory.host.kv.zero_()
     memory.index.summaries.zero_()
     memory.index.codes.zero_()
-    memory.counters.steps = 7
     for budget in (16, 10):
-        memory.config = replace(memory.config, budget_tokens=budget * PAGE)
-        resize_blocks(memory, 70)
+        restart(memory, replace(config, budget_tokens=budget * PAGE), 70)
         table = torch.arange(28 * PAGE, dtype=torch.int32)[None].repeat(2, 1) + PAGE
         runner = SimpleNamespace(
             attn_backend=SimpleNamespace(prefill=prefill), req_to_token_pool=SimpleNamespace(req_to_token=table)
@@ -35,4 +33,3 @@ def test_a_cell_of_another_budget_has_it_in_the_tables_and_in_its_windows():
         give_first_windows(SimpleNamespace(runner=runner, rows=torch.tensor([1]), seq_lens=torch.tensor([25 * PAGE])))
         assert memory.budgets.of(1) == memory.budgets.pages[1].tolist() == [budget] * 2
         assert ((memory.layers[1].windows[:, 1] >= 0).sum(-1) == budget).all()
-        assert int(memory.blocks.step) == 7

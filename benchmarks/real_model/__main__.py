@@ -1,0 +1,126 @@
+"""Decode real text under retrieval and under full attention, and say what each method loses and moves.
+
+    python -m benchmarks.real_model
+    python -m benchmarks.real_model --model FOLDER --contexts 2048 4096 8192 --budgets 256 512 1024 2048
+    python -m benchmarks.real_model --kinds book.txt --methods exact "mine=--freekv-tau 0.5"
+
+The first runs every method at 4,096 tokens with a budget of 512, on SmolLM2.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import tempfile
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+from benchmarks.methods import METHODS, Method, parse_method
+from benchmarks.real_model import pictures
+from benchmarks.real_model.compare import Comparison
+from benchmarks.real_model.processes import run_in_process
+from benchmarks.real_model.progress import Progress
+from benchmarks.real_model.reading import num_slots
+from benchmarks.real_model.summary import WHOLE, table, write_drift, write_records
+from benchmarks.real_model.texts import KINDS, Text, digest, draw_texts
+from benchmarks.real_model.worker import Cell, Job, read_full, read_methods, share_processes
+from benchmarks.records import RESULTS, RecordWriter, read_records
+
+_DRIFT_OF = "exact"
+
+
+def main() -> None:
+    args = _parse()
+    methods = [parse_method(name) for name in args.methods if name != WHOLE]
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    job = _job(args)
+    texts = draw_texts(args.kinds, args.texts, job.num_tokens, tokenizer, args.data)
+    job = dataclasses.replace(job, texts=tuple(tuple(text.tokens) for text in texts))
+    writer = RecordWriter("real_model", args.out / "real_model.jsonl")
+    shared = {"model": Path(args.model).name, "dtype": args.dtype, "texts": digest(texts), "steps": args.steps}
+    with tempfile.TemporaryDirectory() as folder:
+        job = dataclasses.replace(job, folder=Path(folder))
+        for comparison in _compare(job, _cells(methods, args)):
+            _write(comparison, texts, writer, shared)
+    _show(args, writer.path)
+
+
+def _compare(job: Job, cells: list[Cell]):
+    """Yield the comparison of every cell behind every context."""
+    groups = share_processes(cells)
+    progress = Progress(
+        prefill=(1 + len(groups)) * len(job.texts) * job.num_tokens,
+        decode=(1 + len(cells)) * len(job.texts) * job.num_steps * len(job.contexts),
+    )
+    for work in run_in_process(read_full, job):
+        progress.add(work)
+    for group in groups:
+        for item in run_in_process(read_methods, job, group):
+            if isinstance(item, Comparison):
+                progress.say(f"{item.method}, {item.budget:,} of {item.context:,}: KL {item.of_texts('kl').mean():.4f}")
+                yield item
+            else:
+                progress.add(item)
+
+
+def _cells(methods: list[Method], args: argparse.Namespace) -> list[Cell]:
+    """Every method with every budget, and one that covers every context."""
+    covering = num_slots(1, max(args.contexts), args.steps)
+    whole = [Cell(Method(WHOLE, ("--freekv-tau", "-1")), covering)] if WHOLE in args.methods else []
+    return whole + [Cell(method, budget) for method in methods for budget in args.budgets]
+
+
+def _write(comparison: Comparison, texts: list[Text], writer: RecordWriter, shared: dict) -> None:
+    kinds = [text.kind for text in texts]
+    write_records(comparison, kinds, writer, shared)
+    if comparison.method == _DRIFT_OF:
+        write_drift(comparison, kinds, writer, shared)
+
+
+def _show(args: argparse.Namespace, path: Path) -> None:
+    records = read_records(path)
+    for context in args.contexts:
+        for budget in args.budgets:
+            print(f"\n{context:,} tokens, budget {budget:,}; brackets: 95 % intervals over texts")
+            print(table(records, f"{context}:{budget}").text())
+    print(*pictures.draw(records, args.out), sep="\n")
+
+
+def _job(args: argparse.Namespace) -> Job:
+    return Job(
+        model=str(args.model),
+        dtype=args.dtype,
+        device=args.device,
+        texts=(),
+        contexts=tuple(args.contexts),
+        num_steps=args.steps,
+        every=args.every,
+        windows=args.windows,
+        folder=Path(),
+    )
+
+
+def _parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.real_model", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    names = [WHOLE, *(name for name, method in METHODS.items() if not method.is_full)]
+    parser.add_argument("--model", default=None, help="folder of a model (default: SmolLM2, fetched once)")
+    parser.add_argument("--methods", nargs="+", default=names, help=f"of {', '.join(names)}, or NAME=FLAGS")
+    parser.add_argument("--contexts", type=int, nargs="+", default=[4096], help="tokens of the prompts, whole pages")
+    parser.add_argument("--budgets", type=int, nargs="+", default=[512], help="tokens")
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), help=f"of {', '.join(KINDS)}, or text files")
+    parser.add_argument("--texts", type=int, default=4, help="of each kind")
+    parser.add_argument("--steps", type=int, default=64, help="decode steps of each text")
+    parser.add_argument("--every", type=int, default=16, help="steps of which one looks at exact attention")
+    parser.add_argument("--windows", type=float, default=2.0, help="device blocks for each request, in windows")
+    parser.add_argument("--dtype", default="float32", help="float32: rounding hides no small difference")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--data", type=Path, default=None, help="folder of the texts (default: fetched once)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the records and pictures")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
