@@ -19,12 +19,12 @@ from transformers import AutoTokenizer
 from benchmarks.methods import METHODS, Method, parse_method
 from benchmarks.real_model import pictures
 from benchmarks.real_model.compare import Comparison
+from benchmarks.real_model.job import Cell, Job, whole_pages
 from benchmarks.real_model.processes import run_in_process
 from benchmarks.real_model.progress import Progress
-from benchmarks.real_model.reading import num_slots
 from benchmarks.real_model.summary import WHOLE, table, write_drift, write_records
 from benchmarks.real_model.texts import KINDS, Text, digest, draw_texts
-from benchmarks.real_model.worker import Cell, Job, read_full, read_methods, share_processes
+from benchmarks.real_model.worker import read_full, read_methods, share_processes
 from benchmarks.records import RESULTS, RecordWriter, read_records
 
 _DRIFT_OF = "exact"
@@ -66,7 +66,7 @@ def _compare(job: Job, cells: list[Cell]):
 
 def _cells(methods: list[Method], args: argparse.Namespace) -> list[Cell]:
     """Every method with every budget, and one that covers every context."""
-    covering = num_slots(1, max(args.contexts), args.steps)
+    covering = whole_pages(max(args.contexts) + args.steps)
     whole = [Cell(Method(WHOLE, ("--freekv-tau", "-1")), covering)] if WHOLE in args.methods else []
     return whole + [Cell(method, budget) for method in methods for budget in args.budgets]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 
-from benchmarks.real_model.reading import Work
+from benchmarks.real_model.job import Work
 
 # Work of decoding a token, in prefilled tokens; only the share of the two in the rest depends on it.
 _DECODED_TOKEN = 20
@@ -34,4 +34,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         """A line that stays."""
-        print(f"\r{text:<40}" if self._is_terminal else text, file=sys.stderr, flush=True)
+        self._print(text, end="\n")
+
+    def _print(self, text: str, end: str) -> None:
+        print(f"\r{text:<60}" if self._is_terminal else text, end=end, file=sys.stderr, flush=True)

@@ -7,28 +7,14 @@ follows. These last tokens and all decoded ones have slots of their own, so the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterator
 
 import torch
 
+from benchmarks.real_model.job import PAGE, TAIL, Job, Work, whole_pages
 from benchmarks.runner import decode_batch, extend_batch, forward
 
-TAIL = 64  # tokens of a prompt that a method reads itself, whole pages
 _CHUNK = 2048  # tokens of prefill
-PAGE = 64  # tokens; the largest page, so a multiple of all
-
-
-def num_slots(num_texts: int, length: int, num_steps: int) -> int:
-    """Token slots that a reading needs, whole pages; the pool's own first page is not counted."""
-    return num_texts * (_whole(length) + _whole(TAIL + num_steps))
-
-
-class Work(NamedTuple):
-    """Tokens that were processed, of all texts."""
-
-    prefilled: int = 0
-    decoded: int = 0
 
 
 class Reading:
@@ -37,21 +23,17 @@ class Reading:
     Parameters
     ----------
     runner
-        SGLang's, whose pool has `num_slots` and a page more.
-    texts : sequence of list of int
-        Tokens.
-    num_steps : int
-        Of decode, at most, behind any context.
+        SGLang's, with a pool of the job's slots.
+    job : Job
     """
 
-    def __init__(self, runner, texts: Sequence[Sequence[int]], num_steps: int) -> None:
-        self.runner, self.num_steps = runner, num_steps
-        self.tokens = torch.tensor(texts, device=runner.device)  # [num_texts, length]
+    def __init__(self, runner, job: Job) -> None:
+        self.runner, self.num_steps = runner, job.num_steps
+        self.tokens = torch.tensor(job.texts, device=runner.device)  # [num_texts, length]
         num_texts, length = self.tokens.shape
         self.rows = torch.arange(1, num_texts + 1, device=runner.device)
-        own = torch.arange(num_slots(num_texts, length, num_steps), device=runner.device) + PAGE
-        own = own.view(num_texts, -1)
-        self._prompt_slots, self._method_slots = own[:, : _whole(length)], own[:, _whole(length) :]
+        own = torch.arange(PAGE, job.num_slots, device=runner.device).view(num_texts, -1)
+        self._prompt_slots, self._method_slots = own[:, : whole_pages(length)], own[:, whole_pages(length) :]
 
     def prefill(self) -> Iterator[Work]:
         """Read the texts; yields what it has read each time."""
@@ -91,7 +73,3 @@ class Reading:
     def targets(self, context: int, step: int) -> torch.Tensor:
         """The tokens that the text has where a step's logits are of: int64 ``[num_texts]``."""
         return self.tokens[:, context + step + 1]
-
-
-def _whole(tokens: int) -> int:
-    return -(-tokens // PAGE) * PAGE

@@ -91,7 +91,7 @@ def table(records: Sequence[Record], name: str) -> Table:
         and (row.params["budget"] == int(budget) or row.params["method"] == WHOLE)
     ]
     rows.sort(key=lambda row: row.numbers["kl"].value)
-    lines = [[name for name in _COLUMNS], *([cell(row) for cell in _COLUMNS.values()] for row in rows)]
+    lines = [list(_COLUMNS), *([cell(row) for cell in _COLUMNS.values()] for row in rows)]
     keep = [i for i in range(len(_COLUMNS)) if any(line[i] for line in lines[1:])]
     return Table([[line[i] for i in keep] for line in lines], conditions_of(r for row in rows for r in row.records))
 

@@ -8,18 +8,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from benchmarks.methods import Method
 from benchmarks.real_model.compare import Comparison, compare
+from benchmarks.real_model.job import Cell, Job, Work
 from benchmarks.real_model.probe import Probe
-from benchmarks.real_model.reading import PAGE, Reading, Work, num_slots
-from benchmarks.runner import load_runner
 from sglang_freekv.algorithm.engine import build_engine
 from sglang_freekv.config import FreeKVConfig
 from sglang_freekv.flags import add_cli_args, take_options
@@ -27,45 +23,14 @@ from sglang_freekv.memory.kv_memory import KVMemory
 from sglang_freekv.memory.page_indexes import INDEXES
 
 
-@dataclass(frozen=True)
-class Job:
-    """What all processes of a run share."""
-
-    model: str
-    dtype: str
-    device: str
-    texts: tuple[tuple[int, ...], ...]
-    contexts: tuple[int, ...]
-    num_steps: int
-    every: int  # steps of which one looks at exact attention
-    windows: float  # of device blocks per request
-    folder: Path  # of the logits of full attention
-
-    @property
-    def num_tokens(self) -> int:
-        """Of a text: the longest context, and what is decoded behind it."""
-        return max(self.contexts) + self.num_steps + 1
-
-    def logits(self, context: int) -> Path:
-        return self.folder / f"full-{context}.npy"
-
-
-class Cell(NamedTuple):
-    """A method with a budget in tokens."""
-
-    method: Method
-    budget: int
-
-
 def read_full(job: Job) -> Iterator[Work]:
     """Decode with plain SGLang and keep its log-probabilities; yields the work done since the last time."""
-    runner = _load(job)
-    reading = Reading(runner, job.texts, job.num_steps)
+    runner, reading = _start(job)
     yield from reading.prefill()
     vocabulary = runner.model_config.vocab_size
     for context in job.contexts:
         shape = (job.num_steps, len(job.texts), vocabulary)
-        kept = np.lib.format.open_memmap(job.logits(context), mode="w+", dtype=np.float32, shape=shape)
+        kept = np.lib.format.open_memmap(job.log_probabilities(context), mode="w+", dtype=np.float32, shape=shape)
         for step, logits in enumerate(reading.decode(context)):
             kept[step] = logits[:, :vocabulary].float().log_softmax(-1).cpu().numpy()
             yield Work(decoded=len(job.texts))
@@ -79,11 +44,10 @@ def read_methods(job: Job, cells: Sequence[Cell]) -> Iterator[Work | Comparison]
     """
     configs = [config_of(method, budget) for method, budget in cells]
     widest = max(config.budget_tokens for config in configs)
-    runner = _load(job, kv_retrieval="freekv", freekv_budget=widest, freekv_selector=configs[0].selector_name)
-    reading = Reading(runner, job.texts, job.num_steps)
+    runner, reading = _start(job, kv_retrieval="freekv", freekv_budget=widest, freekv_selector=configs[0].selector_name)
     yield from reading.prefill()
     for context in job.contexts:
-        full = np.load(job.logits(context), mmap_mode="r")
+        full = np.load(job.log_probabilities(context), mmap_mode="r")
         for (method, _), config in zip(cells, configs, strict=True):
             memory, probe = _start_method(runner, config, job), Probe(runner.attn_backend.decode, job.every)
             predictions, resident = [], []
@@ -118,18 +82,23 @@ def share_processes(cells: Sequence[Cell]) -> list[list[Cell]]:
     return shared
 
 
-def _load(job: Job, **keywords: object):
-    """A runner whose pool holds the texts."""
-    return load_runner(
+def _start(job: Job, **keywords: object):
+    """A runner whose pool holds the texts, and the texts."""
+    # SGLang is loaded in the processes that need it, after what it prints is redirected.
+    from benchmarks.real_model.reading import Reading
+    from benchmarks.runner import load_runner
+
+    runner = load_runner(
         job.model,
         job.device,
         dtype=job.dtype,
         log_level="error",
         page_size=FreeKVConfig.page_size,
         max_running_requests=len(job.texts),
-        max_total_tokens=num_slots(len(job.texts), job.num_tokens, job.num_steps) + PAGE,
+        max_total_tokens=job.num_slots,
         **keywords,
     )
+    return runner, Reading(runner, job)
 
 
 def _start_method(runner, config: FreeKVConfig, job: Job) -> KVMemory:
