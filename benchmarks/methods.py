@@ -10,23 +10,47 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Method:
-    """How a request's KV is read. `flags` are the engine's, beyond those of its sizes."""
+    """How a request's KV is read. `flags` are the engine's, beyond those of its sizes, and win over a layout's."""
 
     name: str
     flags: tuple[str, ...] = ()
     is_full: bool = False  # plain SGLang: no budget, no sizes
-    is_window: bool = False  # sink and recent take the whole budget: nothing is selected
+    is_rival: bool = False  # another's, run where it is asked for
+    ignores: tuple[str, ...] = ()  # fields of a layout that change nothing for it, or that its flags set
 
+
+def _by(selector: str) -> tuple[str, ...]:
+    """Flags of a selector that reads no codes."""
+    return ("--freekv-selector", selector, "--freekv-key-bits", "0")
+
+
+_NEVER_CORRECTS, _ALWAYS_CORRECTS = ("--freekv-tau", "-1"), ("--freekv-tau", "2")
+_READS_NO_CODES = ("key_bits",)
+_POOLS_NOTHING = ("key_bits", "pooling")  # all heads of a group have the same scores
 
 METHODS = {
     method.name: method
     for method in (
         Method("full", is_full=True),
-        Method("window", ("--freekv-tau", "-1"), is_window=True),
-        Method("exact", ("--freekv-tau", "2")),
-        Method("speculation", ("--freekv-tau", "-1")),
+        Method("window", (*_by("streaming-llm"), *_NEVER_CORRECTS), ignores=_POOLS_NOTHING),
+        Method("exact", _ALWAYS_CORRECTS),
+        Method("speculation", _NEVER_CORRECTS),
         Method("freekv-0.9", ("--freekv-tau", "0.9")),
         Method("freekv-0.8", ("--freekv-tau", "0.8")),
+        # FreeKV (arXiv 2505.13109) by its own bounds, pooling and tau for long prompts; pages, sink and recent are ours.
+        Method(
+            "freekv-paper",
+            (*_by("min-max"), "--freekv-group-pooling", "softmax", "--freekv-tau", "0.8"),
+            is_rival=True,
+            ignores=_POOLS_NOTHING,
+        ),
+        # Quest (arXiv 2406.10774). The paper keeps its first two layers dense, and its models share no KV heads.
+        Method("quest", (*_by("min-max"), *_ALWAYS_CORRECTS), is_rival=True, ignores=_READS_NO_CODES),
+        # The others say in `sglang_freekv/algorithm/baselines` where they come from and what differs.
+        Method("arkvale", (*_by("arkvale"), *_ALWAYS_CORRECTS), is_rival=True, ignores=_READS_NO_CODES),
+        Method("one-time", (*_by("one-time"), *_NEVER_CORRECTS), is_rival=True, ignores=_POOLS_NOTHING),
+        Method("r-kv", (*_by("r-kv"), *_NEVER_CORRECTS), is_rival=True, ignores=_POOLS_NOTHING),
+        Method("corm", (*_by("corm"), *_NEVER_CORRECTS), is_rival=True, ignores=_POOLS_NOTHING),
     )
 }
 

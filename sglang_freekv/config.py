@@ -14,7 +14,8 @@ OPTION_PREFIX = "freekv_"
 BUDGET_PARAM, DUMP_PARAM = "freekv_budget", "freekv_dump"  # keys of a request's `custom_params`
 PAGE_SIZES = (16, 32, 64)
 KEY_BITS = (0, 1, 2, 4)
-SELECTORS = ("codes", "min-max")
+BASELINES = ("streaming-llm", "one-time", "r-kv", "corm", "arkvale")  # selectors of others, to compare with
+SELECTORS = ("codes", "min-max", *BASELINES)
 GROUP_POOLINGS = ("softmax", "scaled", "max", "mean")
 _DEFAULT_KEY_BITS = 2  # of the selector codes
 _MAX_GIB = 1 << 20
@@ -145,11 +146,11 @@ class FreeKVConfig:
         _one_of(GROUP_POOLINGS),
         choices=GROUP_POOLINGS,
     )
-    selector: Literal["codes", "min-max"] | None = _flag(
+    selector: Literal["codes", "min-max", "streaming-llm", "one-time", "r-kv", "corm", "arkvale"] | None = _flag(
         "selector",
         None,
         "what pages are chosen by: their keys in a few bits (codes), or the minimum and maximum of their keys "
-        "(min-max) (default: codes, or min-max with --freekv-key-bits 0)",
+        "(min-max); the others are baselines, for comparison (default: codes, or min-max with --freekv-key-bits 0)",
         str,
         _one_of(SELECTORS),
         choices=SELECTORS,

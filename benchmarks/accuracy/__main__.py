@@ -58,7 +58,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add, layout = parser.add_argument, Layout()
     known = f"of {', '.join(METHODS)}, or NAME=FLAGS for another"
-    add("--methods", nargs="+", default=list(METHODS), help=known)
+    ours = [name for name, method in METHODS.items() if not method.is_rival]
+    add("--methods", nargs="+", default=ours, help=f"{known} (default: {', '.join(ours)})")
     add("--tasks", nargs="+", default=list(TASKS), choices=list(TASKS), metavar="TASK", help=f"of {', '.join(TASKS)}")
     add("--contexts", type=int, nargs="+", default=[4096, 16384], help="tokens of prompt and answer")
     add("--budgets", type=int, nargs="+", default=[512, 1024, 2048], help="tokens")

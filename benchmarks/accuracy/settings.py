@@ -60,8 +60,7 @@ class Setting:
 
     @property
     def name(self) -> str:
-        sizes = [str(value) for value in self.params.values() if value != ""]
-        return "-".join([*sizes, *(str(self.budgets[-1]) for _ in range(self.method.is_window))]).replace(",", "+")
+        return "-".join(str(value) for value in self.params.values() if value != "").replace(",", "+")
 
     def flags(self, geometry: Geometry, concurrency: int) -> list[str]:
         """Flags of the server for its method and layout.
@@ -74,8 +73,6 @@ class Setting:
         if self.method.is_full:
             return [str(flag) for flag in flags]
         largest = self.budgets[-1]
-        if self.method.is_window:
-            recent = largest - sink
         num_cached = geometry.num_layers - len([layer for layer in dense_layers.split(",") if layer])
         block_bytes = replace(geometry, page_size=page_size).block_bytes
         blocks = concurrency * 2 * (largest // page_size) * geometry.num_kv_heads + 1  # one more, for rounding
@@ -88,7 +85,9 @@ class Setting:
 
 
 def settings(methods: Sequence[Method], layouts: Iterable[Layout], budgets: Iterable[int]) -> list[Setting]:
-    """Every method with every layout; full attention once. A window has its budget in its flags: a server for each.
+    """Every method with every layout; full attention once.
+
+    A field that changes nothing for a method is that of the first layout.
 
     Raises
     ------
@@ -109,10 +108,7 @@ def settings(methods: Sequence[Method], layouts: Iterable[Layout], budgets: Iter
         for layout in layouts:
             if method.is_full:
                 found.append(Setting(method, layouts[0], (None,)))
-            elif method.is_window:
-                # Nothing is scored or pooled.
-                one = layout._replace(pooling=layouts[0].pooling, key_bits=layouts[0].key_bits)
-                found += [Setting(method, one, (budget,)) for budget in budgets]
             else:
-                found.append(Setting(method, layout, budgets))
+                same = {field: getattr(layouts[0], field) for field in method.ignores}
+                found.append(Setting(method, layout._replace(**same), budgets))
     return list(dict.fromkeys(found))

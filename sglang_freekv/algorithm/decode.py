@@ -148,6 +148,7 @@ class Decode:
         if self._plan.todo.seals:
             memory.seal(layer, batch.slots)
         if selector is not None:
+            selector.observe(layer, batch, scale)
             self._retrieve(layer, selector, attention, flags, scale)
         out = attention.run(q, layer.store.block_kv, scale)
         if number == g.num_layers - 1:

@@ -34,6 +34,7 @@ class PrefillPlan:
     group_pages: list[torch.Tensor]  # int64, the host pages of each group
     completed: Batch  # the requests whose prompt ends with this chunk
     last_tokens: torch.Tensor  # int64, index of the last token of those in the batch
+    num_last: torch.Tensor  # int64, tokens of those in the chunk
 
 
 class Prefill:
@@ -78,6 +79,7 @@ class Prefill:
             group_pages=[torch.cat([piece.pages for piece in group]) for group in groups],
             completed=completed,
             last_tokens=last_tokens,
+            num_last=to_device([chunk.extend_lens[i] for i in _completed(chunk)], memory.device),
         )
         self._begin(chunk)
         return self._plan
@@ -93,7 +95,7 @@ class Prefill:
         self._attention.plan(chunk.extend_lens, plan.groups)
         self._num_fills = 0
         with self._stream.fork():
-            self._stream.keep(plan.slots, plan.page_starts, plan.last_slots, plan.last_tokens)
+            self._stream.keep(plan.slots, plan.page_starts, plan.last_slots, plan.last_tokens, plan.num_last)
             self._stream.keep(*plan.opened, *plan.group_pages, *plan.completed)
             self._fill_next()
 
@@ -167,10 +169,15 @@ class Prefill:
         memory.seal(layer, plan.last_slots)
 
     def _start_windows(self, layer: Layer, q: torch.Tensor, scale: float) -> None:
-        """Select the first windows with the last prompt token's query."""
-        plan, g = self._plan, self.memory.geometry
-        last_q = q[plan.last_tokens].view(-1, g.num_kv_heads, g.group_size, g.head_dim)
-        start_windows(self.memory, self.selectors.get(layer.kind), layer, plan.completed, last_q, scale)
+        """Select the first windows with the last prompt token's query, or with as many as the selector observes."""
+        plan, g, selector = self._plan, self.memory.geometry, self.selectors.get(layer.kind)
+        q = q.view(-1, g.num_kv_heads, g.group_size, g.head_dim)
+        if selector is not None and selector.num_observed:
+            back = torch.arange(selector.num_observed, device=q.device)
+            observed = q[(plan.last_tokens[:, None] - back).clamp_(min=0)]
+            num_known = plan.num_last.clamp(max=selector.num_observed)
+            selector.start(layer, plan.completed, observed, num_known, scale)
+        start_windows(self.memory, selector, layer, plan.completed, q[plan.last_tokens], scale)
 
     def _fill_next(self) -> None:
         """Lay out the next group of prefix pieces: of this layer, or of the next."""

@@ -15,10 +15,46 @@ class Selector(ABC):
     """Chooses the pages of rows over their budget by the latest queries; a page's index is all it reads of a page.
 
     Nothing is decided on the host, so a CUDA graph can hold its calls.
+
+    What a selector keeps of a request lies in tensors by row of the request table: `start` writes it anew, `observe`
+    goes on with it. `score` changes nothing, as a step may ask once or twice, and an audit once more.
+
+    Attributes
+    ----------
+    baseline : str or None
+        Whose method it is, where it is here to be compared with: a citation.
+    runs_on_gpu : bool
+        Whether it is made of ops that have a kernel; if not, start-up refuses it on a GPU.
+    num_observed : int
+        Last queries of a prompt that `start` is shown; 0: it is not called.
     """
+
+    baseline: str | None = None
+    runs_on_gpu = True
+    num_observed = 0
 
     def __init__(self, memory: KVMemory) -> None:
         self.memory = memory
+
+    def start(  # noqa: B027  most keep nothing of a request
+        self, layer: Layer, batch: Batch, queries: torch.Tensor, num_known: torch.Tensor, scale: float
+    ) -> None:
+        """Prompts have ended: drop what was kept of their rows' former requests. `write_windows` (BOTH) follows.
+
+        Parameters
+        ----------
+        batch : Batch
+            At the requests' first decode step; `slots` are those of the prompts' last tokens.
+        queries : model dtype, ``[batch_size, num_observed, num_kv_heads, group_size, head_dim]``, device
+            Of the prompts' last tokens, the last one first.
+        num_known : int64, ``[batch_size]``, device
+            How many of them are known, at least 1: those of the prompt's last chunk. A shorter chunk has fewer, and the
+            tokens of a prefix hit have none.
+        scale : float, of the logits
+        """
+
+    def observe(self, layer: Layer, batch: Batch, scale: float) -> None:  # noqa: B027
+        """A decode step's tokens are written and its queries are in `layer.last_q`; once per step and layer, first."""
 
     @abstractmethod
     def score(self, layer: Layer, batch: Batch, half: Half, flags: FlagList | None = None) -> torch.Tensor:

@@ -5,6 +5,11 @@ from __future__ import annotations
 import torch
 
 from freekv_kernels import Batch, FlagList, Half
+from sglang_freekv.algorithm.baselines.arkvale import ArkValeSelector
+from sglang_freekv.algorithm.baselines.corm import CORMSelector
+from sglang_freekv.algorithm.baselines.one_time import OneTimeSelector
+from sglang_freekv.algorithm.baselines.r_kv import RKVSelector
+from sglang_freekv.algorithm.baselines.streaming_llm import StreamingLLMSelector
 from sglang_freekv.algorithm.selector import Selector
 from sglang_freekv.memory.layers import Layer
 
@@ -32,4 +37,12 @@ class CodesSelector(MinMaxSelector):
 
 
 # Name (`--freekv-selector`) -> selector; what it reads of a page: `page_indexes.INDEXES`.
-SELECTORS: dict[str, type[Selector]] = {"codes": CodesSelector, "min-max": MinMaxSelector}
+SELECTORS: dict[str, type[Selector]] = {
+    "codes": CodesSelector,
+    "min-max": MinMaxSelector,
+    "streaming-llm": StreamingLLMSelector,
+    "one-time": OneTimeSelector,
+    "r-kv": RKVSelector,
+    "corm": CORMSelector,
+    "arkvale": ArkValeSelector,
+}

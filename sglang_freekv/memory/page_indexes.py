@@ -97,9 +97,67 @@ class CodesIndex(MinMaxIndex):
         return super().nbytes + self.codes.nbytes
 
 
+class BallsIndex(MinMaxIndex):
+    """The ball around the mean of a full page's keys that has all of them; for the baseline ArkVale.
+
+    Attributes
+    ----------
+    centres : model dtype, ``[num_layers, num_host_pages, num_kv_heads, head_dim]``, device
+    radii : float32, ``[num_layers, num_host_pages, num_kv_heads]``, device
+        Around the centre as it is stored.
+    """
+
+    def __init__(self, geometry: Geometry, num_host_pages: int, device: str) -> None:
+        super().__init__(geometry, num_host_pages, device)
+        shape = (geometry.num_layers, num_host_pages, geometry.num_kv_heads)
+        self.centres = torch.empty((*shape, geometry.head_dim), dtype=geometry.dtype, device=device)
+        self.radii = torch.empty(shape, dtype=torch.float32, device=device)
+
+    @staticmethod
+    def page_bytes(geometry: Geometry) -> int:
+        g = geometry
+        balls = g.num_layers * g.num_kv_heads * (g.head_dim * g.dtype.itemsize + 4)
+        return MinMaxIndex.page_bytes(g) + balls
+
+    def seal(self, ops: Ops, number: int, store: PageStore, slots: torch.Tensor) -> None:
+        page_size = self.geometry.page_size
+        pages = slots[slots % page_size == page_size - 1] // page_size
+        if len(pages) == 0:
+            return
+        keys = store.codec.decode_keys(store.host_kv, pages, self.geometry.dtype).float()
+        centres = keys.mean(2).to(self.geometry.dtype)
+        self.centres[number, pages] = centres
+        self.radii[number, pages] = (keys - centres.float()[:, :, None]).norm(dim=-1).amax(-1)
+
+    def audit(self, number: int, store: PageStore, pages: torch.Tensor, filled: torch.Tensor) -> None:
+        """Also where a full page's ball is not around the mean of its keys, or does not just hold them."""
+        super().audit(number, store, pages, filled)
+        full = pages[filled == self.geometry.page_size]
+        keys = store.codec.decode_keys(store.host_kv, full, self.geometry.dtype).float()
+        centres, radii = (_of_pages(x[number], full).float() for x in (self.centres, self.radii))
+        means, farthest = keys.mean(2), (keys - centres[:, :, None]).norm(dim=-1).amax(-1)
+        rounding = torch.finfo(self.geometry.dtype).eps
+        is_wrong = ((centres - means).abs() > rounding * keys.abs().amax(2)).any(-1)
+        is_wrong |= (radii - farthest).abs() > _ROUNDING * (farthest + centres.norm(dim=-1))
+        if (is_wrong := is_wrong.any(1)).any():
+            raise RuntimeError(f"layer {number}: wrong ball of host page {int(full[is_wrong][0])}")
+
+    @property
+    def nbytes(self) -> int:
+        return super().nbytes + self.centres.nbytes + self.radii.nbytes
+
+
 def _of_pages(tensor: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
     return tensor[pages.to(tensor.device)].cpu()
 
 
 # Name of a selector (`--freekv-selector`) -> the index that it reads.
-INDEXES: dict[str, type[PageIndex]] = {"codes": CodesIndex, "min-max": MinMaxIndex}
+INDEXES: dict[str, type[PageIndex]] = {
+    "codes": CodesIndex,
+    "min-max": MinMaxIndex,
+    "streaming-llm": MinMaxIndex,  # reads none of it, as the next three
+    "one-time": MinMaxIndex,
+    "r-kv": MinMaxIndex,
+    "corm": MinMaxIndex,
+    "arkvale": BallsIndex,
+}

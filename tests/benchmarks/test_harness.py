@@ -116,7 +116,7 @@ class TestMethods:
     def test_flags_are_what_the_engine_accepts(self, method: Method, layout: Layout):
         for setting in settings([method], [layout], BUDGETS):
             flags = setting.flags(GEOMETRY, concurrency=4)
-            given = dict(zip(flags[::2], flags[1::2], strict=True))
+            given = dict(zip(flags[::2], flags[1::2], strict=True))  # of equal flags the last, as on a command line
             config = FreeKVConfig(
                 budget_tokens=int(given["--freekv-budget"]),
                 sink_tokens=int(given["--freekv-sink"]),
@@ -125,6 +125,7 @@ class TestMethods:
                 group_pooling=given["--freekv-group-pooling"],
                 page_size=int(given["--page-size"]),
                 key_bits=int(given["--freekv-key-bits"]),
+                selector=given.get("--freekv-selector"),
             )
             for budget in setting.budgets:
                 assert request_budget_tokens(config, {"freekv_budget": budget}) == budget
@@ -134,13 +135,16 @@ class TestMethods:
         assert not any("freekv" in flag for flag in setting.flags(GEOMETRY, 4))
         assert setting.budgets == (None,)
 
-    def test_a_window_has_a_server_per_budget_and_selects_nothing(self):
-        found = settings([METHODS["window"]], [Layout(), Layout(pooling="mean")], BUDGETS)
-        assert [setting.budgets for setting in found] == [(512,), (1024,)]
-        for setting in found:
-            flags = setting.flags(GEOMETRY, 4)
-            sink, recent = (int(flags[flags.index(f"--freekv-{name}") + 1]) for name in ("sink", "recent"))
-            assert setting.budgets[0] == sink + recent
+    def test_a_window_has_one_server_for_all_budgets_and_poolings(self):
+        (setting,) = settings([METHODS["window"]], [Layout(), Layout(pooling="mean", key_bits=4)], BUDGETS)
+        assert (setting.budgets, setting.layout) == (BUDGETS, Layout())
+        flags = setting.flags(GEOMETRY, 4)
+        assert flags[flags.index("--freekv-selector") + 1] == "streaming-llm"
+
+    def test_rivals_differ_from_each_other_by_their_flags_alone(self):
+        rivals = [method for method in METHODS.values() if method.is_rival]
+        assert {"quest", "one-time", "r-kv", "corm", "arkvale", "freekv-paper"} == {m.name for m in rivals}
+        assert len({method.flags for method in METHODS.values()}) == len(METHODS)
 
     def test_a_new_method_is_a_name_and_flags(self):
         method = parse_method("late=--freekv-tau 0.5 --freekv-new 3")
