@@ -23,19 +23,34 @@ from benchmarks.real_model.job import Cell, Job, whole_pages
 from benchmarks.real_model.processes import run_in_process
 from benchmarks.real_model.progress import Progress
 from benchmarks.real_model.summary import WHOLE, table, write_drift, write_records
-from benchmarks.real_model.texts import KINDS, Text, digest, draw_texts
+from benchmarks.real_model.texts import KINDS, Text, digest, draw_texts, long_context_data
 from benchmarks.real_model.worker import read_full, read_methods, share_processes
 from benchmarks.records import RESULTS, RecordWriter, read_records
+from tools.pretrained import smollm2_folder
 
+DEFAULT_METHODS = [
+    WHOLE,
+    "exact",
+    "freekv-0.9",
+    "freekv-0.8",
+    "freekv-paper",
+    "speculation",
+    "quest",
+    "one-time",
+    "r-kv",
+    "corm",
+    "window",
+]
 _DRIFT_OF = "exact"
 
 
 def main() -> None:
     args = _parse()
     methods = [parse_method(name) for name in args.methods if name != WHOLE]
+    args.model = args.model or smollm2_folder()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     job = _job(args)
-    texts = draw_texts(args.kinds, args.texts, job.num_tokens, tokenizer, args.data)
+    texts = draw_texts(args.kinds, args.texts, job.num_tokens, tokenizer, args.data or long_context_data())
     job = dataclasses.replace(job, texts=tuple(tuple(text.tokens) for text in texts))
     writer = RecordWriter("real_model", args.out / "real_model.jsonl")
     shared = {"model": Path(args.model).name, "dtype": args.dtype, "texts": digest(texts), "steps": args.steps}
@@ -106,8 +121,8 @@ def _parse() -> argparse.Namespace:
         "python -m benchmarks.real_model", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     names = [WHOLE, *(name for name, method in METHODS.items() if not method.is_full)]
-    parser.add_argument("--model", default=None, help="folder of a model (default: SmolLM2, fetched once)")
-    parser.add_argument("--methods", nargs="+", default=names, help=f"of {', '.join(names)}, or NAME=FLAGS")
+    parser.add_argument("--model", type=Path, default=None, help="folder of a model (default: SmolLM2, fetched once)")
+    parser.add_argument("--methods", nargs="+", default=DEFAULT_METHODS, help=f"of {', '.join(names)}, or NAME=FLAGS")
     parser.add_argument("--contexts", type=int, nargs="+", default=[4096], help="tokens of the prompts, whole pages")
     parser.add_argument("--budgets", type=int, nargs="+", default=[512], help="tokens")
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), help=f"of {', '.join(KINDS)}, or text files")

