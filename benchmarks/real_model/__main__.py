@@ -23,7 +23,7 @@ from benchmarks.real_model.job import Cell, Job, whole_pages
 from benchmarks.real_model.processes import run_in_process
 from benchmarks.real_model.progress import Progress
 from benchmarks.real_model.summary import WHOLE, table, write_drift, write_records
-from benchmarks.real_model.texts import KINDS, Text, digest, draw_texts, long_context_data
+from benchmarks.real_model.texts import KINDS, Text, digest, draw_texts, fetch_data
 from benchmarks.real_model.worker import read_full, read_methods, share_processes
 from benchmarks.records import RESULTS, RecordWriter, read_records
 from tools.pretrained import smollm2_folder
@@ -50,7 +50,7 @@ def main() -> None:
     args.model = args.model or smollm2_folder()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     job = _job(args)
-    texts = draw_texts(args.kinds, args.texts, job.num_tokens, tokenizer, args.data or long_context_data())
+    texts = draw_texts(args.kinds, args.texts, job.num_tokens, tokenizer, args.data or fetch_data(args.kinds))
     job = dataclasses.replace(job, texts=tuple(tuple(text.tokens) for text in texts))
     writer = RecordWriter("real_model", args.out / "real_model.jsonl")
     shared = {"model": Path(args.model).name, "dtype": args.dtype, "texts": digest(texts), "steps": args.steps}
