@@ -18,7 +18,7 @@ from benchmarks.real_model.compare import Comparison, compare
 from benchmarks.real_model.job import Cell, Job, whole_pages
 from benchmarks.real_model.probe import page_mass, turnover
 from benchmarks.real_model.processes import run_in_process
-from benchmarks.real_model.summary import table, write_drift, write_records
+from benchmarks.real_model.summary import table, write_drift, write_full, write_records
 from benchmarks.real_model.texts import digest, draw_texts
 from benchmarks.real_model.worker import config_of, share_processes
 from benchmarks.records import RecordWriter
@@ -165,10 +165,13 @@ def test_the_table_ranks_methods_by_divergence_and_shows_the_ratio_of_perplexiti
         for found in (comparison("worse", 0.2), comparison("better", 0.1), comparison("whole", 0.0, 4160))
         for record in (*write_records(found, KINDS, writer, {}), *write_drift(found, KINDS, writer, {}))
     ]
+    records += write_full(comparison("any", 0.5), KINDS, writer, {})
     lines = table(records, "4096:512").lines
-    assert [line[0] for line in lines[1:]] == ["whole", "better", "worse"]
-    of_worse = dict(zip(lines[0], lines[3], strict=True))
-    assert of_worse["perplexity, times full"].startswith(f"{math.exp(0.2):.4g} [")
+    assert {line[0] for line in lines[1:3]} == {"full", "whole"}
+    assert [line[0] for line in lines[3:]] == ["better", "worse"]
+    of_worse = dict(zip(lines[0], lines[4], strict=True))
+    assert of_worse["perplexity"] == f"{math.exp(2.2):.3g}"
+    assert of_worse["times full"].startswith(f"{math.exp(0.2):.4g} [")
     assert of_worse["KiB/token, waited for"] == "2" and of_worse["KiB/token, hidden"] == "1"
-    assert len(table(records, "4096:512:chat").lines) == 4
+    assert len(table(records, "4096:512:chat").lines) == 5
     assert all(path.stat().st_size > 1000 for path in pictures.draw(records, tmp_path))
