@@ -20,7 +20,7 @@ _MARKERS = "osD^vPX<>h*p"
 
 
 def draw(records: Sequence[Record], folder: Path, stem: str = "real_model") -> list[Path]:
-    """Write budget.svg, recalled.svg and, where there are records of layers, drift.svg; their names begin with `stem`."""
+    """Write STEM_budget.svg, STEM_recalled.svg and, where there are records of layers, STEM_drift.svg."""
     of_methods = (r for r in records if r.params["kind"] == ALL and "layer" not in r.params and "budget" in r.params)
     rows = rows_of(of_methods)
     pictures = {
