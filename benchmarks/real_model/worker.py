@@ -62,8 +62,7 @@ def config_of(method: Method, budget: int) -> FreeKVConfig:
     """The settings that a method's flags give, with a budget in tokens."""
     parser = argparse.ArgumentParser()
     add_cli_args(parser)
-    recent = ("--freekv-recent", str(budget - FreeKVConfig.sink_tokens)) if method.is_window else ()
-    flags = ["--kv-retrieval", "freekv", "--freekv-budget", str(budget), *recent, *method.flags]
+    flags = ["--kv-retrieval", "freekv", "--freekv-budget", str(budget), *method.flags]
     return take_options(vars(parser.parse_args(flags)))[0]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from tools.fuzz.explore import run_round, serving_context
 from tools.fuzz.machine import MemoryMachine
+from tools.fuzz.setups import BASELINE_SETUPS
 
 NUM_STEPS = 10_000
 MAX_ROUNDS = 100
@@ -23,3 +24,12 @@ def test_every_invariant_holds_after_every_step() -> None:
     happened = {name: steps[name] for name in ("extend", "finish", "abort", "retract", "evict", "flush")}
     happened |= {name: seen[name] for name in ("misses", "flagged_rows", "kept_rows", "hit_tokens", "exchanges")}
     assert min(happened.values()) > 0, happened
+
+
+def test_every_invariant_holds_with_the_selectors_that_are_compared_with() -> None:
+    before = MemoryMachine.steps.copy()
+    with serving_context():
+        done = sum(run_round(seed, BASELINE_SETUPS) for seed in range(2))
+    steps = MemoryMachine.steps - before
+    print(f"{done:,} steps: {dict(steps)}")
+    assert min(steps[name] for name in ("extend", "decode", "finish", "abort", "retract", "evict")) > 0, dict(steps)
