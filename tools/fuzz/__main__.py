@@ -10,33 +10,15 @@ import argparse
 import os
 import sys
 import time
-import traceback
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from itertools import count
 from multiprocessing import get_context
 from pathlib import Path
 
 from benchmarks.records import RecordWriter
+from tools.fuzz import worker
 
 _PROGRESS_S = 30.0
-
-
-def _start_worker() -> None:
-    import torch
-
-    torch.set_num_threads(1)  # the tensors are tiny
-
-
-def _run(seed: int, of_baselines: bool) -> tuple[int, str | None]:
-    """The steps of a round, and what failed."""
-    from tools.fuzz.explore import run_round, serving_context
-    from tools.fuzz.setups import BASELINE_SETUPS, SETUPS
-
-    try:
-        with serving_context():
-            return run_round(seed, BASELINE_SETUPS if of_baselines else SETUPS), None
-    except Exception:
-        return 0, traceback.format_exc()
 
 
 def main() -> int:
@@ -71,11 +53,11 @@ def _explore(args: argparse.Namespace, first_seed: int) -> tuple[int, int, list[
     seeds = count(first_seed) if args.rounds is None else iter(range(first_seed, first_seed + args.rounds))
     running: dict[Future, int] = {}
     steps, rounds, failures = 0, 0, []
-    with ProcessPoolExecutor(args.workers, get_context("spawn"), _start_worker) as pool:
+    with ProcessPoolExecutor(args.workers, get_context("spawn"), worker.start) as pool:
         while True:
             may_go_on = not failures and steps < args.steps and time.monotonic() < deadline
             while may_go_on and len(running) < args.workers and (seed := next(seeds, None)) is not None:
-                running[pool.submit(_run, seed, args.baselines)] = seed
+                running[pool.submit(worker.run, seed, args.baselines)] = seed
             if not running:
                 return steps, rounds, failures
             for done in wait(running, return_when=FIRST_COMPLETED).done:
