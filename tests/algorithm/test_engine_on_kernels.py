@@ -15,6 +15,7 @@ from sglang_freekv.config import FreeKVConfig
 from sglang_freekv.memory.geometry import Geometry
 from tests.support.random_traces import make_trace
 from tests.support.recorded_steps import RecordingEngine
+from tests.support.reference_checks import WithoutWindows, window_of
 from tests.support.simulated_requests import PAGE, SimulatedEngine
 
 ON_GPU = torch.cuda.is_available()
@@ -68,6 +69,23 @@ def test_chunks_and_steps_of_a_changing_batch_match_the_reference(settings: dict
     counters = engine.memory.counters
     assert counters[Count.RECALLS] > 0 and counters[Count.DEMAND_MISSES] == 0
     assert (engine.corrected > 0) == (engine.config.tau > -1)
+
+
+def test_the_baseline_that_a_gpu_may_have_reads_the_latest_pages() -> None:
+    engine = make_engine(selector="streaming-llm", tau=-1.0)
+    engine.checks = WithoutWindows(engine.memory, engine.rule)
+    prompts = (9 * PAGE - 2, 7 * PAGE)
+    requests = [engine.start(make_trace(engine.geometry, n + 40, n), n) for n in prompts]
+    engine.prefill_whole(*requests)
+    for _ in range(4):
+        engine.decode()
+        for request in requests:
+            num_pages = len(request.pages)
+            windows = [
+                window for layer in range(NUM_LAYERS) for window in window_of(engine.front(layer).cpu(), request)
+            ]
+            assert windows == [[0, *range(num_pages - 4, num_pages)]] * len(windows)
+    audit_windows(engine.decoder)
 
 
 def test_a_prefix_that_lost_its_blocks_is_fetched_on_demand_once_for_all() -> None:
