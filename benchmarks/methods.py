@@ -26,7 +26,7 @@ def _by(selector: str) -> tuple[str, ...]:
 
 _NEVER_CORRECTS, _ALWAYS_CORRECTS = ("--freekv-tau", "-1"), ("--freekv-tau", "2")
 _READS_NO_CODES = ("key_bits",)
-_POOLS_NOTHING = ("key_bits", "pooling")  # all heads of a group have the same scores
+_POOLS_NOTHING = ("key_bits", "pooling")  # all heads of a group have the same scores, or the flags say how to pool
 
 METHODS = {
     method.name: method
