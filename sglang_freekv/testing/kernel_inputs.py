@@ -114,6 +114,9 @@ class KernelInputs:
             "front, flagged rows, by codes": Call((*args, Half.FRONT), flagged | codes),
             "back, by codes": Call((*args, Half.BACK), {"out": self._scores()} | codes),
             "first, by codes": Call((*args, Half.BOTH), codes),
+            "back, by mass": Call(
+                (*args, Half.BACK), {"out": self._scores()} | codes | {"scale": self.geometry.head_dim**-0.5}
+            ),
         }
 
     def select_pages(self) -> dict[str, Call]:
