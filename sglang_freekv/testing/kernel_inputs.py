@@ -107,6 +107,7 @@ class KernelInputs:
     def score_pages(self) -> dict[str, Call]:
         args = (self.layer.last_q, self.layer.store.summary, self.batch)
         flagged, codes = {"flags": self._flags(), "out": self._scores()}, {"codes": self.memory.index.codes[_LAYER]}
+        mass = codes | {"scale": self.geometry.head_dim**-0.5}
         return {
             "front, flagged rows": Call((*args, Half.FRONT), flagged),
             "back": Call((*args, Half.BACK), {"out": self._scores()}),
@@ -115,7 +116,7 @@ class KernelInputs:
             "back, by codes": Call((*args, Half.BACK), {"out": self._scores()} | codes),
             "first, by codes": Call((*args, Half.BOTH), codes),
             "back, by mass": Call(
-                (*args, Half.BACK), {"out": self._scores()} | codes | {"scale": self.geometry.head_dim**-0.5}
+                (*args, Half.BACK), {"out": self._scores()} | mass
             ),
         }
 
