@@ -15,9 +15,10 @@ BUDGET_PARAM, DUMP_PARAM = "freekv_budget", "freekv_dump"  # keys of a request's
 PAGE_SIZES = (16, 32, 64)
 KEY_BITS = (0, 1, 2, 4)
 BASELINES = ("streaming-llm", "one-time", "r-kv", "corm", "arkvale")  # selectors of others, to compare with
-SELECTORS = ("codes", "min-max", *BASELINES)
+BY_CODES = ("codes", "mass")  # selectors that score pages by their keys in a few bits
+SELECTORS = (*BY_CODES, "min-max", *BASELINES)
 GROUP_POOLINGS = ("softmax", "scaled", "max", "mean")
-_DEFAULT_KEY_BITS = 2  # of the selector codes
+_DEFAULT_KEY_BITS = 2  # of these
 _MAX_GIB = 1 << 20
 
 
@@ -146,20 +147,29 @@ class FreeKVConfig:
         _one_of(GROUP_POOLINGS),
         choices=GROUP_POOLINGS,
     )
-    selector: Literal["codes", "min-max", "streaming-llm", "one-time", "r-kv", "corm", "arkvale"] | None = _flag(
+    selector: str | None = _flag(
         "selector",
         None,
-        "what pages are chosen by: their keys in a few bits (codes), or the minimum and maximum of their keys "
-        "(min-max); the others are baselines, for comparison (default: codes, or min-max with --freekv-key-bits 0)",
+        "what pages are chosen by: the largest logit of their keys in a few bits (codes), their share of attention by "
+        "these (mass), or the minimum and maximum of their keys (min-max); the others are baselines, for comparison "
+        "(default: codes, or min-max with --freekv-key-bits 0)",
         str,
         _one_of(SELECTORS),
         choices=SELECTORS,
+    )
+    hysteresis: float = _flag(
+        "hysteresis",
+        0.0,
+        "nats by which another page must score better than one of the present window to take its place, 0 to 20",
+        float,
+        _between(0, 20),
+        metavar="NATS",
     )
     # After construction an int: None means what the selector needs.
     key_bits: int | None = _flag(
         "key-bits",
         None,
-        "bits of each element of a key, kept on the device, by which the selector codes scores pages; 0: none "
+        "bits of each element of a key, kept on the device, by which the selectors codes and mass score pages; 0: none "
         "(default: 2, or 0 with another selector)",
         int,
         _one_of(KEY_BITS),
@@ -201,7 +211,7 @@ class FreeKVConfig:
         if self.max_budget_tokens is None:
             object.__setattr__(self, "max_budget_tokens", self.budget_tokens)
         if self.key_bits is None:
-            object.__setattr__(self, "key_bits", _DEFAULT_KEY_BITS if self.selector in (None, "codes") else 0)
+            object.__setattr__(self, "key_bits", _DEFAULT_KEY_BITS if self.selector in (None, *BY_CODES) else 0)
 
     def _check_relations(self) -> None:
         """What settings that are right one by one must be together."""
@@ -213,8 +223,8 @@ class FreeKVConfig:
         most = self.max_budget_tokens
         _require(budget <= most, "--freekv-max-budget", most, f"at least the budget ({budget} tokens)")
         if self.selector is not None:
-            fits = (self.key_bits > 0) == (self.selector == "codes")
-            bits = _or(KEY_BITS[1:]) if self.selector == "codes" else "0"
+            reads_codes = self.selector in BY_CODES
+            fits, bits = (self.key_bits > 0) == reads_codes, _or(KEY_BITS[1:]) if reads_codes else "0"
             _require(fits, "--freekv-key-bits", self.key_bits, f"{bits} with --freekv-selector {self.selector}")
 
     def keywords(self) -> dict[str, Any]:

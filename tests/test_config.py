@@ -49,6 +49,8 @@ def parse(*argv: str) -> dict:
         ({"selector": "clusters"}, "--freekv-selector"),
         ({"selector": "codes", "key_bits": 0}, "--freekv-key-bits"),
         ({"selector": "min-max", "key_bits": 2}, "--freekv-key-bits"),
+        ({"selector": "mass", "key_bits": 0}, "--freekv-key-bits"),
+        ({"hysteresis": -0.1}, "--freekv-hysteresis"),
         ({"key_bits": 3}, "--freekv-key-bits"),
         ({"key_bits": 2.0}, "--freekv-key-bits"),
         ({"key_bits": True}, "--freekv-key-bits"),
@@ -101,7 +103,7 @@ def test_flags_and_keywords_give_the_same_config():
         "--kv-retrieval freekv --freekv-budget 1024 --freekv-max-budget 4096 --freekv-sink 64 "
         "--freekv-recent 96 --freekv-tau 0.5 --freekv-host-memory 2.5 --freekv-device-blocks-memory 0.5 "
         "--freekv-arena 4096 --freekv-dense-layers 0,1 --freekv-group-pooling mean --freekv-selector codes "
-        "--freekv-key-bits 4 --freekv-refetch --freekv-audit --freekv-debug-dump dumps"
+        "--freekv-key-bits 4 --freekv-hysteresis 0.25 --freekv-refetch --freekv-audit --freekv-debug-dump dumps"
     )
     expected = FreeKVConfig(
         budget_tokens=1024,
@@ -115,6 +117,7 @@ def test_flags_and_keywords_give_the_same_config():
         dense_layers=(0, 1),
         group_pooling="mean",
         selector="codes",
+        hysteresis=0.25,
         key_bits=4,
         refetch=True,
         audit=True,
@@ -136,6 +139,7 @@ def test_flags_and_keywords_give_the_same_config():
         "freekv_dense_layers": [0, 1],
         "freekv_group_pooling": "mean",
         "freekv_selector": "codes",
+        "freekv_hysteresis": 0.25,
         "freekv_key_bits": 4,
         "freekv_refetch": True,
         "freekv_audit": True,
@@ -169,7 +173,7 @@ def test_every_flag_has_a_help_text_that_names_its_default():
     parser = argparse.ArgumentParser()
     add_cli_args(parser)
     flags = [action for action in parser._actions if action.dest != "help"]
-    assert len(flags) == 16
+    assert len(flags) == 17
     assert all("(default: " in action.help for action in flags)
 
 

@@ -1,4 +1,4 @@
-"""Score pages: the largest attention logit of a page's tokens, bounded by its summary or estimated by its codes."""
+"""Score pages: a page's largest logit, bounded by its summary or estimated by its codes, or its mass of attention."""
 
 from __future__ import annotations
 
@@ -20,12 +20,14 @@ def score_pages(
     flags: FlagList | None = None,
     out: torch.Tensor | None = None,
     codes: torch.Tensor | None = None,
+    scale: float | None = None,
 ) -> torch.Tensor:
     """Score each page for each query head, in the rows over their budget.
 
     With q = queries[rows[b], h, g] and lo, hi = summary[page_table[b, p], h], for p < num_pages[b]:
       without codes  score[b, h, g, p] = sum_d max(q[d] * lo[d], q[d] * hi[d]), a bound
       with codes     score[b, h, g, p] = max over the tokens of sum_d q[d] * k'[d], k' of `encode_pages`
+      and a scale    score[b, h, g, p] = log of the sum over the tokens of exp(scale * sum_d q[d] * k'[d])
 
     As lo <= hi, the larger product takes hi where q > 0 and lo elsewhere: one matrix product.
 
@@ -44,11 +46,13 @@ def score_pages(
         scored rows as its workspace.
     codes : uint8, ``[num_host_pages, num_kv_heads, page_size, head_dim * bits // 8]``, device, optional
         The score of a page that is not full is undefined with them, and may be NaN.
+    scale : float, optional, only with codes
+        Of attention's logits: the score is the logarithm of the page's estimated mass, before it is normalised.
 
     Returns
     -------
     out, or a new tensor with undefined values in those entries
-        Unscaled (no 1 / sqrt(head_dim)), as in the paper.
+        Largest logits are unscaled (no 1 / sqrt(head_dim)), as in the paper.
 
     Notes
     -----
@@ -81,11 +85,11 @@ def score_pages(
             own = row[pairs]
             of_users = q.index_select(0, own.flatten()).view(len(pairs), -1, head_dim)
             of_pages = (x.index_select(0, record[pairs[:, 0]]) for x in (summary, codes.flatten(0, 1)))
-            scores[rows[own], :, page[pairs]] = _score_codes(of_users, *of_pages).view(*own.shape, -1)
+            scores[rows[own], :, page[pairs]] = _score_codes(of_users, *of_pages, scale).view(*own.shape, -1)
     return scores
 
 
-def _score_codes(q: torch.Tensor, summary: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+def _score_codes(q: torch.Tensor, summary: torch.Tensor, codes: torch.Tensor, scale: float | None) -> torch.Tensor:
     """Scores ``[n, num_queries]`` of n pages, each for queries of its own: q ``[n, num_queries, head_dim]``.
 
     Steps multiply the queries, which are fewer than the codes.
@@ -94,7 +98,8 @@ def _score_codes(q: torch.Tensor, summary: torch.Tensor, codes: torch.Tensor) ->
     low, step = code_steps(summary, bits)
     values, units = unpack_codes(codes, bits)
     logits = (q * (step * units)[:, None]) @ values.float()  # [n, num_queries, page_size]
-    return logits.amax(-1) + (q @ (low + step / 2)[:, :, None]).squeeze(-1)
+    common = (q @ (low + step / 2)[:, :, None]).squeeze(-1)  # to all tokens of the page
+    return logits.amax(-1) + common if scale is None else (scale * logits).logsumexp(-1) + scale * common
 
 
 def _group_equal(values: torch.Tensor) -> Iterator[torch.Tensor]:

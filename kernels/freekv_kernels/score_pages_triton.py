@@ -24,6 +24,7 @@ def _score_pages_kernel(
     flag_count_ptr,
     out_ptr,
     codes_ptr,
+    scale,
     query_row_stride,
     query_head_stride,
     query_group_stride,
@@ -101,7 +102,10 @@ def _score_pages_kernel(
             k = (lo + step / 2)[:, None, :] + code.to(tl.float32) * step[:, None, :]
             k = k.reshape(BLOCK_P * PAGE_SIZE, BLOCK_D)
             logits = tl.dot(q, k.T, input_precision=PRECISION)
-            scores = tl.max(logits.reshape(BLOCK_G, BLOCK_P, PAGE_SIZE), 2)
+            logits = logits.reshape(BLOCK_G, BLOCK_P, PAGE_SIZE)
+            scores = tl.max(logits, 2)
+            if scale is not None:
+                scores = scale * scores + tl.log(tl.sum(tl.exp(scale * (logits - scores[:, :, None])), 2))
         tl.store(
             out_ptr + group[:, None] * out_group_stride + logical[None, :],
             scores,
@@ -117,6 +121,7 @@ def score_pages(
     flags: FlagList | None = None,
     out: torch.Tensor | None = None,
     codes: torch.Tensor | None = None,
+    scale: float | None = None,
 ) -> torch.Tensor:
     """See `freekv_kernels.score_pages`.
 
@@ -143,6 +148,7 @@ def score_pages(
         None if flags is None else flags.count,
         out,
         codes,
+        scale,
         *queries.stride()[:3],
         *summary.stride()[:3],
         batch.page_table.stride(0),

@@ -55,6 +55,7 @@ def select_pages(
     windows: torch.Tensor,
     flags: FlagList | None = None,
     scale: float = 1.0,
+    hysteresis: float = 0.0,
 ) -> None:
     """Choose what each (request, KV head) attends to.
 
@@ -80,6 +81,9 @@ def select_pages(
         Only these rows; by default every row.
     scale : float
         Of attention's logits, for the poolings "scaled" and "max".
+    hysteresis : float, >= 0
+        Added to the pooled scores of the pages that the front window has selected, before it is written; not with BOTH,
+        as there is none. Poolings of softmaxes give logarithms, so it is in nats.
 
     Notes
     -----
@@ -103,7 +107,11 @@ def select_pages(
     page = torch.arange(max_pages, device=scores.device)
     is_candidate = (page >= sink_pages) & (page < num_pages - recent_pages)
     num_best = min(width - sink_pages - recent_pages, max_pages)
-    best = pool_group(scores, is_candidate, pooling, scale).topk(num_best, -1).indices  # best first
+    pooled = pool_group(scores, is_candidate, pooling, scale)
+    if hysteresis and half != Half.BOTH:
+        (front,) = Half.FRONT.indices(int(batch.step))
+        _favour(pooled, windows[front, batch.rows[request], head], hysteresis)
+    best = pooled.topk(num_best, -1).indices  # best first
     past_the_end = max_pages + width
     is_taken = column[:num_best] < budget - sink_pages - recent_pages
     best = best.masked_fill(~is_taken, past_the_end).sort(-1).values
@@ -116,3 +124,11 @@ def select_pages(
     window = torch.where(rank >= 0, recent, window).int()
     for index in half.indices(int(batch.step)):
         windows[index, batch.rows[request], head] = window
+
+
+def _favour(pooled: torch.Tensor, window: torch.Tensor, bonus: float) -> None:
+    """Add `bonus` to the pages of a window: ``[num_rows, max_pages]`` and ``[num_rows, width]``, -1 padded."""
+    num_rows, max_pages = pooled.shape
+    is_in = torch.zeros(num_rows, max_pages + 1, dtype=torch.bool, device=pooled.device)
+    is_in.scatter_(1, torch.where(window >= 0, window.long(), max_pages), True)
+    pooled += bonus * is_in[:, :max_pages]

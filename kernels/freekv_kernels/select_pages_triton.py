@@ -76,6 +76,7 @@ def _select_pages_kernel(
     flag_count_ptr,
     windows_ptr,
     scale,
+    hysteresis,
     scores_row_stride,
     scores_group_stride,
     windows_half_stride,
@@ -87,6 +88,7 @@ def _select_pages_kernel(
     SINK: tl.constexpr,
     RECENT: tl.constexpr,
     HALF: tl.constexpr,
+    HAS_HYSTERESIS: tl.constexpr,
     POOLING: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_G: tl.constexpr,
@@ -119,11 +121,17 @@ def _select_pages_kernel(
         tl.store(window_ptr + column, window, mask=(column < WIDTH) & ~is_chosen)
     if not is_over:
         return
+    begin, end, k = SINK, num_pages - RECENT, budget - SINK - RECENT
+    if HAS_HYSTERESIS:
+        # Those among the candidates; sink and recent pages are written already, and are none.
+        held = tl.load(
+            windows_ptr + tl.load(step_ptr) % 2 * windows_half_stride + column, mask=column < WIDTH, other=-1
+        )
+        is_held = (held >= begin) & (held < end)
 
     scores_row_stride = scores_row_stride // ALIGN * ALIGN  # the same number, and the compiler sees what divides it
     scores_group_stride = scores_group_stride // ALIGN * ALIGN
     scores_ptr += row.to(tl.int64) * scores_row_stride
-    begin, end, k = SINK, num_pages - RECENT, budget - SINK - RECENT
     readable_end = tl.cdiv(end, ALIGN) * ALIGN
     BEGIN_BLOCK: tl.constexpr = SINK // BLOCK * BLOCK  # so that the first block has a candidate
     is_head = tl.arange(0, BLOCK_G) < GROUP_SIZE
@@ -157,6 +165,12 @@ def _select_pages_kernel(
         tl.debug_barrier()  # other threads may still read what is overwritten
         tl.store(scores_ptr + page, pooled, mask=page < readable_end)
     tl.debug_barrier()  # threads read what others have written
+    if HAS_HYSTERESIS:
+        favoured = tl.load(scores_ptr + held, mask=is_held, other=0.0) + hysteresis
+        highest = tl.maximum(highest, tl.max(tl.where(is_held, _sortable(favoured), 0)))
+        tl.debug_barrier()
+        tl.store(scores_ptr + held, favoured, mask=is_held)
+        tl.debug_barrier()
 
     threshold, num_ties = _kth_largest(scores_ptr, lowest, highest, k, begin, end, readable_end, BLOCK)
 
@@ -189,6 +203,7 @@ def select_pages(
     windows: torch.Tensor,
     flags: FlagList | None = None,
     scale: float = 1.0,
+    hysteresis: float = 0.0,
 ) -> None:
     """See `freekv_kernels.select_pages`.
 
@@ -210,6 +225,7 @@ def select_pages(
         None if flags is None else flags.count,
         windows,
         1.0 if pooling == "softmax" else scale,
+        hysteresis if pooling == "mean" else hysteresis * LOG2_E.value,
         *scores.stride()[:2],
         *windows.stride()[:3],
         NUM_KV_HEADS=windows.shape[2],
@@ -218,6 +234,7 @@ def select_pages(
         SINK=sink_pages,
         RECENT=recent_pages,
         HALF=int(half),
+        HAS_HYSTERESIS=hysteresis > 0 and half != Half.BOTH,
         POOLING="softmax" if pooling == "scaled" else pooling,
         BLOCK=min(4096, 16384 // block_g),  # the scores of a block take 32 registers of each thread
         BLOCK_G=block_g,

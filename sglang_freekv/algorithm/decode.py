@@ -163,7 +163,7 @@ class Decode:
         scores = None
         if todo.selects:
             if todo.scores_once:
-                scores = selector.score(layer, batch, Half.BACK)
+                scores = selector.score(layer, batch, Half.BACK, scale)
             selector.write_windows(layer, batch, Half.FRONT, scale, flags, scores)
         pairs = todo.every_pair
         if pairs is None or not lookup_pairs(pairs, layer.blocks, batch.step, attention.kv_indices):

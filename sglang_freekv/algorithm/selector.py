@@ -57,8 +57,14 @@ class Selector(ABC):
         """A decode step's tokens are written and its queries are in `layer.last_q`; once per step and layer, first."""
 
     @abstractmethod
-    def score(self, layer: Layer, batch: Batch, half: Half, flags: FlagList | None = None) -> torch.Tensor:
+    def score(
+        self, layer: Layer, batch: Batch, half: Half, scale: float, flags: FlagList | None = None
+    ) -> torch.Tensor:
         """Score every page for every query head, in the rows over their budget; only in flagged rows if given.
+
+        Parameters
+        ----------
+        scale : float, of the logits
 
         Returns
         -------
@@ -90,6 +96,7 @@ class Selector(ABC):
         """
         memory = self.memory
         if scores is None:
-            scores = self.score(layer, batch, half, flags)
-        rule = (memory.sizes.sink, memory.sizes.recent, memory.config.group_pooling)
-        memory.ops.select_pages(scores, batch, half, *rule, layer.windows, flags, scale)
+            scores = self.score(layer, batch, half, scale, flags)
+        config, sizes = memory.config, memory.sizes
+        rule = (sizes.sink, sizes.recent, config.group_pooling)
+        memory.ops.select_pages(scores, batch, half, *rule, layer.windows, flags, scale, config.hysteresis)

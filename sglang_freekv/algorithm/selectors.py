@@ -17,28 +17,62 @@ from sglang_freekv.memory.layers import Layer
 class MinMaxSelector(Selector):
     """By the bound on a page's logits that the minimum and maximum of its keys give (Quest; the paper's)."""
 
-    def score(self, layer: Layer, batch: Batch, half: Half, flags: FlagList | None = None) -> torch.Tensor:
-        return self._score(layer, batch, half, flags, None)
+    def score(
+        self, layer: Layer, batch: Batch, half: Half, scale: float, flags: FlagList | None = None
+    ) -> torch.Tensor:
+        return self._score(layer, batch, half, flags)
 
     def _score(
-        self, layer: Layer, batch: Batch, half: Half, flags: FlagList | None, codes: torch.Tensor | None
+        self,
+        layer: Layer,
+        batch: Batch,
+        half: Half,
+        flags: FlagList | None,
+        codes: torch.Tensor | None = None,
+        scale: float | None = None,
     ) -> torch.Tensor:
+        """See the op `score_pages`."""
         memory = self.memory
         workspace = memory.tables.scores(half, len(batch.rows) * memory.geometry.num_kv_heads)
         summary = memory.index.summary(layer.number)
-        return memory.ops.score_pages(layer.last_q, summary, batch, half, flags, workspace, codes)
+        return memory.ops.score_pages(layer.last_q, summary, batch, half, flags, workspace, codes, scale)
 
 
 class CodesSelector(MinMaxSelector):
     """By the largest logit of a page's tokens, as their keys in a few bits give it."""
 
-    def score(self, layer: Layer, batch: Batch, half: Half, flags: FlagList | None = None) -> torch.Tensor:
+    def score(
+        self, layer: Layer, batch: Batch, half: Half, scale: float, flags: FlagList | None = None
+    ) -> torch.Tensor:
         return self._score(layer, batch, half, flags, self.memory.index.codes[layer.number])
+
+
+class MassSelector(MinMaxSelector):
+    """By a page's share of the attention, as its keys in a few bits give it: what all of its tokens get together."""
+
+    def score(
+        self, layer: Layer, batch: Batch, half: Half, scale: float, flags: FlagList | None = None
+    ) -> torch.Tensor:
+        return self._score(layer, batch, half, flags, self.memory.index.codes[layer.number], scale)
+
+    def write_windows(
+        self,
+        layer: Layer,
+        batch: Batch,
+        half: Half,
+        scale: float,
+        flags: FlagList | None = None,
+        scores: torch.Tensor | None = None,
+    ) -> None:
+        if scores is None:
+            scores = self.score(layer, batch, half, scale, flags)
+        super().write_windows(layer, batch, half, 1.0, flags, scores)  # they are scaled already
 
 
 # Name (`--freekv-selector`) -> selector; what it reads of a page: `page_indexes.INDEXES`.
 SELECTORS: dict[str, type[Selector]] = {
     "codes": CodesSelector,
+    "mass": MassSelector,
     "min-max": MinMaxSelector,
     "streaming-llm": StreamingLLMSelector,
     "one-time": OneTimeSelector,

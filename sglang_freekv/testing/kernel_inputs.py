@@ -107,6 +107,7 @@ class KernelInputs:
     def score_pages(self) -> dict[str, Call]:
         args = (self.layer.last_q, self.layer.store.summary, self.batch)
         flagged, codes = {"flags": self._flags(), "out": self._scores()}, {"codes": self.memory.index.codes[_LAYER]}
+        mass = codes | {"scale": self.geometry.head_dim**-0.5}
         return {
             "front, flagged rows": Call((*args, Half.FRONT), flagged),
             "back": Call((*args, Half.BACK), {"out": self._scores()}),
@@ -114,18 +115,20 @@ class KernelInputs:
             "front, flagged rows, by codes": Call((*args, Half.FRONT), flagged | codes),
             "back, by codes": Call((*args, Half.BACK), {"out": self._scores()} | codes),
             "first, by codes": Call((*args, Half.BOTH), codes),
+            "back, by mass": Call((*args, Half.BACK), {"out": self._scores()} | mass),
         }
 
     def select_pages(self) -> dict[str, Call]:
-        def call(half: Half, pooling: str, flags: FlagList | None = None) -> Call:
+        def call(half: Half, pooling: str, flags: FlagList | None = None, hysteresis: float = 0.0) -> Call:
             scores = self._scores()
             fixed = (self.sizes.sink, self.sizes.recent, pooling, self.layer.windows)
-            return Call((scores, self.batch, half, *fixed, flags), changed=(scores,))
+            return Call((scores, self.batch, half, *fixed, flags, 1.0, hysteresis), changed=(scores,))
 
         return {
             "front, flagged rows": call(Half.FRONT, "softmax", self._flags()),
             "back": call(Half.BACK, "softmax"),
             "back, mean": call(Half.BACK, "mean"),
+            "back, hysteresis": call(Half.BACK, "softmax", hysteresis=0.5),
             "first": call(Half.BOTH, "softmax"),
         }
 

@@ -8,6 +8,7 @@ query that the rule names, which is the same thing because only finished pages a
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,8 @@ class Rule:
     scale: float  # of attention's logits
     page_size: int
     key_bits: int  # pages are scored by their keys in this many bits; 0: by their minimum and maximum
+    by_mass: bool  # by what all tokens of a page get, instead of by its best one
+    hysteresis: float  # what a page of the present window scores more
     dense_layers: tuple[int, ...] = ()
 
     @classmethod
@@ -48,6 +51,8 @@ class Rule:
             scale=1 / math.sqrt(g.head_dim),
             page_size=g.page_size,
             key_bits=g.key_bits,
+            by_mass=config.selector_name == "mass",
+            hysteresis=config.hysteresis,
             dense_layers=config.dense_layers,
         )
 
@@ -71,6 +76,7 @@ class ReferenceRequest:
         self.keys: list[torch.Tensor | None] = [None] * rule.num_layers  # [length, H, D] float64
         self.values: list[torch.Tensor | None] = [None] * rule.num_layers
         self.last_query: list[torch.Tensor | None] = [None] * rule.num_layers  # [Hq, D] float64
+        self.read: list[list[list[int]]] = [[[]] * rule.num_kv_heads] * rule.num_layers  # windows of the last step
 
     def remember(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Append keys and values `[n, H, D]` of tokens that follow those already known."""
@@ -107,10 +113,13 @@ class ReferenceRequest:
         windows, scores, flagged = [], [], []
         for kv_head in range(self.rule.num_kv_heads):
             flagged.append(over_budget and self.similarity(q, previous, kv_head) < self.rule.tau)
-            query = q if flagged[-1] else previous
-            window, score = self.window(layer, kv_head, query, len(self.keys[layer]))
+            length = len(self.keys[layer])
+            window, score = self.window(layer, kv_head, previous, length, self.read[layer][kv_head])
+            if flagged[-1]:
+                window, score = self.window(layer, kv_head, q, length, window)
             windows.append(window)
             scores.append(score)
+        self.read[layer] = windows
         return Expected(windows, scores, flagged, over_budget)
 
     def attend(self, layer: int, q: torch.Tensor, windows: list[list[int]], scale: float) -> torch.Tensor:
@@ -124,13 +133,19 @@ class ReferenceRequest:
             out[qo_head] = weights @ values
         return out
 
-    def window(self, layer: int, kv_head: int, q: torch.Tensor, length: int) -> tuple[list[int], dict[int, float]]:
-        """The window that query `q [Hq, D]` chooses for a length, and the scores it was chosen by."""
+    def window(
+        self, layer: int, kv_head: int, q: torch.Tensor, length: int, present: Sequence[int] = ()
+    ) -> tuple[list[int], dict[int, float]]:
+        """The window that query `q [Hq, D]` chooses for a length, and the scores it was chosen by.
+
+        Pages of the `present` window, where there is one, are favoured.
+        """
         num_pages = math.ceil(length / self.rule.page_size)
         if num_pages <= self.budget_pages:
             return list(range(num_pages)), {}
         sink, first_recent = self.rule.sink_pages, num_pages - self.rule.recent_pages
         scores = self.scores(layer, kv_head, q, range(sink, first_recent))
+        scores = {page: score + self.rule.hysteresis * (page in present) for page, score in scores.items()}
         num_selected = self.budget_pages - sink - self.rule.recent_pages
         best = sorted(scores, key=scores.get, reverse=True)[:num_selected]
         return [*range(sink), *sorted(best), *range(first_recent, num_pages)], scores
@@ -143,7 +158,7 @@ class ReferenceRequest:
         if self.rule.pooling == "mean":
             pooled = raw.mean(dim=0)
         else:
-            scale = 1.0 if self.rule.pooling == "softmax" else self.rule.scale
+            scale = 1.0 if self.rule.pooling == "softmax" or self.rule.by_mass else self.rule.scale
             shares = (scale * raw).log_softmax(dim=1)
             is_max = self.rule.pooling == "max"
             pooled = shares.amax(dim=0) if is_max else shares.logsumexp(dim=0) - math.log(self.group_size)
@@ -155,7 +170,8 @@ class ReferenceRequest:
         if self.rule.key_bits == 0:
             return torch.maximum(group * low, group * high).sum(dim=1)
         assert len(keys) == self.rule.page_size, "a page that is not full is no candidate"
-        return (group @ coarse(keys, low, high, 2**self.rule.key_bits).T).amax(dim=1)
+        logits = group @ coarse(keys, low, high, 2**self.rule.key_bits).T
+        return (self.rule.scale * logits).logsumexp(dim=1) if self.rule.by_mass else logits.amax(dim=1)
 
     def similarity(self, q: torch.Tensor, previous: torch.Tensor, kv_head: int) -> float:
         """Mean over the query heads of a KV head of the cosine between two queries `[Hq, D]`."""

@@ -49,6 +49,12 @@ CASES = {
     "mean-pooling-speculation-only": (make_geometry(3), make_config(tau=-1.0, group_pooling="mean")),
     "pages-of-16-scaled-pooling": (make_geometry(page_size=16), make_config(16, group_pooling="scaled", key_bits=1)),
     "pages-of-64-max-pooling": (make_geometry(page_size=64), make_config(64, group_pooling="max", key_bits=4)),
+    "by-mass": (make_geometry(group_size=3), make_config(selector="mass", key_bits=2)),
+    "by-mass-hysteresis": (
+        make_geometry(group_size=4),
+        make_config(selector="mass", key_bits=1, hysteresis=0.05, recent_tokens=PAGE),
+    ),
+    "hysteresis-scaled-pooling": (make_geometry(), make_config(hysteresis=0.02, group_pooling="scaled")),
     "no-sink": (make_geometry(group_size=3), make_config(sink_tokens=0)),
     "dense-layer": (make_geometry(group_size=3), make_config(dense_layers=(0,), key_bits=2)),
     "bf16": (make_geometry(4, 2, 64, torch.bfloat16), make_config(key_bits=2)),

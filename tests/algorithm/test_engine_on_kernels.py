@@ -42,6 +42,7 @@ CASES = {
         **{"tau": -1.0, "sink_tokens": 0, "page_size": 16},
         **{"group_pooling": "scaled", "key_bits": 1},
     },
+    "by-mass-hysteresis": {"selector": "mass", "key_bits": 2, "hysteresis": 0.05},
     "exact-dense-layer-every-page-fetched": {
         **{"tau": 1.01, "dense_layers": (0,), "refetch": True},
         **{"group_pooling": "mean"},

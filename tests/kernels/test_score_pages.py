@@ -11,7 +11,7 @@ from tests.support.op_tables import batch_of, decode_keys, flags_of, store_of
 FREE = -7.0  # what nobody may overwrite
 
 
-def expected_scores(queries, summary, batch, num_kv_heads, codes=None):
+def expected_scores(queries, summary, batch, num_kv_heads, codes=None, scale=None):
     """By the definition, for every row and each of its pages; FREE past them."""
     batch_size, max_pages = batch.page_table.shape
     expected = torch.full((batch_size, num_kv_heads, queries.shape[2], max_pages), FREE)
@@ -25,7 +25,8 @@ def expected_scores(queries, summary, batch, num_kv_heads, codes=None):
                     low, high = summary[page, h]
                     expected[b, h, :, p] = torch.maximum(q * low, q * high).sum(-1)
                 else:
-                    expected[b, h, :, p] = (q @ keys[page, h].T).amax(-1)
+                    logits = q @ keys[page, h].T
+                    expected[b, h, :, p] = logits.amax(-1) if scale is None else (scale * logits).logsumexp(-1)
     return expected.flatten(0, 1)
 
 
@@ -70,6 +71,28 @@ def test_a_score_with_codes_is_the_largest_product_with_a_decoded_key(impl, grou
     out = free(6, group, 9, impl.device)
     assert impl.ops.score_pages(queries, summary, batch, Half.BACK, None, out, codes) is out
     torch.testing.assert_close(out.cpu(), expected_scores(queries, summary, batch, 3, codes), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "group, dim, bits, page_size", [(1, 16, 2, 16), (3, 96, 2, 32), (8, 128, 4, 16), (16, 40, 4, 64)], ids=str
+)
+@pytest.mark.parametrize("scale", [0.09, 1.0])
+def test_a_score_with_codes_and_a_scale_is_the_logarithm_of_the_pages_mass(impl, group, dim, bits, page_size, scale):
+    queries, summary, table = inputs(impl, heads=3, group=group, dim=dim, batch=2)
+    batch, codes = batch_of(table, [9, 5], [4, 4], rows=[2, 1], num_kv_heads=3), codes_for(summary, bits, page_size)
+    out = free(6, group, 9, impl.device)
+    impl.ops.score_pages(queries, summary, batch, Half.BACK, None, out, codes, scale)
+    expected = expected_scores(queries, summary, batch, 3, codes, scale)
+    torch.testing.assert_close(out.cpu(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_mass_of_far_logits_neither_overflows_nor_vanishes(impl):
+    queries, summary, table = inputs(impl, heads=1, group=1, batch=1)
+    batch, codes = batch_of(table, [9], [4], num_kv_heads=1), codes_for(summary, 2)
+    for factor in (1e3, 1e-3):
+        scores = impl.ops.score_pages(queries * factor, summary, batch, Half.FRONT, None, None, codes, 1.0).cpu()
+        expected = expected_scores(queries * factor, summary, batch, 1, codes, 1.0)
+        torch.testing.assert_close(scores, expected, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize("page_size", [16, 32])

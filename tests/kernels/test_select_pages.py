@@ -15,8 +15,8 @@ FREE = -7  # what nobody may overwrite
 SCALE = 0.3  # of logits
 
 
-def expected_window(scores, n, budget, sink, recent, width, pooling):
-    """One (request, KV head); scores [group_size, max_pages]."""
+def expected_window(scores, n, budget, sink, recent, width, pooling, held=(), hysteresis=0.0):
+    """One (request, KV head); scores [group_size, max_pages]; `held` pages have a bonus."""
     if n <= budget:
         pages = list(range(n))
     else:
@@ -27,10 +27,11 @@ def expected_window(scores, n, budget, sink, recent, width, pooling):
         totals = [sum(math.exp(s[c] - m) for c in candidates) for s, m in zip(scores, peaks, strict=True)]
 
         def pooled(page):
+            bonus = hysteresis * (page in held)
             if pooling == "mean":
-                return sum(s[page] for s in scores) / len(scores)
+                return sum(s[page] for s in scores) / len(scores) + bonus
             shares = [math.exp(s[page] - m) / t for s, m, t in zip(scores, peaks, totals, strict=True)]
-            return max(shares) if pooling == "max" else sum(shares)
+            return (max(shares) if pooling == "max" else sum(shares)) * math.exp(bonus)
 
         best = sorted(candidates, key=pooled, reverse=True)[: budget - sink - recent]
         pages = [*range(sink), *sorted(best), *range(n - recent, n)]
@@ -101,6 +102,39 @@ def test_groups_of_any_size_and_contexts_of_any_length(impl, group, max_pages, p
     n, budget, sink, recent = max_pages - 1, 30, 1, 2
     expected = expected_window(scores.double().tolist(), n, budget, sink, recent, budget, pooling)
     assert selected(impl, scores, n, budget, sink, recent, pooling) == expected
+
+
+@pytest.mark.parametrize("half", [Half.FRONT, Half.BACK])
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("hysteresis", [0.5, 3.0])
+@pytest.mark.parametrize("group, max_pages", [(1, 40), (3, 700)], ids=str)
+def test_pages_that_the_front_window_has_are_worth_so_much_more(impl, half, pooling, hysteresis, group, max_pages):
+    n, budget, sink, recent = max_pages - 1, 13, 1, 2
+    batch = batch_of(no_table(impl), [n], [budget], num_pages_next=[n + 1], step=5, num_kv_heads=1)
+    pages_read = n + (half == Half.BACK)
+    scores = torch.randn(1, group, max_pages)
+    held = sorted((sink + torch.randperm(n - recent - sink)[: budget - sink - recent]).tolist())
+    windows = free_windows(1, 1, budget, impl.device)[:, 1]
+    windows[1, 1, 0] = torch.tensor(
+        [*range(sink), *held, n - 2, n - 1]
+    )  # n - 2 is recent no more when the back is read
+    before = windows[1, 1, 0].tolist()
+    workspace = scores.to(impl.device, copy=True)
+    args = (sink, recent, pooling, windows, None, SCALE, hysteresis)
+    impl.ops.select_pages(workspace, batch, half, *args)
+    found = windows[1 if half == Half.FRONT else 0, 1, 0].tolist()
+    fixed = (scores[0].double().tolist(), pages_read, budget, sink, recent, budget, pooling)
+    assert found == expected_window(*fixed, before, hysteresis) != expected_window(*fixed)
+
+
+def test_first_windows_have_no_pages_to_favour(impl):
+    batch = batch_of(no_table(impl), [20], [8], num_kv_heads=1)
+    windows = free_windows(1, 1, 8, impl.device)[:, 1]
+    windows[:, 1, 0] = torch.arange(8)
+    scores = torch.arange(20.0).view(1, 1, 20)
+    args = (1, 1, "softmax", windows, None, 1.0, 100.0)
+    impl.ops.select_pages(scores.to(impl.device, copy=True), batch, Half.BOTH, *args)
+    assert (windows[:, 1, 0].cpu() == torch.tensor([0, *range(13, 20)])).all()
 
 
 @pytest.mark.parametrize("step, front", [(4, 0), (7, 1)])

@@ -84,14 +84,16 @@ class ReferenceChecks:
                 for head, choice in enumerate(zip(expected.windows, expected.scores, strict=True)):
                     difference = explain_difference(windows[head], *choice, self._score_tolerance)
                     assert not difference, difference
-                self._back_windows(request, layer, back[layer], q)
+                self._back_windows(request, layer, back[layer], q, windows)
             self._blocks(request, layer, windows)
             self.output(out, request.reference.attend(layer, q, windows, self.rule.scale))
 
-    def _back_windows(self, request: Request, layer: int, windows: torch.Tensor, q: torch.Tensor) -> None:
-        """The back windows are this query's choice at the next length."""
+    def _back_windows(
+        self, request: Request, layer: int, windows: torch.Tensor, q: torch.Tensor, present: list[list[int]]
+    ) -> None:
+        """The back windows are this query's choice at the next length, beside those that were read."""
         for head, back in enumerate(window_of(windows, request)):
-            expected, scores = request.reference.window(layer, head, q.double(), request.length + 1)
+            expected, scores = request.reference.window(layer, head, q.double(), request.length + 1, present[head])
             # The page that the next token opens may be listed now or when it is opened.
             back, expected = ([page for page in x if page < len(request.pages)] for x in (back, expected))
             difference = explain_difference(back, expected, scores, self._score_tolerance)

@@ -70,7 +70,7 @@ SETUPS = (
         max_requests=4,
         num_pages=36,
     ),
-    Setup("everything resident", _GEOMETRY, _CONFIG, num_blocks=29 * 2),
+    Setup("everything resident, by mass", _GEOMETRY, replace(_CONFIG, selector="mass"), num_blocks=29 * 2),
     Setup("stamps end", _GEOMETRY, _CONFIG, first_step=(1 << 29) - 12),
 )
 # Those that are compared with: what they keep of a request must survive whatever happens to others.

@@ -24,7 +24,9 @@ class ArkValeSelector(Selector):
     baseline = "ArkVale (NeurIPS 2024)"
     runs_on_gpu = False
 
-    def score(self, layer: Layer, batch: Batch, half: Half, flags: FlagList | None = None) -> torch.Tensor:
+    def score(
+        self, layer: Layer, batch: Batch, half: Half, scale: float, flags: FlagList | None = None
+    ) -> torch.Tensor:
         index = self.memory.index
         centres, radii = (x[layer.number, batch.page_table].float() for x in (index.centres, index.radii))
         q = layer.last_q[batch.rows].float()

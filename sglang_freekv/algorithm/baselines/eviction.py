@@ -93,7 +93,9 @@ class EvictionSelector(Selector):
         state.scatter_(-1, column, self.next(state.gather(-1, column), shares, batch))
         self.state[layer.number, batch.rows] = state
 
-    def score(self, layer: Layer, batch: Batch, half: Half, flags: FlagList | None = None) -> torch.Tensor:
+    def score(
+        self, layer: Layer, batch: Batch, half: Half, scale: float, flags: FlagList | None = None
+    ) -> torch.Tensor:
         pages = self._candidates(layer, batch, half)
         state, column = self.state[layer.number, batch.rows], self._columns(pages)
         worth = torch.zeros(pages.shape)

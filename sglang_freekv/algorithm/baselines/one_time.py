@@ -50,6 +50,8 @@ class OneTimeSelector(Selector):
             scores[:, : len(page)] = shares[0].flatten(1, 2).logsumexp(1).masked_fill_(~is_prompt, float("-inf"))
             ranks[row] = scores.argsort(stable=True).argsort().float()
 
-    def score(self, layer: Layer, batch: Batch, half: Half, flags: FlagList | None = None) -> torch.Tensor:
+    def score(
+        self, layer: Layer, batch: Batch, half: Half, scale: float, flags: FlagList | None = None
+    ) -> torch.Tensor:
         ranks = self.ranks[layer.number, batch.rows, :, : batch.page_table.shape[1]]
         return ranks.flatten(0, 1)[:, None].expand(-1, self.memory.geometry.group_size, -1)

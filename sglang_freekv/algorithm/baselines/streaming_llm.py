@@ -21,7 +21,9 @@ class StreamingLLMSelector(Selector):
 
     baseline = "StreamingLLM (arXiv 2309.17453)"
 
-    def score(self, layer: Layer, batch: Batch, half: Half, flags: FlagList | None = None) -> torch.Tensor:
+    def score(
+        self, layer: Layer, batch: Batch, half: Half, scale: float, flags: FlagList | None = None
+    ) -> torch.Tensor:
         g, max_pages = self.memory.geometry, batch.page_table.shape[1]
         num_rows = len(batch.rows) * g.num_kv_heads
         scores = self.memory.tables.scores(half, num_rows)
