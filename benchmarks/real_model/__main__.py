@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import tempfile
 from pathlib import Path
 
@@ -46,6 +47,8 @@ _DRIFT_OF = "exact"
 
 def main() -> None:
     args = _parse()
+    # A server leaves a core to its other processes; here is one process at a time.
+    os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
     methods = [parse_method(name) for name in args.methods if name != WHOLE]
     args.model = args.model or smollm2_folder()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
@@ -64,11 +67,11 @@ def main() -> None:
 
 
 def _compare(job: Job, cells: list[Cell]):
-    """Yield the comparison of every cell behind every context."""
+    """Yield the comparison of every cell."""
     groups = share_processes(cells)
     progress = Progress(
         prefill=(1 + len(groups)) * len(job.texts) * job.num_tokens,
-        decode=(1 + len(cells)) * len(job.texts) * job.num_steps * len(job.contexts),
+        decode=(len(job.contexts) + len(cells)) * len(job.texts) * job.num_steps,
     )
     for work in run_in_process(read_full, job):
         progress.add(work)
@@ -82,10 +85,14 @@ def _compare(job: Job, cells: list[Cell]):
 
 
 def _cells(methods: list[Method], args: argparse.Namespace) -> list[Cell]:
-    """Every method with every budget, and one that covers every context."""
-    covering = whole_pages(max(args.contexts) + args.steps)
-    whole = [Cell(Method(WHOLE, ("--freekv-tau", "-1")), covering)] if WHOLE in args.methods else []
-    return whole + [Cell(method, budget) for method in methods for budget in args.budgets]
+    """Behind each context every method with the budgets that do not cover it, and one that does."""
+    whole = [Method(WHOLE, ("--freekv-tau", "-1"))] if WHOLE in args.methods else []
+    cells = []
+    for context in args.contexts:
+        budgets = [budget for budget in args.budgets if budget < context]
+        cells += [Cell(method, context, whole_pages(context + args.steps)) for method in whole]
+        cells += [Cell(method, context, budget) for budget in budgets for method in methods]
+    return cells
 
 
 def _write(comparison: Comparison, texts: list[Text], writer: RecordWriter, shared: dict, is_first: bool) -> None:
@@ -101,8 +108,9 @@ def _show(args: argparse.Namespace, path: Path) -> None:
     records = read_records(path)
     for context in args.contexts:
         for budget in args.budgets:
-            print(f"\n{context:,} tokens, budget {budget:,}; brackets: 95 % intervals over texts")
-            print(table(records, f"{context}:{budget}").text())
+            if budget < context:
+                print(f"\n{context:,} tokens, budget {budget:,}; brackets: 95 % intervals over texts")
+                print(table(records, f"{context}:{budget}").text())
     print(*pictures.draw(records, args.out, args.name), sep="\n")
 
 

@@ -13,9 +13,10 @@ PAGE = 64  # tokens; the largest page size, so a multiple of all
 
 
 class Cell(NamedTuple):
-    """A method with a budget in tokens."""
+    """A method behind a context with a budget, in tokens."""
 
     method: Method
+    context: int
     budget: int
 
 

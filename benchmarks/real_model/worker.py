@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from benchmarks.methods import Method
 from benchmarks.real_model.compare import Comparison, compare
 from benchmarks.real_model.job import Cell, Job, Work
 from benchmarks.real_model.probe import Probe
@@ -38,37 +37,36 @@ def read_full(job: Job) -> Iterator[Work]:
 
 
 def read_methods(job: Job, cells: Sequence[Cell]) -> Iterator[Work | Comparison]:
-    """Decode with each (method, budget) behind each context; yields the work, and the comparison of each.
+    """Decode with each cell's method; yields the work, and the comparison of each cell.
 
     The first method's selector must read an index that serves all of them.
     """
-    configs = [config_of(method, budget) for method, budget in cells]
+    configs = [config_of(cell) for cell in cells]
     widest = max(config.budget_tokens for config in configs)
     runner, reading = _start(job, kv_retrieval="freekv", freekv_budget=widest, freekv_selector=configs[0].selector_name)
     yield from reading.prefill()
-    for context in job.contexts:
+    for (method, context, _), config in zip(cells, configs, strict=True):
         full = np.load(job.log_probabilities(context), mmap_mode="r")
-        for (method, _), config in zip(cells, configs, strict=True):
-            memory, probe = _start_method(runner, config, job), Probe(runner.attn_backend.decode, job.every)
-            predictions, resident = [], []
-            for step, logits in enumerate(reading.decode(context)):
-                predictions.append(compare(torch.from_numpy(full[step].copy()), logits, reading.targets(context, step)))
-                resident.append(memory.blocks.num_resident)
-                yield Work(decoded=len(job.texts))
-            yield Comparison.of(method.name, context, predictions, probe.steps, resident, memory)
+        memory, probe = _start_method(runner, config, job), Probe(runner.attn_backend.decode, job.every)
+        predictions, resident = [], []
+        for step, logits in enumerate(reading.decode(context)):
+            predictions.append(compare(torch.from_numpy(full[step].copy()), logits, reading.targets(context, step)))
+            resident.append(memory.blocks.num_resident)
+            yield Work(decoded=len(job.texts))
+        yield Comparison.of(method.name, context, predictions, probe.steps, resident, memory)
 
 
-def config_of(method: Method, budget: int) -> FreeKVConfig:
-    """The settings that a method's flags give, with a budget in tokens."""
+def config_of(cell: Cell) -> FreeKVConfig:
+    """The settings that its method's flags give, with its budget."""
     parser = argparse.ArgumentParser()
     add_cli_args(parser)
-    flags = ["--kv-retrieval", "freekv", "--freekv-budget", str(budget), *method.flags]
+    flags = ["--kv-retrieval", "freekv", "--freekv-budget", str(cell.budget), *cell.method.flags]
     return take_options(vars(parser.parse_args(flags)))[0]
 
 
 def share_processes(cells: Sequence[Cell]) -> list[list[Cell]]:
     """Cells that can share a process, the one whose index serves all of them first."""
-    indexes = {cell: INDEXES[config_of(*cell).selector_name] for cell in cells}
+    indexes = {cell: INDEXES[config_of(cell).selector_name] for cell in cells}
     shared: list[list[Cell]] = []
     # A subclass has what its base has.
     for cell in sorted(cells, key=lambda cell: -len(indexes[cell].__mro__)):

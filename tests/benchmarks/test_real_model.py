@@ -115,11 +115,11 @@ def test_a_conversation_alternates_and_answers_what_has_no_answer(data: Path):
 
 
 def test_methods_share_a_process_with_one_whose_index_has_all_they_read():
-    cells = [Cell(method, 512) for method in METHODS.values() if not method.is_full]
+    cells = [Cell(method, 4096, 512) for method in METHODS.values() if not method.is_full]
     groups = share_processes(cells)
     assert sorted(id(cell) for group in groups for cell in group) == sorted(map(id, cells))
     for group in groups:
-        indexes = [INDEXES[config_of(*cell).selector_name] for cell in group]
+        indexes = [INDEXES[config_of(cell).selector_name] for cell in group]
         assert all(issubclass(indexes[0], index) for index in indexes)
     assert len(groups) == 2  # codes with minimum and maximum, and ArkVale's balls
 
