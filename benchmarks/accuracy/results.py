@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmarks.accuracy import intervals
 from benchmarks.accuracy.intervals import Interval
+from benchmarks.footprint import Footprint, footprint
 from benchmarks.records import Record, RecordWriter
 
 FULL = "full"
@@ -26,7 +27,8 @@ class Result:
     scores: list[list[list[float] | None]]  # of each session and turn one value per reference; None: not scored
     outputs: list[list[list[int]]]  # tokens of each session and turn
     generated: int  # tokens
-    decoded: int  # of them, in `seconds`
+    full_token_steps: int  # what full attention holds, summed over decode steps
+    decoded: int  # of the tokens, in `seconds`
     seconds: float  # of decoding
     counters: dict[str, int] | None  # advanced by the batch
 
@@ -82,6 +84,7 @@ class Cell:
     recalled_per_token: float | None  # bytes
     flagged_share: float | None  # of (request, KV head, layer) rows over the budget
     hit_share: float | None  # of selected (page, KV head) pairs
+    footprint: Footprint | None  # of the KV; full attention's is not counted
     absent_pages: int
 
 
@@ -120,6 +123,7 @@ def _cell(batches: list[Result], baseline: list[Result] | None, seed: int) -> Ce
         recalled_per_token=_ratio(total.get("recalled_bytes"), generated),
         flagged_share=_ratio(total.get("flagged_rows"), total.get("rows")),
         hit_share=_ratio(total.get("hits"), total.get("hits", 0) + total.get("misses", 0)),
+        footprint=footprint(total, sum(batch.full_token_steps for batch in batches)),
         absent_pages=total.get("absent_pages", 0),
     )
 
@@ -156,6 +160,8 @@ def write_records(cells: Iterable[Cell], writer: RecordWriter) -> list[Record]:
         for name, unit in (("recalled_per_token", "bytes"), ("flagged_share", "ratio"), ("hit_share", "ratio")):
             if (value := getattr(cell, name)) is not None:
                 write(name, value, unit, params)
+        for name, value in (cell.footprint.records() if cell.footprint else {}).items():
+            write(name, value, "ratio", params)
         for number, turn in enumerate(cell.turns, start=1):
             write("turn_score", turn.value, "of 1", {**params, "turn": number})
     return records
