@@ -43,7 +43,8 @@ def draw() -> list[Path]:
     cost = RESULTS / "cost_model.png"
     cost_model_picture.draw(read_run(records("cost_model")), cost)
     against_budget = accuracy_pictures.draw(records("accuracy_budgets"), RESULTS, stem="accuracy_")
-    return [cost, *against_budget, *throughput_pictures.draw(records("throughput"), RESULTS)]
+    flagged = accuracy_pictures.draw_flagged(records("accuracy_flagged"), RESULTS / "accuracy_flagged.svg")
+    return [cost, *against_budget, flagged, *throughput_pictures.draw(records("throughput"), RESULTS)]
 
 
 def main() -> None:

@@ -94,6 +94,7 @@ _BRIEF = (
     Column("first ms", ("ttft_p50",)),
     Column("next ms", ("tpot_p50",)),
     Column("MiB", ("device_bytes",), _MIB),
+    Column("KV held", _FOOTPRINT.metrics, digits=2),
     Column("recalled", ("recalled_per_token",), _KIB),
 )
 

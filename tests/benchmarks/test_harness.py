@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -359,6 +359,14 @@ class TestReport:
     def test_a_report_has_all_tables(self, records: list):
         text = report.render(records)
         assert all(f"## {title}\n" in text for title in ("By task group", "recite", "walk", "talk", "By turn"))
+
+    def test_scores_are_drawn_against_the_share_of_rows_that_was_flagged(self, records: list, tmp_path: Path):
+        names = {"full": "full", "window": "codes, tau -1", "exact": "codes, tau 0.2", "freekv-0.9": "min-max, tau 0.2"}
+        renamed = [replace(r, params={**r.params, "method": names[r.params["method"]]}) for r in records]
+        drawn = pictures.draw_flagged(renamed, tmp_path / "flagged.svg").read_text()
+        lines = ("codes", "min-max", "full attention", "flagged share of rows")
+        assert [f"<!-- {text} -->" in drawn for text in lines] == [True] * len(lines)
+        assert "tau" not in drawn  # a line for each selector, whatever its points are
 
     def test_pictures_are_the_same_each_time(self, records: list, tmp_path: Path):
         first, second = (pictures.draw(records, tmp_path / name) for name in ("first", "second"))
