@@ -3,13 +3,14 @@
 A session with a prompt of P tokens decodes G - 1 of its G tokens: the first comes with the prompt. In decode step t it
 has P + t tokens, so
 
-    full   = sum over t = 1 .. G - 1 of (P + t)               what full attention holds on the device
+    full   = sum over t = 1 .. G - 1 of (P + t)                what full attention holds on the device
     device = sum over the same steps of what the device must hold / full
     host   = sum over the same steps of what the host store holds / full
 
-Full attention has 1 and 0. What retrieval holds is counted by the engine (`device_token_steps`, `host_token_steps`):
-on the device the bound of its windows and the page index (`sglang_freekv.memory.footprint.DeviceFootprint`), and every
-token in the host store. Sessions that run together, and turns of one, are put together by summing all three.
+Full attention has 1 and 0. What retrieval must hold on the device, the bound of its windows and the page index, is
+counted by the engine (`sglang_freekv.memory.footprint.DeviceFootprint`). The host store holds every token once, so what
+it holds is also what full attention would in the same steps, among them the one that overlapped scheduling computes
+past the end of a request. Requests that run together are put together by summing.
 
 Source: "Cache Me If You Can", arXiv 2506.17121: entries of the KV cache that are not evicted, summed over the steps,
 relative to full attention. Differs from it: the paper knows one tier, and counts the steps of prefill, too. They are
@@ -45,23 +46,13 @@ def cell(held: Sequence[Footprint]) -> str:
     return " / ".join(f"{mean(part):.2f}" for part in zip(*held, strict=True))
 
 
-def full_token_steps(prompt_tokens: int, generated_tokens: int) -> int:
-    """Tokens that full attention holds for a session, summed over its decode steps."""
-    steps = max(generated_tokens - 1, 0)
-    return steps * prompt_tokens + steps * (steps + 1) // 2
-
-
-def footprint(counters: Mapping[str, int], full: int | None = None) -> Footprint | None:
+def footprint(counters: Mapping[str, int]) -> Footprint | None:
     """The footprint of what was decoded while the counters advanced; None where nothing was, or they are not there.
 
     Parameters
     ----------
     counters : mapping
         By how much each of `COUNTERS` has advanced.
-    full : int, optional
-        `full_token_steps` of the sessions; by default what the engine's steps held on the host, which is every token.
     """
-    if any(name not in counters for name in COUNTERS):
-        return None
-    full = counters["host_token_steps"] if full is None else full
-    return Footprint(*(counters[name] / full for name in COUNTERS)) if full else None
+    device, full = (counters.get(name) for name in COUNTERS)
+    return Footprint(device / full, host=1.0) if device is not None and full else None

@@ -26,8 +26,7 @@ class Played(NamedTuple):
 
     outputs: list[Outputs]  # of each session
     generated: int  # tokens
-    full_token_steps: int  # what full attention holds, summed over decode steps
-    decoded: int  # of the tokens, in `seconds`
+    decoded: int  # of them, in `seconds`
     seconds: float  # of decoding: from each turn's last first token on, so without prefill
 
 
@@ -98,7 +97,7 @@ def play(client: Client, sessions: Sequence[Session], budget: int | None, cache:
     """Play sessions at once, turn by turn: a turn's prompt is all tokens of its session so far, and the turn's own."""
     texts: list[list[int]] = [[] for _ in sessions]
     outputs: list[Outputs] = [[] for _ in sessions]
-    generated, full, decoded, seconds = 0, 0, 0, 0.0
+    generated, decoded, seconds = 0, 0, 0.0
     for number in range(max(len(session.turns) for session in sessions)):
         playing = [i for i, session in enumerate(sessions) if number < len(session.turns)]
         turns = [sessions[i].turns[number] for i in playing]
@@ -106,12 +105,11 @@ def play(client: Client, sessions: Sequence[Session], budget: int | None, cache:
             texts[i] += turn.prompt
         answer = client.generate([list(texts[i]) for i in playing], turns, budget, cache)
         for i, output in zip(playing, answer.outputs, strict=True):
-            full += footprint.full_token_steps(len(texts[i]), len(output))
             texts[i] += output
             outputs[i].append(output)
             generated += len(output)
         decoded, seconds = decoded + answer.decoded, seconds + answer.seconds
-    return Played(outputs, generated, full, decoded, seconds)
+    return Played(outputs, generated, decoded, seconds)
 
 
 def read_documents(client: Client, sessions: Sequence[Session], budget: int | None, cache: str | None = None) -> None:

@@ -149,7 +149,6 @@ class Matrix:
             scores=[scores(session, outputs) for session, outputs in pairs],
             outputs=played.outputs,
             generated=played.generated,
-            full_token_steps=played.full_token_steps,
             decoded=played.decoded,
             seconds=played.seconds,
             counters=after and {name: after[name] - before[name] for name in after},

@@ -27,8 +27,7 @@ class Result:
     scores: list[list[list[float] | None]]  # of each session and turn one value per reference; None: not scored
     outputs: list[list[list[int]]]  # tokens of each session and turn
     generated: int  # tokens
-    full_token_steps: int  # what full attention holds, summed over decode steps
-    decoded: int  # of the tokens, in `seconds`
+    decoded: int  # of them, in `seconds`
     seconds: float  # of decoding
     counters: dict[str, int] | None  # advanced by the batch
 
@@ -123,7 +122,7 @@ def _cell(batches: list[Result], baseline: list[Result] | None, seed: int) -> Ce
         recalled_per_token=_ratio(total.get("recalled_bytes"), generated),
         flagged_share=_ratio(total.get("flagged_rows"), total.get("rows")),
         hit_share=_ratio(total.get("hits"), total.get("hits", 0) + total.get("misses", 0)),
-        footprint=footprint(total, sum(batch.full_token_steps for batch in batches)),
+        footprint=footprint(total),
         absent_pages=total.get("absent_pages", 0),
     )
 

@@ -240,15 +240,10 @@ class TestMatrix:
         assert all(cell.recalled_per_token == 2048 and cell.flagged_share == 0.4 for cell in retrieval)
         assert all(cell.tokens_per_second == 2.0 for cell in cells)
 
-    @pytest.mark.parametrize("turns", [1, 3])
-    def test_the_footprint_is_of_the_tokens_that_full_attention_holds(self, file: Path, turns: int):
-        """16 tokens of a document and one for each turn before; a turn decodes one token, the first came before."""
-        found = matrix(file, FakeServers()).run(two_methods(), batches(turns))
-        full, *retrieval = results.summarize(found)
+    def test_full_attention_holds_everything_on_the_device_and_methods_what_the_engine_counts(self, file: Path):
+        full, *retrieval = results.summarize(matrix(file, FakeServers()).run(two_methods(), batches()))
         assert full.footprint is None
-        mean_tokens = sum(16 + 3 * turn + 1 + 1 for turn in range(turns)) / turns
-        for cell in retrieval:
-            assert cell.footprint == pytest.approx((2 * 5 / mean_tokens, 2 * 20 / mean_tokens))
+        assert all(cell.footprint == (0.25, 1) for cell in retrieval)
 
     @pytest.mark.parametrize("servers", [1, 2])
     def test_a_run_that_was_interrupted_goes_on(self, file: Path, servers: int):
@@ -331,7 +326,7 @@ class TestReport:
         assert len(at_16) == 1 + 2 + 4 + 4  # full, window, exact and freekv with two poolings
         assert at_16[0].startswith("| 16 | full |  |  | 1.000 [0.676, 1.000] |  |")
         assert lines[0].endswith("| recalled KiB/token | flagged | KV footprint device / host | tokens/s |")
-        assert "| 2.0 | 0.40 | 0.56 / 2.22 | 2 |" in at_16[1]
+        assert "| 2.0 | 0.40 | 0.25 / 1.00 | 2 |" in at_16[1]
         assert "|  |  | 1.00 / 0.00 | 2 |" in at_16[0]
         assert "made_up" in report.table(records, "recite").conditions[0]
 
