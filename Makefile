@@ -3,6 +3,7 @@
 # make compile-kernels the kernels, for every supported GPU; the tests compile for one
 # make accuracy        methods, budgets and tasks through the server (ACCURACY_FLAGS="--tasks single --count 4")
 # make accuracy-quick  the part of it that is in the tests
+# make real-model      real text under retrieval, by a real model, half an hour  (REAL_MODEL_FLAGS="--model FOLDER")
 # make train-model     train the small model again, an hour       (OUT=folder)
 # make bench           traffic on plain SGLang and FreeKV, an hour (BENCH_FLAGS="--dataset-path chats.json")
 # make bench-quick     the same with small workloads, some minutes
@@ -18,7 +19,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help serve test compile-kernels accuracy accuracy-quick train-model bench bench-quick bench-programs cost-model \
+.PHONY: help serve test compile-kernels accuracy accuracy-quick real-model train-model bench bench-quick bench-programs cost-model \
     soak soak-quick fuzz compatibility gpu-suite lint clean
 
 # The first that runs and is recent enough.
@@ -35,6 +36,7 @@ SERVE_FLAGS ?= $(if $(filter $(SHIPPED_MODEL),$(MODEL)),\
 PYTEST_FLAGS ?=
 BENCH_FLAGS ?=
 SUITE_FLAGS ?=
+REAL_MODEL_FLAGS ?=
 SOAK_FLAGS ?= --minutes 30 --out benchmarks/results/soak.jsonl
 FUZZ_FLAGS ?= --out benchmarks/results/fuzz.jsonl
 PROGRAMS_FLAGS ?=
@@ -65,6 +67,10 @@ accuracy: $(INSTALLED)
 
 accuracy-quick: $(INSTALLED)
 	$(RUN) -m pytest -q tests/server/test_accuracy_quick.py
+
+real-model: $(INSTALLED)
+	$(RUN) -m benchmarks.real_model $(REAL_MODEL_FLAGS)
+	$(RUN) -m benchmarks.tables
 
 train-model: $(INSTALLED)
 	$(RUN) -m benchmarks.needle --out $(OUT)

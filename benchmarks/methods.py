@@ -37,7 +37,7 @@ METHODS = {
         Method("speculation", _NEVER_CORRECTS),
         Method("freekv-0.9", ("--freekv-tau", "0.9")),
         Method("freekv-0.8", ("--freekv-tau", "0.8")),
-        # FreeKV (arXiv 2505.13109) by its own bounds, pooling and tau for long prompts; page, sink and recent are ours.
+        # FreeKV (arXiv 2505.13109): its bounds, its pooling, and its tau for long prompts.
         Method(
             "freekv-paper",
             (*_by("min-max"), "--freekv-group-pooling", "softmax", "--freekv-tau", "0.8"),

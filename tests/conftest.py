@@ -12,7 +12,7 @@ import torch
 from tools.zygote.client import zygote
 
 # Files of tests/server that use none of the shared servers.
-STARTS_ITS_OWN = {f"tests/server/{name}.py" for name in ("test_accuracy_quick", "test_faults")}
+STARTS_ITS_OWN = {f"tests/server/{name}.py" for name in ("test_accuracy_quick", "test_baselines", "test_faults")}
 
 # Without a GPU, kernels run in Triton's interpreter, which is chosen when they are defined. Processes that tests start
 # must not inherit the choice.

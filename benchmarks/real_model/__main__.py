@@ -22,8 +22,8 @@ from benchmarks.real_model.compare import Comparison
 from benchmarks.real_model.job import Cell, Job, whole_pages
 from benchmarks.real_model.processes import run_in_process
 from benchmarks.real_model.progress import Progress
-from benchmarks.real_model.summary import WHOLE, table, write_drift, write_records
-from benchmarks.real_model.texts import KINDS, Text, digest, draw_texts, long_context_data
+from benchmarks.real_model.summary import WHOLE, table, write_drift, write_full, write_records
+from benchmarks.real_model.texts import KINDS, Text, digest, draw_texts, fetch_data
 from benchmarks.real_model.worker import read_full, read_methods, share_processes
 from benchmarks.records import RESULTS, RecordWriter, read_records
 from tools.pretrained import smollm2_folder
@@ -50,14 +50,16 @@ def main() -> None:
     args.model = args.model or smollm2_folder()
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     job = _job(args)
-    texts = draw_texts(args.kinds, args.texts, job.num_tokens, tokenizer, args.data or long_context_data())
+    texts = draw_texts(args.kinds, args.texts, job.num_tokens, tokenizer, args.data or fetch_data(args.kinds))
     job = dataclasses.replace(job, texts=tuple(tuple(text.tokens) for text in texts))
-    writer = RecordWriter("real_model", args.out / "real_model.jsonl")
+    writer = RecordWriter("real_model", args.out / f"{args.name}.jsonl")
     shared = {"model": Path(args.model).name, "dtype": args.dtype, "texts": digest(texts), "steps": args.steps}
     with tempfile.TemporaryDirectory() as folder:
         job = dataclasses.replace(job, folder=Path(folder))
+        contexts: set[int] = set()
         for comparison in _compare(job, _cells(methods, args)):
-            _write(comparison, texts, writer, shared)
+            _write(comparison, texts, writer, shared, is_first=comparison.context not in contexts)
+            contexts.add(comparison.context)
     _show(args, writer.path)
 
 
@@ -86,8 +88,10 @@ def _cells(methods: list[Method], args: argparse.Namespace) -> list[Cell]:
     return whole + [Cell(method, budget) for method in methods for budget in args.budgets]
 
 
-def _write(comparison: Comparison, texts: list[Text], writer: RecordWriter, shared: dict) -> None:
+def _write(comparison: Comparison, texts: list[Text], writer: RecordWriter, shared: dict, is_first: bool) -> None:
     kinds = [text.kind for text in texts]
+    if is_first:
+        write_full(comparison, kinds, writer, shared)
     write_records(comparison, kinds, writer, shared)
     if comparison.method == _DRIFT_OF:
         write_drift(comparison, kinds, writer, shared)
@@ -99,7 +103,7 @@ def _show(args: argparse.Namespace, path: Path) -> None:
         for budget in args.budgets:
             print(f"\n{context:,} tokens, budget {budget:,}; brackets: 95 % intervals over texts")
             print(table(records, f"{context}:{budget}").text())
-    print(*pictures.draw(records, args.out), sep="\n")
+    print(*pictures.draw(records, args.out, args.name), sep="\n")
 
 
 def _job(args: argparse.Namespace) -> Job:
@@ -134,6 +138,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--data", type=Path, default=None, help="folder of the texts (default: fetched once)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the records and pictures")
+    parser.add_argument("--name", default="real_model", help="stem of the file of records")
     return parser.parse_args()
 
 

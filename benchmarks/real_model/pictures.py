@@ -19,20 +19,21 @@ _STYLE = {"svg.hashsalt": "real_model", "font.size": 9, "axes.grid": True, "grid
 _MARKERS = "osD^vPX<>h*p"
 
 
-def draw(records: Sequence[Record], folder: Path) -> list[Path]:
-    """Write real_model_budget.svg, real_model_recalled.svg and real_model_drift.svg."""
-    rows = rows_of(record for record in records if record.params["kind"] == ALL and "layer" not in record.params)
+def draw(records: Sequence[Record], folder: Path, stem: str = "real_model") -> list[Path]:
+    """Write STEM_budget.svg, STEM_recalled.svg and, where there are records of layers, STEM_drift.svg."""
+    of_methods = (r for r in records if r.params["kind"] == ALL and "layer" not in r.params and "budget" in r.params)
+    rows = rows_of(of_methods)
     pictures = {
         "budget": ("budget (tokens)", lambda row: row.params["budget"]),
         "recalled": ("recalled per token (KiB)", _recalled),
     }
     paths = []
     for name, (label, x_of) in pictures.items():
-        paths.append(folder / f"real_model_{name}.svg")
+        paths.append(folder / f"{stem}_{name}.svg")
         _draw_kl(rows, label, x_of, paths[-1])
     by_layer = rows_of(record for record in records if "layer" in record.params)
     if by_layer:
-        paths.append(folder / "real_model_drift.svg")
+        paths.append(folder / f"{stem}_drift.svg")
         _draw_drift(by_layer, paths[-1])
     return paths
 

@@ -24,6 +24,7 @@ _MEANS = {
     "turnover": "share",
     "similarity": "cosine",
 }
+_OF_TOKENS = "of the text's tokens"
 
 
 def write_records(comparison: Comparison, kinds: Sequence[str], writer: RecordWriter, shared: dict) -> list[Record]:
@@ -54,6 +55,17 @@ def write_records(comparison: Comparison, kinds: Sequence[str], writer: RecordWr
     return records
 
 
+def write_full(comparison: Comparison, kinds: Sequence[str], writer: RecordWriter, shared: dict) -> list[Record]:
+    """What full attention predicts, and holds: what the others are compared with."""
+    params = {"method": "full", "context": comparison.context, **shared}
+    records = [writer.write("footprint", 1.0, f"of {FULL}", {**params, "kind": ALL})]
+    for kind in (ALL, *dict.fromkeys(kinds)):
+        is_of = np.array([kind in (ALL, of_text) for of_text in kinds])
+        value = float(np.exp(comparison.of_texts("nll_full")[is_of].mean()))
+        records.append(writer.write("perplexity", value, _OF_TOKENS, {**params, "kind": kind}))
+    return records
+
+
 def write_drift(comparison: Comparison, kinds: Sequence[str], writer: RecordWriter, shared: dict) -> list[Record]:
     """How far queries and windows move from step to step, by layer and kind of text."""
     c, records = comparison, []
@@ -72,7 +84,7 @@ def _intervals(c: Comparison, is_of: np.ndarray, is_whole: bool) -> Iterator[tup
     for name in _MEANS if is_whole else ("kl", "agrees"):
         yield name, bootstrap(c.of_texts(name)[is_of]), _MEANS[name]
     lost = bootstrap((c.of_texts("nll") - c.of_texts("nll_full"))[is_of])
-    yield "perplexity", Interval(*np.exp(lost).tolist()), "of the text's tokens"
+    yield "perplexity", Interval(*np.exp(lost).tolist()), _OF_TOKENS
 
 
 def table(records: Sequence[Record], name: str) -> Table:
@@ -88,9 +100,9 @@ def table(records: Sequence[Record], name: str) -> Table:
         for row in rows_of(record for record in records if "layer" not in record.params)
         if row.params["kind"] == kind
         and row.params["context"] == int(context)
-        and (row.params["budget"] == int(budget) or row.params["method"] == WHOLE)
+        and (row.params.get("budget") == int(budget) or row.params["method"] in ("full", WHOLE))
     ]
-    rows.sort(key=lambda row: row.numbers["kl"].value)
+    rows.sort(key=lambda row: row.numbers["kl"].value if "kl" in row.numbers else 0)
     lines = [list(_COLUMNS), *([cell(row) for cell in _COLUMNS.values()] for row in rows)]
     keep = [i for i in range(len(_COLUMNS)) if any(line[i] for line in lines[1:])]
     return Table([[line[i] for i in keep] for line in lines], conditions_of(r for row in rows for r in row.records))
@@ -98,6 +110,8 @@ def table(records: Sequence[Record], name: str) -> Table:
 
 def _with_interval(metric: str, digits: int = 3):
     def cell(row: Row) -> str:
+        if f"{metric}_high" not in row.numbers:
+            return ""
         value, high = row.numbers[metric], row.numbers[f"{metric}_high"]
         shown = value.value if value.ratio is None else value.ratio
         return f"{number(shown, digits)} [{number(high.baseline_value, digits)}, {number(high.value, digits)}]"
@@ -114,9 +128,10 @@ def _plain(metric: str, scale: float = 1):
 
 _COLUMNS = {
     "method": lambda row: row.params["method"],
-    "budget": lambda row: f"{row.params['budget']:,}",
+    "budget": lambda row: f"{row.params['budget']:,}" if "budget" in row.params else "",
+    "perplexity": _plain("perplexity"),
     "KL, nats": _with_interval("kl"),
-    "perplexity, times full": _with_interval("perplexity", 4),
+    "times full": _with_interval("perplexity", 4),
     "same top token": _with_interval("agrees"),
     "mass kept": _plain("kept"),
     "most possible": _plain("best"),

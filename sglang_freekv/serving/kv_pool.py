@@ -8,6 +8,7 @@ from weakref import WeakValueDictionary
 
 from sglang.srt.mem_cache.memory_pool import KVCache, ReqToTokenPool
 
+from sglang_freekv.algorithm.selectors import SELECTORS
 from sglang_freekv.config import FreeKVConfig
 from sglang_freekv.memory.kv_memory import KVMemory
 from sglang_freekv.memory.plan import MemoryPlan
@@ -38,7 +39,7 @@ class FreeKVPool(KVCache):
             start_layer=start_layer,
             end_layer=end_layer,
         )
-        self.plan = plan
+        self.plan, self.baseline = plan, SELECTORS[plan.config.selector_name].baseline
         self.memory = KVMemory(
             g,
             plan.config,
@@ -49,6 +50,8 @@ class FreeKVPool(KVCache):
             device=device,
         )
         logger.info(plan.describe())
+        if self.baseline is not None:
+            logger.info(f"FreeKV selects by a baseline, for comparison: {self.baseline}")
         self._finalize_allocation_log(plan.num_tokens)
 
     def get_kv_size_bytes(self) -> int:
@@ -59,6 +62,7 @@ class FreeKVPool(KVCache):
         g, memory = self.plan.geometry, self.memory
         return {
             **self.plan.report(),
+            "baseline": self.baseline,
             **memory.counters.as_dict(),
             **memory.device_bytes(),
             "host_bytes": memory.host.nbytes,

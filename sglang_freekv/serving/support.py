@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from sglang_freekv.algorithm.selectors import SELECTORS
 from sglang_freekv.config import FreeKVConfig, UnsupportedConfiguration
 from sglang_freekv.memory.geometry import GPU_GROUP_SIZE, GPU_HEAD_DIMS
 from sglang_freekv.memory.units import in_words
@@ -150,7 +151,20 @@ def check_settings(server_args: ServerArgs, config: FreeKVConfig) -> None:
         raise UnsupportedConfiguration(
             f"--kv-retrieval freekv runs on cpu and on cuda, not on {server_args.device}; remove it, or give --device."
         )
+    if server_args.device == "cuda":
+        _check_selector(config.selector_name)
     check_model(server_args.get_model_config(), config)
+
+
+def _check_selector(name: str) -> None:
+    """Refuse on a GPU what has no kernels."""
+    selector = SELECTORS[name]
+    if not selector.runs_on_gpu:
+        possible = [other for other, one in SELECTORS.items() if one.runs_on_gpu]
+        raise UnsupportedConfiguration(
+            f"--freekv-selector is {name!r}, a baseline ({selector.baseline}) without kernels, which runs on a CPU "
+            f"only; on a GPU give one of {', '.join(possible)}, or add --device cpu."
+        )
 
 
 def _make_folder(path: str | None) -> None:

@@ -8,24 +8,16 @@ import torch
 from freekv_kernels import Count, Half
 from sglang_freekv.algorithm.audit import audit_blocks, audit_index, audit_windows
 from sglang_freekv.algorithm.selectors import SELECTORS
+from sglang_freekv.config import BASELINES, FreeKVConfig
 from sglang_freekv.config import SELECTORS as NAMES
-from sglang_freekv.config import FreeKVConfig
 from sglang_freekv.memory.budgets import Budgets
 from sglang_freekv.memory.geometry import Geometry
 from sglang_freekv.memory.page_indexes import INDEXES
 from tests.support.random_traces import make_trace
-from tests.support.reference_checks import ReferenceChecks, Request
+from tests.support.reference_checks import Request, WithoutWindows
 from tests.support.simulated_requests import PAGE, SimulatedEngine
 
 GEOMETRY = Geometry(num_layers=2, num_qo_heads=4, num_kv_heads=2, head_dim=16, dtype=torch.float32)
-
-
-class WithoutWindows(ReferenceChecks):
-    """All but the reference's choice of pages; counters and outputs hang on it too."""
-
-    def windows(self, *_) -> None: ...
-    def flags(self, *_) -> tuple[int, int]:
-        return 0, 0
 
 
 def make_engine(selector: str, budget_pages: int) -> tuple[SimulatedEngine, Request]:
@@ -46,6 +38,7 @@ def make_engine(selector: str, budget_pages: int) -> tuple[SimulatedEngine, Requ
 def test_flags_selectors_and_indexes_have_the_same_names():
     assert set(NAMES) == set(SELECTORS) == set(INDEXES)
     assert {FreeKVConfig(selector=name).selector_name for name in NAMES} == set(NAMES)
+    assert set(BASELINES) == {name for name, selector in SELECTORS.items() if selector.baseline is not None}
 
 
 @pytest.mark.parametrize("selector", SELECTORS)

@@ -6,6 +6,8 @@ or comes from another page differs from what the reference expects.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -70,3 +72,20 @@ def test_a_step_that_has_not_run_keeps_the_budget_of_its_request_when_the_row_ge
     assert (budgets[old.row] == 4).all()
     engine.prefill_whole(newcomer)
     assert (budgets[old.row] == 5).all()
+
+
+def test_a_memory_that_starts_over_has_other_settings_and_the_same_pages(engine: SimulatedEngine) -> None:
+    old, other = engine.requests
+    engine.hold(old.pages)
+    for request in (old, other):
+        engine.leave(request)
+    engine.start_over(replace(CONFIG, budget_tokens=3 * PAGE, max_budget_tokens=3 * PAGE), num_blocks=12)
+    memory = engine.memory
+    assert memory.blocks.num_resident == memory.counters.decoded_tokens == int(memory.blocks.step) == 0
+    newcomer = engine.start(old.trace, 8 * PAGE, prefix=old, prefix_tokens=6 * PAGE)
+    engine.prefill_whole(newcomer)
+    for _ in range(PAGE):
+        engine.decode()  # checked against the reference
+    audit_blocks(memory)
+    memory.check_integrity()
+    assert (memory.layers[0].windows[:, newcomer.row] >= 0).sum(-1).eq(3).all()

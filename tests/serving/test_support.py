@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import re
 import shlex
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from sglang.srt.model_executor.cuda_graph_config import CudaGraphConfig, PhaseCo
 from sglang.srt.plugins import load_plugins
 from sglang.srt.server_args import ServerArgs
 
+from sglang_freekv.algorithm.selectors import SELECTORS
 from sglang_freekv.config import FreeKVConfig, UnsupportedConfiguration
 from sglang_freekv.serving import support
 from sglang_freekv.serving.model_support import check_model
@@ -297,6 +299,21 @@ def test_a_16_bit_model_with_usual_heads_is_served_on_a_gpu(config, model):
 def test_a_model_that_the_kernels_do_not_serve_is_refused_on_a_gpu(config, settings, sentence, model):
     with pytest.raises(UnsupportedConfiguration, match=f"freekv on a GPU .*{sentence}.*; or remove --kv-retrieval"):
         check_resolved(on_gpu(model({**LLAMA, **config}), **settings), FreeKVConfig())
+
+
+@pytest.mark.usefixtures("hopper")
+@pytest.mark.parametrize("name", SELECTORS)
+def test_a_selector_without_kernels_is_refused_on_a_gpu_by_its_source_and_served_on_a_cpu(name, parser, model):
+    path, selector = model({**LLAMA, **WIDE}), SELECTORS[name]
+    if selector.runs_on_gpu:
+        check_resolved(on_gpu(path), FreeKVConfig(selector=name))
+    else:
+        source = re.escape(selector.baseline)
+        with pytest.raises(
+            UnsupportedConfiguration, match=f"^--freekv-selector is '{name}', .*{source}.*; .* give one of"
+        ):
+            check_resolved(on_gpu(path), FreeKVConfig(selector=name))
+    assert start(parser, path, f"--freekv-selector {name}")._freekv.selector == name
 
 
 @pytest.mark.usefixtures("hopper")

@@ -141,6 +141,14 @@ class ReferenceChecks:
                 assert ((decoded - keys).abs() <= step * (0.5 + ROUNDING)).all(), f"codes of page {page}"
 
 
+class WithoutWindows(ReferenceChecks):
+    """All but the reference's choice of pages; counters and outputs hang on it too."""
+
+    def windows(self, *_) -> None: ...
+    def flags(self, *_) -> tuple[int, int]:
+        return 0, 0
+
+
 def window_of(windows: torch.Tensor, request: Request) -> list[list[int]]:
     """The pages of a request's window per KV head, of `windows [max_requests + 1, H, W]`."""
     pages = windows[request.row].tolist()

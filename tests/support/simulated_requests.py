@@ -73,20 +73,30 @@ class SimulatedEngine:
             device=device,
             ops=ops,
         )
-        host, index, blocks = self.memory.host, self.memory.index, self.memory.blocks
-        for tensor in (host.kv, index.summaries, self.memory.arena, *blocks.kv):
+        for tensor in (self.memory.host.kv, self.memory.index.summaries, self.memory.arena):
             tensor.fill_(math.nan)  # what is read before it is written shows
         if g.key_bits:
-            index.codes.fill_(UNWRITTEN_CODE)
-        self.decoder, self.prefiller = build_engine(self.memory)
-        self.rule = Rule.of(self.memory)
-        self.checks = ReferenceChecks(self.memory, self.rule)
+            self.memory.index.codes.fill_(UNWRITTEN_CODE)
+        self._build()
         self.req_to_token = torch.zeros((max_requests + 1, num_pages * g.page_size), dtype=torch.int32, device=device)
         self.free_rows = list(range(max_requests, 0, -1))
         self.free_pages = list(range(num_pages - 1, 0, -1))
         self.users = [0] * num_pages  # requests that hold each host page
         self.requests: list[Request] = []
         self.corrected = self.kept = 0
+
+    def _build(self) -> None:
+        for kv in self.memory.blocks.kv:
+            kv.fill_(math.nan)
+        self.decoder, self.prefiller = build_engine(self.memory)
+        self.rule = Rule.of(self.memory)
+        self.checks = ReferenceChecks(self.memory, self.rule)
+
+    def start_over(self, config: FreeKVConfig, num_blocks: int) -> None:
+        """Other settings, once no request is left; pages that are held stay as they are."""
+        self.config = config
+        self.memory.start(config, num_blocks)
+        self._build()
 
     # Requests come and go
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
+from tests.support.documents import ROOT
 from tools.fuzz.explore import run_round, serving_context
 from tools.fuzz.machine import MemoryMachine
 
@@ -23,3 +27,11 @@ def test_every_invariant_holds_after_every_step() -> None:
     happened = {name: steps[name] for name in ("extend", "finish", "abort", "retract", "evict", "flush")}
     happened |= {name: seen[name] for name in ("misses", "flagged_rows", "kept_rows", "hit_tokens", "exchanges")}
     assert min(happened.values()) > 0, happened
+
+
+def test_the_command_runs_a_round_with_the_selectors_that_are_compared_with() -> None:
+    command = [sys.executable, "-m", "tools.fuzz", "--baselines", "--rounds", "1", "--workers", "1", "--seed", "0"]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    last = run.stdout.splitlines()[-1]
+    print(last)
+    assert run.returncode == 0 and last.endswith(" steps in 1 rounds, 0 failures"), run.stdout + run.stderr

@@ -10,32 +10,15 @@ import argparse
 import os
 import sys
 import time
-import traceback
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from itertools import count
 from multiprocessing import get_context
 from pathlib import Path
 
 from benchmarks.records import RecordWriter
+from tools.fuzz import worker
 
 _PROGRESS_S = 30.0
-
-
-def _start_worker() -> None:
-    import torch
-
-    torch.set_num_threads(1)  # the tensors are tiny
-
-
-def _run(seed: int) -> tuple[int, str | None]:
-    """The steps of a round, and what failed."""
-    from tools.fuzz.explore import run_round, serving_context
-
-    try:
-        with serving_context():
-            return run_round(seed), None
-    except Exception:
-        return 0, traceback.format_exc()
 
 
 def main() -> int:
@@ -44,6 +27,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=None, help="stop after so many, if that is earlier")
     parser.add_argument("--seed", type=int, default=None, help="of the first round (default: the time)")
     parser.add_argument("--rounds", type=int, default=None, help="stop after so many, if that is earlier")
+    parser.add_argument("--baselines", action="store_true", help="with the selectors that are compared with")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="(default: %(default)s)")
     parser.add_argument("--out", type=Path, help="append the numbers to this file of records")
     args = parser.parse_args()
@@ -55,7 +39,7 @@ def main() -> int:
         print(f"{failure}\nfuzz: seed {seed} fails")
     print(f"fuzz: {steps:,} steps in {rounds:,} rounds, {len(failures)} failures")
     if writer:
-        params = {"first_seed": first_seed, "workers": args.workers}
+        params = {"first_seed": first_seed, "workers": args.workers, "baselines": args.baselines}
         writer.write("steps", steps, "steps", params)
         writer.write("rounds", rounds, "rounds", params)
         writer.write("failures", len(failures), "rounds", params)
@@ -69,11 +53,11 @@ def _explore(args: argparse.Namespace, first_seed: int) -> tuple[int, int, list[
     seeds = count(first_seed) if args.rounds is None else iter(range(first_seed, first_seed + args.rounds))
     running: dict[Future, int] = {}
     steps, rounds, failures = 0, 0, []
-    with ProcessPoolExecutor(args.workers, get_context("spawn"), _start_worker) as pool:
+    with ProcessPoolExecutor(args.workers, get_context("spawn"), worker.start) as pool:
         while True:
             may_go_on = not failures and steps < args.steps and time.monotonic() < deadline
             while may_go_on and len(running) < args.workers and (seed := next(seeds, None)) is not None:
-                running[pool.submit(_run, seed)] = seed
+                running[pool.submit(worker.run, seed, args.baselines)] = seed
             if not running:
                 return steps, rounds, failures
             for done in wait(running, return_when=FIRST_COMPLETED).done:

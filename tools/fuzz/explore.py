@@ -13,7 +13,7 @@ from hypothesis.stateful import run_state_machine_as_test
 from sglang.srt.runtime_context import get_context
 
 from tools.fuzz.machine import MemoryMachine
-from tools.fuzz.setups import SETUPS, Setup
+from tools.fuzz.setups import BASELINE_SETUPS, SETUPS, Setup
 
 EXAMPLES = 10  # of a round
 RULES = 80  # of an example, at most
@@ -53,6 +53,7 @@ def run_round(seed: int, setups: tuple[Setup, ...] = SETUPS, shrinks: bool = Tru
     try:
         run_state_machine_as_test(hypothesis.seed(seed)(machine), settings=settings(_SETTINGS, phases=phases))
     except Exception as error:
-        error.add_note(f"Repeat it with: python -m tools.fuzz --seed {seed} --rounds 1")
+        which = " --baselines" if setups is BASELINE_SETUPS else ""
+        error.add_note(f"Repeat it with: python -m tools.fuzz --seed {seed} --rounds 1{which}")
         raise
     return MemoryMachine.steps.total() - before

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from sglang_freekv.config import FreeKVConfig
+from sglang_freekv.config import BASELINES, FreeKVConfig
 from sglang_freekv.memory.geometry import Geometry
 from sglang_freekv.memory.windows import WindowSizes
 
@@ -72,4 +72,9 @@ SETUPS = (
     ),
     Setup("everything resident", _GEOMETRY, _CONFIG, num_blocks=29 * 2),
     Setup("stamps end", _GEOMETRY, _CONFIG, first_step=(1 << 29) - 12),
+)
+# Those that are compared with: what they keep of a request must survive whatever happens to others.
+BASELINE_SETUPS = tuple(
+    Setup(name, replace(_GEOMETRY, num_layers=2, key_bits=0), replace(_CONFIG, key_bits=0, selector=name, tau=tau))
+    for name, tau in zip(BASELINES, (-1.0, 0.9, 0.9, 0.9, 2.0), strict=True)
 )

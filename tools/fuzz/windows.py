@@ -9,6 +9,7 @@ import torch
 
 from freekv_kernels import Count, Half
 from sglang_freekv.algorithm.audit import audit_windows
+from sglang_freekv.config import BASELINES
 from sglang_freekv.testing.reference_decoder import ReferenceRequest, Rule, explain_difference
 from tools.fuzz.batch import Batch
 from tools.fuzz.setups import PAGE_SIZE
@@ -32,6 +33,7 @@ class WindowChecks:
         self._layers = [layer for layer in range(g.num_layers) if layer not in c.dense_layers]
         self._next: dict[Life, tuple[np.ndarray, ...]] = {}  # layer, head, logical and host page of resident entries
         self._rule = Rule.of(self._memory)
+        self._has_reference = self._memory.config.selector not in BASELINES
 
     def after_batch(self, batch: Batch) -> None:
         """A batch has run."""
@@ -39,7 +41,7 @@ class WindowChecks:
         if batch.mode.is_decode():
             self._next.clear()
             audit_windows(self._scheduler.backend.decode)
-            is_compared = self._memory.counters.steps % _REFERENCE_EVERY == 0
+            is_compared = self._has_reference and self._memory.counters.steps % _REFERENCE_EVERY == 0
             for index, member in enumerate(batch.members):
                 self._check_front(batch, index, is_compared)
                 self._note(member.life, batch.pages[index])

@@ -24,6 +24,7 @@ class CORMSelector(EvictionSelector):
 
     baseline = "CORM (arXiv 2404.15949), at a fixed budget"
     num_observed = 256
+    unseen = -1.0
 
     def first(self, shares: torch.Tensor, batch: Batch) -> torch.Tensor:
         return self._latest(shares, batch)
@@ -41,4 +42,4 @@ class CORMSelector(EvictionSelector):
         num_pages = (shares > float("-inf")).sum(-1, keepdim=True)
         is_fair = (shares >= -num_pages.log()).any(3)
         last = last_positions(batch, self.memory.geometry.page_size)[:, None] - torch.arange(shares.shape[2])
-        return torch.where(is_fair, last[:, None, :, None], -1).amax(2).float()
+        return torch.where(is_fair, last[:, None, :, None], self.unseen).amax(2)

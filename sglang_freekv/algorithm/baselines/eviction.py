@@ -23,9 +23,12 @@ class EvictionSelector(Selector):
     ----------
     state : float32, ``[num_layers, max_requests + 1, num_kv_heads, max_pages + 1]``
         What `start` and `observe` remember of each page; the last column takes what is of no page.
+    unseen : float
+        State of a page that no query has seen.
     """
 
     runs_on_gpu = False
+    unseen = 0.0
 
     def __init__(self, memory: KVMemory) -> None:
         super().__init__(memory)
@@ -80,7 +83,7 @@ class EvictionSelector(Selector):
             one = Batch(*(tensor[i : i + 1] for tensor in batch[:-1]), batch.step)
             pages = self._candidates(layer, one, Half.BOTH)
             shares = page_shares(layer, one, pages, queries[i : i + 1, : int(num_known[i])], scale)
-            state = self.state[layer.number, row]
+            state = self.state[layer.number, row].fill_(self.unseen)
             state[:, : pages.shape[-1]] = self.first(shares, one)[0]
 
     def observe(self, layer: Layer, batch: Batch, scale: float) -> None:
