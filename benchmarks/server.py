@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import psutil
 import requests
 
+from benchmarks.footprint import COUNTERS, footprint
 from tools.zygote.client import SERVER_CHILDREN, start
 
 _START_SECONDS = 900
@@ -134,15 +135,17 @@ def retrieval_numbers(before: dict, after: dict) -> dict[str, tuple[float, str]]
     Bytes are per generated token: those that were copied from the host store, and those of all selected pages, which
     would have been copied if nothing had stayed on the device. The first selection after a prompt is among them.
     """
-    names = ("recalled_bytes", "decoded_tokens", "rows", "flagged_rows", "hits", "misses", "absent_pages")
+    names = ("recalled_bytes", "decoded_tokens", "rows", "flagged_rows", "hits", "misses", "absent_pages", *COUNTERS)
     count = {name: after[name] - before[name] for name in names}
     tokens, selected = max(1, count["decoded_tokens"]), count["hits"] + count["misses"]
+    held = footprint(count)
     return {
         "recalled_per_token": (count["recalled_bytes"] / tokens, "bytes"),
         "selected_per_token": (selected * after["block_bytes"] / tokens, "bytes"),
         "hit_share": (count["hits"] / max(1, selected), "ratio"),
         "corrected_rows": (count["flagged_rows"] / max(1, count["rows"]), "ratio"),
         "absent_pages": (count["absent_pages"], "pages"),
+        **{name: (value, "ratio") for name, value in (held.records() if held else {}).items()},
     }
 
 

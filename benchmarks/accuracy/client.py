@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+from benchmarks import footprint
 from benchmarks.accuracy.tasks.session import Outputs, Session, Turn
 from benchmarks.server import Chunk, Server
 from sglang_freekv.config import BUDGET_PARAM
 
-COUNTERS = ("recalled_bytes", "rows", "flagged_rows", "hits", "misses", "absent_pages")
+COUNTERS = ("recalled_bytes", "rows", "flagged_rows", "hits", "misses", "absent_pages", *footprint.COUNTERS)
 
 
 class Generation(NamedTuple):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import mean
 
 from benchmarks.accuracy.results import FULL
 from benchmarks.accuracy.settings import Layout
+from benchmarks.footprint import FULL_ATTENTION, TITLE, Footprint, cell
 from benchmarks.methods import METHODS
 from benchmarks.records import Record
 from benchmarks.tables import table as tables
@@ -64,21 +65,45 @@ def _header(fields: Sequence[str]) -> list[str]:
 def _task(rows: Sequence[Row], task: str) -> Lines:
     rows = [row for row in rows if row.params["task"] == task]
     fields = varying(rows)
-    lines = [[*_header(fields), "score [95 %]", "share of full [95 %]", "recalled KiB/token", "flagged", "tokens/s"]]
+    columns = _of_methods(rows)
+    scores = ["score [95 %]", "share of full [95 %]", "recalled KiB/token"]
+    lines = [[*_header(fields), *scores, *columns, "tokens/s"]]
     for row in rows:
         score, speed = row.numbers["score"], row.numbers.get("decode_throughput")
-        recalled, flagged = row.numbers.get("recalled_per_token"), row.numbers.get("flagged_share")
+        recalled = row.numbers.get("recalled_per_token")
         lines.append(
             [
                 *_labels(row, fields),
                 _with_interval(score.value, row.numbers["score_high"]),
                 "" if score.ratio is None else _with_interval(score.ratio, row.numbers["share_high"]),
                 f"{recalled.value / _KIB:,.1f}" if recalled else "",
-                f"{flagged.value:.2f}" if flagged else "",
+                *(column([row]) for column in columns.values()),
                 f"{speed.value:,.0f}" if speed else "",
             ]
         )
     return lines
+
+
+def _flagged(rows: Sequence[Row]) -> str:
+    """Share of rows that were corrected, the mean over tasks."""
+    shares = [row.numbers["flagged_share"].value for row in rows if "flagged_share" in row.numbers]
+    return f"{mean(shares):.2f}" if shares else ""
+
+
+def _footprint(rows: Sequence[Row]) -> str:
+    """The mean over tasks; full attention's is known without counting."""
+    known = [row.numbers for row in rows if "device_footprint" in row.numbers]
+    held = [Footprint(*(numbers[name].value for name in FULL_ATTENTION.records())) for numbers in known]
+    return cell([FULL_ATTENTION] if rows[0].params["method"] == FULL else held)
+
+
+# Title of a column of all tables -> what is in it; shown where a retrieval method has the metric.
+_OF_METHODS = {"flagged": ("flagged_share", _flagged), TITLE: ("device_footprint", _footprint)}
+
+
+def _of_methods(rows: Sequence[Row]) -> dict[str, Callable[[Sequence[Row]], str]]:
+    found = {metric for row in rows for metric in row.numbers}
+    return {title: column for title, (metric, column) in _OF_METHODS.items() if metric in found}
 
 
 def _with_interval(value: float, high: Record) -> str:
@@ -88,9 +113,10 @@ def _with_interval(value: float, high: Record) -> str:
 def _summary(rows: Sequence[Row]) -> Lines:
     """Mean over the tasks of each group: score, and share of full attention's mean."""
     fields, groups = varying(rows), list(dict.fromkeys(row.params["group"] for row in rows))
-    lines = [[*_header(fields), *groups]]
+    columns = _of_methods(rows)
+    lines = [[*_header(fields), *columns, *groups]]
     for labels, members in group_rows(rows, fields).items():
-        line = [*labels]
+        line = [*labels, *(column(members) for column in columns.values())]
         for group in groups:
             scores = [row.numbers["score"] for row in members if row.params["group"] == group]
             line.append(_mean(scores))
@@ -138,4 +164,6 @@ def render(records: Sequence[Record]) -> str:
 _NOTE = f"""\
 Scores are means over references. Brackets: 95 % intervals, by bootstrap over sessions. Shares are of full attention
 (`{FULL}`) on the same sessions; by group they are ratios of means over tasks. Recalled: from CPU memory, per generated
-token, where the device holds two windows of the largest budget for each request. Tokens/s: decoding, of the batch."""
+token, where the device holds two windows of the largest budget for each request. Flagged: share of the rows over their
+budget that were corrected. KV footprint: tokens that are held in decode steps, relative to full attention. Tokens/s:
+decoding, of the batch."""

@@ -10,6 +10,7 @@ from typing import Any
 
 from benchmarks.accuracy import intervals
 from benchmarks.accuracy.intervals import Interval
+from benchmarks.footprint import Footprint, footprint
 from benchmarks.records import Record, RecordWriter
 
 FULL = "full"
@@ -82,6 +83,7 @@ class Cell:
     recalled_per_token: float | None  # bytes
     flagged_share: float | None  # of (request, KV head, layer) rows over the budget
     hit_share: float | None  # of selected (page, KV head) pairs
+    footprint: Footprint | None  # of the KV; full attention's is not counted
     absent_pages: int
 
 
@@ -120,6 +122,7 @@ def _cell(batches: list[Result], baseline: list[Result] | None, seed: int) -> Ce
         recalled_per_token=_ratio(total.get("recalled_bytes"), generated),
         flagged_share=_ratio(total.get("flagged_rows"), total.get("rows")),
         hit_share=_ratio(total.get("hits"), total.get("hits", 0) + total.get("misses", 0)),
+        footprint=footprint(total),
         absent_pages=total.get("absent_pages", 0),
     )
 
@@ -156,6 +159,8 @@ def write_records(cells: Iterable[Cell], writer: RecordWriter) -> list[Record]:
         for name, unit in (("recalled_per_token", "bytes"), ("flagged_share", "ratio"), ("hit_share", "ratio")):
             if (value := getattr(cell, name)) is not None:
                 write(name, value, unit, params)
+        for name, value in (cell.footprint.records() if cell.footprint else {}).items():
+            write(name, value, "ratio", params)
         for number, turn in enumerate(cell.turns, start=1):
             write("turn_score", turn.value, "of 1", {**params, "turn": number})
     return records

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import sglang as sgl
 
+from benchmarks.footprint import FULL_ATTENTION
 from benchmarks.needle import MODEL
 from benchmarks.programs.frontend import NUM_QUESTIONS, PROGRAMS, Job, draw_job, run_batch
 from benchmarks.records import RESULTS, ROOT, RecordWriter
@@ -53,8 +54,8 @@ def measure(server: Server, program: sgl.SglFunction, jobs: Sequence[Job]) -> Ru
         after = server.freekv()
     if before is None:
         return Run(seconds, answers, {})
-    recalled, _ = retrieval_numbers(before, after)["recalled_per_token"]
-    return Run(seconds, answers, {"tree_tokens": after["tree_tokens"], "recalled_per_token": recalled})
+    numbers = {name: value for name, (value, _) in retrieval_numbers(before, after).items()}
+    return Run(seconds, answers, {"tree_tokens": after["tree_tokens"], **numbers})
 
 
 def start_servers(args: argparse.Namespace, stack: contextlib.ExitStack) -> Iterator[tuple[int | None, Server]]:
@@ -105,6 +106,8 @@ def write(writer: RecordWriter, params: dict[str, Any], plain: list[Run], freekv
     writer.write("equal_answers", equal, "ratio", params)
     writer.write("stored_per_program", stored, "tokens", params)
     writer.write("recalled_per_token", recalled, "bytes", params)
+    for name in FULL_ATTENTION.records():
+        writer.write(name, statistics.mean(run.freekv[name] for run in freekv), "ratio", params)
     print(
         f"{params['program']:>10}, budget {params['budget']}: {old:.2f} -> {new:.2f} s, ratio {ratio:.2f}; "
         f"{equal:.3f} of {len(pairs)} answers equal; {stored:,.0f} tokens stored per program, "

@@ -46,8 +46,10 @@ def draw() -> list[Path]:
     cost = RESULTS / "cost_model.png"
     cost_model_picture.draw(read_run(records("cost_model")), cost)
     against_budget = accuracy_pictures.draw(records("accuracy_budgets"), RESULTS, stem="accuracy_")
+    flagged = accuracy_pictures.draw_flagged(records("accuracy_flagged"), RESULTS / "accuracy_flagged.svg")
     real_model = real_model_pictures.draw(records("real_model_budgets"), RESULTS)
-    return [cost, *against_budget, *real_model, *throughput_pictures.draw(records("throughput"), RESULTS)]
+    under_load = throughput_pictures.draw(records("throughput"), RESULTS)
+    return [cost, *against_budget, flagged, *real_model, *under_load]
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
+from benchmarks.footprint import FULL_ATTENTION
 from benchmarks.server import Server, retrieval_numbers
 from benchmarks.throughput.client import bench_serving
 from benchmarks.throughput.datasets import Dataset
@@ -72,6 +73,7 @@ def measure(server: Server, dataset: Dataset, flags: list[str], out: Path, plain
     if after is None:
         numbers["device_bytes"] = Number(server.info()["max_total_num_tokens"] * plain_token_bytes, "bytes")
         numbers["host_bytes"] = Number(0, "bytes")
+        numbers |= {name: Number(value, "ratio") for name, value in FULL_ATTENTION.records().items()}
     else:
         numbers["device_bytes"] = Number(device_bytes(after), "bytes")
         numbers["host_bytes"] = Number(after["host_bytes"], "bytes")

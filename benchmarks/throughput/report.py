@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
+from benchmarks.footprint import FULL_ATTENTION, TITLE
 from benchmarks.goals import goals_table
 from benchmarks.records import Record, verdict
 from benchmarks.tables.table import Lines, Row, Table, conditions_of, number, rows_of
@@ -57,6 +58,7 @@ _MEMORY = (
     Column("device MiB", ("device_bytes",), _MIB),
     Column("host MiB", ("host_bytes",), _MIB),
 )
+_FOOTPRINT = Column(TITLE, tuple(FULL_ATTENTION.records()), digits=2)
 _RECALLED = Column("recalled KiB/token", ("recalled_per_token",), _KIB)
 _RUN = (
     Column("finished", ("finished",), digits=2),
@@ -64,6 +66,7 @@ _RUN = (
     *_SPEED,
     *_LATENCY,
     *_MEMORY,
+    _FOOTPRINT,
     Column("prefix hits", ("prefix_hit_rate",), digits=2),
     _RECALLED,
     Column("equal answers", ("equal_outputs",), digits=2),
@@ -72,13 +75,16 @@ _SETTING = (
     _SPEED[3],
     *_LATENCY[:2],
     _MEMORY[0],
+    _FOOTPRINT,
     _RECALLED,
     Column("selected KiB/token", ("selected_per_token",), _KIB),
     Column("already on the device", ("hit_share",), digits=2),
     Column("corrected", ("corrected_rows",), digits=2),
 )
-_SUMMARY = (_SPEED[0], _SPEED[3], *_LATENCY[:2], _RUN[1], _MEMORY[0])
-
+_SUMMARY = (
+    *(_SPEED[0], _SPEED[3], *_LATENCY[:2], _RUN[1], _MEMORY[0]),
+    Column("KV footprint on the device", _FOOTPRINT.metrics[:1]),
+)
 
 _BRIEF = (
     Column("at once", ("peak_concurrency",)),
@@ -88,6 +94,7 @@ _BRIEF = (
     Column("first ms", ("ttft_p50",)),
     Column("next ms", ("tpot_p50",)),
     Column("MiB", ("device_bytes",), _MIB),
+    Column("KV held", _FOOTPRINT.metrics, digits=2),
     Column("recalled", ("recalled_per_token",), _KIB),
 )
 
@@ -100,8 +107,8 @@ def table(records: Sequence[Record], name: str) -> Table:
     if not records:
         return Table([])
     rows = rows_of(records)
-    lines = _settings(rows, _SETTING) if name == ABLATION else _summary(rows) if name == "summary" else _runs(rows)
-    return Table(lines, conditions_of(records))
+    render = {ABLATION: _settings, "summary": _summary}.get(name, _runs)
+    return Table(render(rows), conditions_of(records))
 
 
 def brief(records: Sequence[Record], phase: str) -> Table:
@@ -156,17 +163,18 @@ def _compared(row: Row, columns: Sequence[Column]) -> Iterator[list[str]]:
 
 def _summary(rows: Sequence[Row]) -> Lines:
     """Ratios to plain SGLang, a line for each workload."""
-    titles = [column.title.partition(" ms")[0].removesuffix(" MiB") for column in _SUMMARY]
+    columns = _shown(_SUMMARY, rows)
+    titles = [column.title.partition(" ms")[0].removesuffix(" MiB") for column in columns]
     lines = [["workload", "requests", "longest prompt", *titles]]
     for row in rows:
         labels = [row.params["workload"], str(row.params["requests"]), f"{row.params['context']:,}"]
-        lines.append([*labels, *(column.ratio(row) for column in _SUMMARY)])
+        lines.append([*labels, *(column.ratio(row) for column in columns)])
     return lines
 
 
-def _settings(rows: Sequence[Row], columns: Sequence[Column]) -> Lines:
+def _settings(rows: Sequence[Row], columns: Sequence[Column] = _SETTING) -> Lines:
     """A line for each setting."""
-    speed = _SPEED[3]
+    speed, columns = _SPEED[3], _shown(columns, rows)
     lines = [["setting", "budget", *(column.title for column in columns), "decoding: times plain"]]
     lines.append([PLAIN, "", *(column.cell(lambda record: record.baseline_value, rows[0]) for column in columns), ""])
     for row in rows:

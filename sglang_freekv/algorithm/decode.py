@@ -76,7 +76,7 @@ class Decode:
         memory.tables.clear()
         if step.seq_lens_cpu:  # a warm-up has padding only: the windows of running requests stay where they are
             memory.begin_step()
-        memory.counters.decoded_tokens += len(step.seq_lens_cpu)
+        memory.count_tokens(step.rows_cpu, step.seq_lens_cpu, num_pages)
         self._plan_attention(batch, step, num_pages)
         todo = shortcuts(memory, batch, step, num_pages, in_graph)
         self._plan = DecodePlan(batch, memory.tables.flags(len(step.rows)), todo)

@@ -9,6 +9,7 @@ from sglang_freekv.config import FreeKVConfig
 from sglang_freekv.memory.budgets import Budgets
 from sglang_freekv.memory.counters import Counters
 from sglang_freekv.memory.device_blocks import DeviceBlocks
+from sglang_freekv.memory.footprint import DeviceFootprint
 from sglang_freekv.memory.geometry import Geometry, num_pages_of
 from sglang_freekv.memory.host_store import HostStore
 from sglang_freekv.memory.layers import Layer, kinds_of
@@ -90,6 +91,7 @@ class KVMemory:
         self.sizes = WindowSizes.of(config, g.page_size)
         self.kinds = kinds_of(config, g.num_layers)
         self.counters = Counters(g.record_bytes, self.device)
+        self._footprint = DeviceFootprint(g, self.kinds, self.index.page_bytes(g))
         self.windows = Windows(g, self.max_requests, self.sizes.max_budget, self.device)
         self.budgets = Budgets(self.max_requests, g.num_kv_heads, self.sizes.max_budget, self.device)
         self._allocate_blocks(num_blocks)
@@ -153,6 +155,13 @@ class KVMemory:
         """A decode step starts: the windows written for it come to the front."""
         self.counters.steps += 1
         self.blocks.advance(self.counters.steps)
+
+    def count_tokens(self, rows: list[int], lens: list[int], num_pages: list[int]) -> None:
+        """A decode step has these requests: rows of the request table, their tokens with the new one, their pages."""
+        counters = self.counters
+        counters.decoded_tokens += len(rows)
+        counters.host_token_steps += sum(lens)
+        counters.device_token_steps += self._footprint.tokens(num_pages, [self.budgets.of(row) for row in rows])
 
     def device_bytes(self) -> dict[str, int]:
         """Device memory by purpose, measured from the tensors."""

@@ -121,6 +121,11 @@ ROWS: dict[str, list[Panel]] = {
             {"hits": f"{_rate('hits')} / ({_rate('hits')} + {_rate('misses')})"},
             maximum=1,
         ),
+        Panel(
+            "KV of running requests that must be on the device",
+            "percentunit",
+            {"windows and page index": f"{_rate('device_token_steps')} / {_rate('host_token_steps')}"},
+        ),
         Panel("Recalled from CPU memory", "Bps", {"recalled": _rate("recalled_bytes")}),
         Panel("Recalled per decode step", "bytes", {"recalled": f"{_rate('recalled_bytes')} / {_rate('steps')}"}),
         Panel(

@@ -70,6 +70,19 @@ METRICS = {
         "Tokens that decode steps have computed",
         "Divided by steps: the mean batch size.",
     ),
+    "device_token_steps": Metric(
+        "counter",
+        "tokens",
+        "Tokens that the device must hold for the requests of a decode step (windows, page index), summed over steps",
+        "Divided by host_token_steps: the share of their KV that requests need on the device. It falls with their "
+        "lengths; lower it with --freekv-budget or --freekv-key-bits.",
+    ),
+    "host_token_steps": Metric(
+        "counter",
+        "tokens",
+        "Tokens of the requests of a decode step, all of them in the host store, summed over steps",
+        "Divided by decoded_tokens: the mean length of a running request.",
+    ),
     "recalled_bytes": Metric(
         "counter",
         "bytes",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -75,6 +75,7 @@ class FakeClient:
             dict.fromkeys(COUNTERS, 0)
             | {"rows": 10 * self.generated, "flagged_rows": 4 * self.generated}
             | {"recalled_bytes": 2048 * self.generated}
+            | {"device_token_steps": 5 * self.generated, "host_token_steps": 20 * self.generated}
             if self.has_counters
             else None
         )
@@ -239,6 +240,11 @@ class TestMatrix:
         assert all(cell.recalled_per_token == 2048 and cell.flagged_share == 0.4 for cell in retrieval)
         assert all(cell.tokens_per_second == 2.0 for cell in cells)
 
+    def test_full_attention_holds_everything_on_the_device_and_methods_what_the_engine_counts(self, file: Path):
+        full, *retrieval = results.summarize(matrix(file, FakeServers()).run(two_methods(), batches()))
+        assert full.footprint is None
+        assert all(cell.footprint == (0.25, 1) for cell in retrieval)
+
     @pytest.mark.parametrize("servers", [1, 2])
     def test_a_run_that_was_interrupted_goes_on(self, file: Path, servers: int):
         whole = matrix(file.with_name("whole.jsonl"), FakeServers()).run(two_methods(), batches())
@@ -319,12 +325,14 @@ class TestReport:
         at_16 = [line for line in lines if line.startswith("| 16 |")]
         assert len(at_16) == 1 + 2 + 4 + 4  # full, window, exact and freekv with two poolings
         assert at_16[0].startswith("| 16 | full |  |  | 1.000 [0.676, 1.000] |  |")
-        assert "| 2.0 | 0.40 | 2 |" in at_16[1]
+        assert lines[0].endswith("| recalled KiB/token | flagged | KV footprint device / host | tokens/s |")
+        assert "| 2.0 | 0.40 | 0.25 / 1.00 | 2 |" in at_16[1]
+        assert "|  |  | 1.00 / 0.00 | 2 |" in at_16[0]
         assert "made_up" in report.table(records, "recite").conditions[0]
 
     def test_the_summary_has_a_column_for_each_group(self, records: list):
         lines = report.table(records, "summary").markdown().splitlines()
-        assert lines[0].endswith("| budget | lookup | walk | session |")
+        assert lines[0].endswith("| budget | flagged | KV footprint device / host | lookup | walk | session |")
         assert "1.000 | 1.000 | 1.000 |" in lines[2]
         assert "%)" in lines[3]
 
@@ -346,6 +354,14 @@ class TestReport:
     def test_a_report_has_all_tables(self, records: list):
         text = report.render(records)
         assert all(f"## {title}\n" in text for title in ("By task group", "recite", "walk", "talk", "By turn"))
+
+    def test_scores_are_drawn_against_the_share_of_rows_that_was_flagged(self, records: list, tmp_path: Path):
+        names = {"full": "full", "window": "codes, tau -1", "exact": "codes, tau 0.2", "freekv-0.9": "min-max, tau 0.2"}
+        renamed = [replace(r, params={**r.params, "method": names[r.params["method"]]}) for r in records]
+        drawn = pictures.draw_flagged(renamed, tmp_path / "flagged.svg").read_text()
+        lines = ("codes", "min-max", "full attention", "flagged share of rows")
+        assert [f"<!-- {text} -->" in drawn for text in lines] == [True] * len(lines)
+        assert "tau" not in drawn  # a line for each selector, whatever its points are
 
     def test_pictures_are_the_same_each_time(self, records: list, tmp_path: Path):
         first, second = (pictures.draw(records, tmp_path / name) for name in ("first", "second"))

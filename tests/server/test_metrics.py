@@ -6,6 +6,9 @@ import json
 import random
 import re
 
+import pytest
+
+from benchmarks import footprint
 from sglang_freekv.doctor.forecast import Machine, forecast, resolve
 from sglang_freekv.operations.__main__ import FOLDER
 from sglang_freekv.serving.metrics_catalog import METRICS, published_name
@@ -39,17 +42,32 @@ def test_counters_grow_with_the_recalls_and_no_page_is_absent(narrow: Server, rn
     assert filled <= grown["arena_filled_bytes"] < 2 * filled
 
 
+def test_the_host_holds_what_full_attention_holds_and_the_device_two_windows(narrow: Server, rng: random.Random):
+    before = narrow.freekv()
+    narrow.generate_one(random_prompt(rng, 3000), NUM_STEPS)
+    after = narrow.freekv()
+    grown = {name: after[name] - before[name] for name in footprint.COUNTERS}
+    full = sum(range(3000 + 1, 3000 + NUM_STEPS))  # the first token comes with the prompt
+    index = (after["page_summaries_bytes"] / after["host_tokens"]) / after["full_kv_bytes_per_token"]
+    assert grown["host_token_steps"] == full
+    assert footprint.footprint(grown).device == pytest.approx(2 * 128 * (NUM_STEPS - 1) / full + index, rel=0.01)
+
+
 def test_metrics_equal_what_server_info_says(narrow: Server, rng: random.Random):
     decode_past_the_device_blocks(narrow, rng)
     narrow.flush()
     narrow.generate_one([1, 2, 3], 2 * NUM_STEPS)  # a report is due every ten steps, and none is after the last
     published, state = narrow.metrics(), narrow.freekv()
-    of_every_step = {"steps", "decoded_tokens", "hits"}  # these have grown since the last report
+    held = {"device_token_steps", "host_token_steps"}
+    of_every_step = {"steps", "decoded_tokens", "hits"} | held  # these have grown since the last report
     for name in COUNTERS - of_every_step:
         assert published[published_name(name)] == state[name], name
     lag = {name: state[name] - published[published_name(name)] for name in of_every_step}
     assert all(0 <= lag[name] < LOG_INTERVAL for name in ("steps", "decoded_tokens"))
     assert 0 <= lag["hits"] < state["hits"] / 10
+    end = 3 + 2 * NUM_STEPS  # tokens after the last step, which computes all but the one that it generates
+    assert lag["host_token_steps"] == sum(range(end - lag["steps"], end))
+    assert lag["host_token_steps"] <= lag["device_token_steps"] <= 2 * lag["host_token_steps"]  # in whole pages
     used, free = (published[published_name(f"host_pages_{which}")] for which in ("used", "free"))
     assert used > 0
     assert 32 * (used + free) == state["host_tokens"]
