@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from benchmarks.footprint import Footprint, footprint
 from benchmarks.real_model.probe import LayerStep
 from freekv_kernels import Count
 from sglang_freekv.memory.kv_memory import KVMemory
@@ -60,7 +61,7 @@ class Comparison:
     best: np.ndarray
     exposed_bytes: float  # recalled per decoded token while attention waited
     hidden_bytes: float  # recalled per decoded token for the next step
-    footprint: float  # tokens that the device holds, over the steps, of those that full attention holds; index included
+    footprint: Footprint
 
     def of_texts(self, name: str) -> np.ndarray:
         """Means of a number over the steps, per text: ``[num_texts]``."""
@@ -75,7 +76,6 @@ class Comparison:
         context: int,
         predictions: Sequence[Prediction],
         layers: Sequence[Sequence[LayerStep]],
-        resident: Sequence[int],
         memory: KVMemory,
     ) -> Comparison:
         """Put the steps of a cell together.
@@ -83,17 +83,14 @@ class Comparison:
         Parameters
         ----------
         layers : of each step and layer
-        resident : sequence of int, ``[steps]``
-            Blocks in use over all layers.
+        memory : KVMemory
+            Whose counters were at zero before the steps.
         """
         g, num_texts = memory.geometry, len(predictions[0].kl)
 
         def stacked(name: str, steps: Sequence[Sequence[LayerStep]]) -> np.ndarray:
             return torch.stack([torch.stack([getattr(layer, name) for layer in step], -1) for step in steps]).numpy()
 
-        in_blocks = sum(resident) * g.page_size / g.num_layers / g.num_kv_heads / num_texts
-        full = sum(context + step for step in range(1, len(layers) + 1))
-        footprint = in_blocks / full + type(memory.index).page_bytes(g) / g.page_bytes
         looked_at = [step for step in layers if step[0].kept is not None]
         recalled = memory.counters[Count.RECALLS] * g.record_bytes / len(layers) / num_texts
         exposed, hidden = (sum(getattr(x, name) for step in layers for x in step) for name in ("exposed", "hidden"))
@@ -109,5 +106,5 @@ class Comparison:
             best=stacked("best", looked_at),
             exposed_bytes=recalled * exposed / max(1, exposed + hidden),
             hidden_bytes=recalled * hidden / max(1, exposed + hidden),
-            footprint=footprint,
+            footprint=footprint(memory.counters.as_dict()),
         )

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from benchmarks.accuracy.intervals import Interval, bootstrap
+from benchmarks.footprint import FULL_ATTENTION, TITLE, Footprint, cell
 from benchmarks.real_model.compare import Comparison
 from benchmarks.records import Record, RecordWriter
 from benchmarks.tables.table import Row, Table, conditions_of, number, rows_of
@@ -51,14 +52,16 @@ def write_records(comparison: Comparison, kinds: Sequence[str], writer: RecordWr
             records.append(writer.write(f"{name}_high", interval.high, "ratio" if is_ratio else unit, of_kind, **ends))
     for name in ("exposed_bytes", "hidden_bytes"):
         records.append(writer.write(name, getattr(c, name), "bytes per token", {**params, "kind": ALL}))
-    records.append(writer.write("footprint", c.footprint, f"of {FULL}", {**params, "kind": ALL}))
+    for name, value in c.footprint.records().items():
+        records.append(writer.write(name, value, "ratio", {**params, "kind": ALL}))
     return records
 
 
 def write_full(comparison: Comparison, kinds: Sequence[str], writer: RecordWriter, shared: dict) -> list[Record]:
     """What full attention predicts, and holds: what the others are compared with."""
     params = {"method": "full", "context": comparison.context, **shared}
-    records = [writer.write("footprint", 1.0, f"of {FULL}", {**params, "kind": ALL})]
+    held = FULL_ATTENTION.records().items()
+    records = [writer.write(name, value, "ratio", {**params, "kind": ALL}) for name, value in held]
     for kind in (ALL, *dict.fromkeys(kinds)):
         is_of = np.array([kind in (ALL, of_text) for of_text in kinds])
         value = float(np.exp(comparison.of_texts("nll_full")[is_of].mean()))
@@ -103,27 +106,32 @@ def table(records: Sequence[Record], name: str) -> Table:
         and (row.params.get("budget") == int(budget) or row.params["method"] in ("full", WHOLE))
     ]
     rows.sort(key=lambda row: row.numbers["kl"].value if "kl" in row.numbers else 0)
-    lines = [list(_COLUMNS), *([cell(row) for cell in _COLUMNS.values()] for row in rows)]
+    lines = [list(_COLUMNS), *([shown(row) for shown in _COLUMNS.values()] for row in rows)]
     keep = [i for i in range(len(_COLUMNS)) if any(line[i] for line in lines[1:])]
     return Table([[line[i] for i in keep] for line in lines], conditions_of(r for row in rows for r in row.records))
 
 
 def _with_interval(metric: str, digits: int = 3):
-    def cell(row: Row) -> str:
+    def shown(row: Row) -> str:
         if f"{metric}_high" not in row.numbers:
             return ""
         value, high = row.numbers[metric], row.numbers[f"{metric}_high"]
-        shown = value.value if value.ratio is None else value.ratio
-        return f"{number(shown, digits)} [{number(high.baseline_value, digits)}, {number(high.value, digits)}]"
+        share = value.value if value.ratio is None else value.ratio
+        return f"{number(share, digits)} [{number(high.baseline_value, digits)}, {number(high.value, digits)}]"
 
-    return cell
+    return shown
 
 
 def _plain(metric: str, scale: float = 1):
-    def cell(row: Row) -> str:
+    def shown(row: Row) -> str:
         return number(row.numbers[metric].value * scale) if metric in row.numbers else ""
 
-    return cell
+    return shown
+
+
+def _held(row: Row) -> str:
+    held = [row.numbers[name].value for name in FULL_ATTENTION.records() if name in row.numbers]
+    return cell([Footprint(*held)]) if held else ""
 
 
 _COLUMNS = {
@@ -139,5 +147,5 @@ _COLUMNS = {
     "pages that change": _plain("turnover"),
     "KiB/token, waited for": _plain("exposed_bytes", 1 / 1024),
     "KiB/token, hidden": _plain("hidden_bytes", 1 / 1024),
-    "device footprint": _plain("footprint"),
+    TITLE: _held,
 }

@@ -48,12 +48,11 @@ def read_methods(job: Job, cells: Sequence[Cell]) -> Iterator[Work | Comparison]
     for (method, context, _), config in zip(cells, configs, strict=True):
         full = np.load(job.log_probabilities(context), mmap_mode="r")
         memory, probe = _start_method(runner, config, job), Probe(runner.attn_backend.decode, job.every)
-        predictions, resident = [], []
+        predictions = []
         for step, logits in enumerate(reading.decode(context)):
             predictions.append(compare(torch.from_numpy(full[step].copy()), logits, reading.targets(context, step)))
-            resident.append(memory.blocks.num_resident)
             yield Work(decoded=len(job.texts))
-        yield Comparison.of(method.name, context, predictions, probe.steps, resident, memory)
+        yield Comparison.of(method.name, context, predictions, probe.steps, memory)
 
 
 def config_of(cell: Cell) -> FreeKVConfig:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from benchmarks.accuracy.intervals import bootstrap
+from benchmarks.footprint import Footprint
 from benchmarks.methods import METHODS
 from benchmarks.real_model import pictures
 from benchmarks.real_model.compare import Comparison, compare
@@ -155,7 +156,16 @@ def comparison(method: str, kl: float, budget: int = 512) -> Comparison:
     predictions = np.stack([np.full((steps, texts), kl), nll_full, nll_full + kl, np.ones((steps, texts))], 1)
     shape = (steps, texts, layers)
     arrays = {name: np.full(shape, 0.5) for name in ("similarity", "flagged", "turnover", "kept", "best")}
-    return Comparison(method, 4096, budget, predictions, **arrays, exposed_bytes=2048, hidden_bytes=1024, footprint=0.3)
+    return Comparison(
+        method,
+        4096,
+        budget,
+        predictions,
+        **arrays,
+        exposed_bytes=2048,
+        hidden_bytes=1024,
+        footprint=Footprint(0.3, 1.0),
+    )
 
 
 def test_the_table_ranks_methods_by_divergence_and_shows_the_ratio_of_perplexities(tmp_path: Path):
