@@ -1,9 +1,8 @@
-"""Talk to a server through the openai client: a conversation, one question, or a text that it continues.
+"""Talk to a server through the openai client.
 
-    python -m tools.ask URL                                       # a conversation, until Ctrl-D
-    python -m tools.ask URL --about DESIGN.md                     # a conversation about a text
-    python -m tools.ask URL --about DESIGN.md 'What is sealed?'   # one question
-    echo 'Once upon a time' | python -m tools.ask URL --continue  # no chat template, no turns
+python -m tools.ask URL                                  # a conversation, until Ctrl-D
+cat DESIGN.md | python -m tools.ask URL 'What is FreeKV?'  # a question, here about a text
+echo 'Once upon a time' | python -m tools.ask URL        # a text to continue, for models that do not chat
 """
 
 from __future__ import annotations
@@ -11,20 +10,26 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 from openai import APIConnectionError, APIStatusError, OpenAI
+from openai.types import CompletionUsage
+
+_CONTINUED_TOKENS, _ANSWER_TOKENS = 32, 256  # at most, by default
+
+_REPETITION = 0.3  # small models repeat themselves without end
 
 
 def main() -> int:
     """Print what is answered and what was counted; return 1 where there is no answer."""
     args = _parse()
+    text = "" if sys.stdin.isatty() else sys.stdin.read().rstrip("\n")
     client = OpenAI(base_url=f"{args.url}/v1", api_key="none")
     try:
-        if args.continues:
-            _continue(client, sys.stdin.read().rstrip("\n"), args)
+        if text and not args.question:
+            _continue(client, text, args.max_tokens or _CONTINUED_TOKENS)
         else:
-            _converse(client, [args.question] if args.question else _typed(), args)
+            questions = [f"{text}\n\n{args.question}".lstrip()] if args.question else _typed()
+            _converse(client, questions, args.max_tokens or _ANSWER_TOKENS)
     except APIConnectionError:
         print(f"no server answers at {args.url}; start one: make serve", file=sys.stderr)
         return 1
@@ -41,35 +46,29 @@ def _parse() -> argparse.Namespace:
         prog="python -m tools.ask", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("url", nargs="?", default="http://127.0.0.1:30000")
-    parser.add_argument("question", nargs="?", help="without it they are typed")
-    parser.add_argument("--about", type=Path, metavar="FILE", help="a text that comes before the first question")
-    parser.add_argument("--continue", action="store_true", dest="continues", help="continue standard input")
-    parser.add_argument("--max-tokens", type=int, help="of an answer (default: 32 with --continue, else 256)")
-    args = parser.parse_args()
-    if args.about and not args.about.is_file():
-        parser.error(f"--about {args.about} is no file; name a text, such as DESIGN.md")
-    return args
+    parser.add_argument("question", nargs="?", help="about the text on standard input, if one is piped in")
+    parser.add_argument("--max-tokens", type=int, help="of an answer")
+    return parser.parse_args()
 
 
-def _continue(client: OpenAI, text: str, args: argparse.Namespace) -> None:
-    answer = client.completions.create(model="default", prompt=text, max_tokens=args.max_tokens or 32, temperature=0)
+def _continue(client: OpenAI, text: str, max_tokens: int) -> None:
+    answer = client.completions.create(model="default", prompt=text, max_tokens=max_tokens, temperature=0)
     print(answer.choices[0].text.strip())
     _print_counts(answer.usage)
 
 
-def _converse(client: OpenAI, questions: Iterable[str], args: argparse.Namespace) -> None:
+def _converse(client: OpenAI, questions: Iterable[str], max_tokens: int) -> None:
     """Answer one question after the other, each with all before it."""
     messages: list[dict[str, str]] = []
-    text = f"{args.about.read_text()}\n\n" if args.about else ""
     for question in questions:
-        messages.append({"role": "user", "content": text + question})
-        answer, text = _print_answer(client, messages, args.max_tokens or 256), ""
+        messages.append({"role": "user", "content": question})
+        answer = _print_answer(client, messages, max_tokens)
         messages.append({"role": "assistant", "content": answer})
 
 
 def _typed() -> Iterator[str]:
     """Questions from the keyboard."""
-    print("Type a question, Ctrl-D to end.", file=sys.stderr)
+    print("Type a question; Ctrl-D ends the conversation.", file=sys.stderr)
     while True:
         try:
             question = input("> ").strip()
@@ -81,27 +80,27 @@ def _typed() -> Iterator[str]:
 
 
 def _print_answer(client: OpenAI, messages: list[dict[str, str]], max_tokens: int) -> str:
+    """Print the answer as it comes; return it."""
     stream = client.chat.completions.create(
         model="default",
         messages=messages,
         max_tokens=max_tokens,
         temperature=0,
+        frequency_penalty=_REPETITION,
         stream=True,
         stream_options={"include_usage": True},
     )
-    answer = []
+    answer = ""
     for part in stream:
-        if part.choices:
-            answer.append(part.choices[0].delta.content or "")
-            print(answer[-1], end="", flush=True)
-        if part.usage:
-            usage = part.usage
+        words = (part.choices[0].delta.content or "") if part.choices else ""
+        print(words, end="", flush=True)
+        answer += words
     print()
-    _print_counts(usage)
-    return "".join(answer)
+    _print_counts(part.usage)
+    return answer
 
 
-def _print_counts(usage) -> None:
+def _print_counts(usage: CompletionUsage) -> None:
     print(f"({usage.prompt_tokens:,} tokens read, {usage.completion_tokens} generated)", file=sys.stderr)
 
 
