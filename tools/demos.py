@@ -21,11 +21,13 @@ class Demo:
     flags: tuple[str, ...] = ()  # of the server, before those that the user gives
 
 
-# Its device holds 2,330 tokens, the two windows of one request, so one runs at a time; its context is 8,192.
+_QUIET = ("--sleep-on-idle",)  # else SGLang's scheduler takes a core while nobody asks
+
+# Its device holds 2,300 tokens, the two windows of one request, so one runs at a time; its context is 8,192.
 SMOLLM2 = Demo(
     flags=(
         *("--freekv-budget", "1024", "--freekv-host-memory", "0.5", "--freekv-device-blocks-memory", "0.05"),
-        *("--chunked-prefill-size", "1024", "--decode-log-interval", "20"),
+        *("--freekv-arena", "8192", "--chunked-prefill-size", "1024", "--decode-log-interval", "20", *_QUIET),
     ),
     text="""have a conversation:
 
@@ -46,7 +48,7 @@ and does nothing else: make serve MODEL=needle. Your own: make serve MODEL=<fold
 
 # Its device holds 5 % of what its host store holds.
 NEEDLE = Demo(
-    flags=("--freekv-budget", "768", "--freekv-host-memory", "0.1", "--freekv-device-blocks-memory", "0.005"),
+    flags=("--freekv-budget", "768", "--freekv-host-memory", "0.1", "--freekv-device-blocks-memory", "0.005", *_QUIET),
     text="""hide a fact in a long text and ask for it:
 
   (cat DESIGN.md; echo '@ secret harbor 48213;'; cat README.md; echo '? secret harbor =') | {ask}
