@@ -1,4 +1,4 @@
-# make serve           set everything up and serve a small model with KV retrieval (MODEL=folder PORT=30001)
+# make serve           set everything up and serve a small model with KV retrieval (MODEL=needle MODEL=folder PORT=30001)
 # make test            set everything up and run the tests       (PYTEST_FLAGS="-k radix")
 # make compile-kernels the kernels, for every supported GPU; the tests compile for one
 # make accuracy        methods, budgets and tasks through the server (ACCURACY_FLAGS="--tasks single --count 4")
@@ -26,13 +26,12 @@ SHELL := /bin/bash
 PYTHON ?= $(shell for python in python3.12 python3.11 python3; do \
     $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 VENV ?= .venv
-SHIPPED_MODEL := benchmarks/needle/model
-MODEL ?= $(SHIPPED_MODEL)
+# smollm2, a language model of 93 MB from the package index; needle, the shipped model that finds facts; or a folder.
+MODEL ?= smollm2
 HOST ?= 127.0.0.1
 PORT ?= 30000
-# The shipped model is shown with a device that holds 5 % of what the host store holds; others get the server's defaults.
-SERVE_FLAGS ?= $(if $(filter $(SHIPPED_MODEL),$(MODEL)),\
-    --freekv-budget 768 --freekv-host-memory 0.1 --freekv-device-blocks-memory 0.005)
+# More flags of the server; they come after those with which tools/demos.py shows smollm2 and needle.
+SERVE_FLAGS ?=
 PYTEST_FLAGS ?=
 BENCH_FLAGS ?=
 SUITE_FLAGS ?=

@@ -2,7 +2,7 @@
 
     python -m tools.serve --model-path MODEL --port 30000 --freekv-budget 2048
 
-All flags but --model-path, --host and --port go to the server as they are.
+MODEL is smollm2, needle, or a folder. All flags but --model-path, --host and --port go to the server as they are.
 """
 
 from __future__ import annotations
@@ -16,30 +16,12 @@ import sys
 import time
 import urllib.request
 from contextlib import suppress
-from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-NEEDLE_MODEL = ROOT / "benchmarks/needle/model"
+from tools.demos import ROOT, Demo, find, ready_text
+from tools.pretrained import NotFetched
+
 _PROGRESS_SECONDS = 10
 _END_SECONDS = 60
-
-_READY = """
-Ready at {url}, until Ctrl-C. In another terminal, in this folder, {what}:
-
-  {command} | {python} -m tools.ask {url}
-
-{note}
-"""
-_OF_THE_NEEDLE_MODEL = {
-    "what": "hide a fact in a long text and ask for it",
-    "command": "(cat DESIGN.md; echo '@ secret harbor 48213;'; cat README.md; echo '? secret harbor =')",
-    "note": "The model knows one thing, to find such facts: benchmarks/README.md. Your own: make serve MODEL=<folder>",
-}
-_OF_ANY_MODEL = {
-    "what": "let it continue a text",
-    "command": "echo 'The three largest cities of Europe are'",
-    "note": "It is an OpenAI server: any client of that API works, too.",
-}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -50,15 +32,26 @@ def main(argv: list[str] | None = None) -> int:
             f"port {own.port} of {own.host} is taken, or no address of this machine; "
             f"end what listens there, or choose another port: make serve PORT={own.port + 1}"
         )
-    where = ["--model-path", own.model_path, "--host", own.host, "--port", str(own.port)]
-    command = [sys.executable, "-m", "sglang.launch_server", "--kv-retrieval", "freekv", *where, *flags]
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
+    try:
+        model, demo = find(own.model_path)
+    except NotFetched as why:
+        return _fail(f"{why}. Without it: make serve MODEL=needle")
+    except KeyboardInterrupt:
+        return 0
+    where = ["--model-path", model, "--host", own.host, "--port", str(own.port)]
+    return _serve([*where, *demo.flags, *flags], demo, f"http://{own.host}:{own.port}")
+
+
+def _serve(flags: list[str], demo: Demo, url: str) -> int:
+    """Run a server until it ends, or is ended; return the exit status."""
+    command = [sys.executable, "-m", "sglang.launch_server", "--kv-retrieval", "freekv", *flags]
     # A session of its own: a terminal sends Ctrl-C to the whole foreground, and the server would end piecemeal.
     server = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
     try:
-        if _wait_until_ready(server, f"http://{own.host}:{own.port}"):
-            print(_ready_text(own), flush=True)
+        if _wait_until_ready(server, url):
+            print(ready_text(demo, url), flush=True)
             server.wait()
         return _fail("the server ended; its messages are above")
     except KeyboardInterrupt:
@@ -72,12 +65,10 @@ def main(argv: list[str] | None = None) -> int:
 def _parse(argv: list[str] | None) -> tuple[argparse.Namespace, list[str]]:
     """This program's own flags, and the server's."""
     parser = argparse.ArgumentParser(prog="python -m tools.serve", description=__doc__, allow_abbrev=False)
-    parser.add_argument("--model-path", default=str(NEEDLE_MODEL), help="folder of the model")
+    parser.add_argument("--model-path", default="smollm2", help="smollm2, needle, or the folder of a model")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=30000)
-    own, flags = parser.parse_known_args(argv)
-    own.model_path = str(Path(own.model_path).resolve()) if Path(own.model_path).exists() else own.model_path
-    return own, flags
+    return parser.parse_known_args(argv)
 
 
 def _can_bind(host: str, port: int) -> bool:
@@ -102,12 +93,6 @@ def _wait_until_ready(server: subprocess.Popen, url: str) -> bool:
             print(f"make serve: starting, {told - start:.0f} s", flush=True)
         time.sleep(1)
     return False
-
-
-def _ready_text(own: argparse.Namespace) -> str:
-    is_needle = Path(own.model_path) == NEEDLE_MODEL
-    texts = _OF_THE_NEEDLE_MODEL if is_needle else _OF_ANY_MODEL
-    return _READY.format(url=f"http://{own.host}:{own.port}", python=os.path.relpath(sys.executable), **texts)
 
 
 def _end(server: subprocess.Popen) -> None:

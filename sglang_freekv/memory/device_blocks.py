@@ -103,6 +103,10 @@ class DeviceBlocks:
         """Blocks over all cached layers, used or not."""
         return sum(self.num_blocks[number] for number in self._cached)
 
+    def resident_share(self, pages: torch.Tensor) -> float:
+        """Share of the KV of these host pages, int64 ``[n]``, that lies in blocks; waits for the device."""
+        return (self.tables.table[:, pages] >= 0).float().mean().item()
+
     @property
     def nbytes(self) -> int:
         return sum(kv.nbytes for kv in self.kv)

@@ -6,13 +6,18 @@ from typing import TYPE_CHECKING
 
 from sglang.srt.mem_cache.chunk_cache import ChunkCache
 from sglang.srt.mem_cache.radix_cache import RadixCache
+from torch.distributed import get_rank
+
+from sglang_freekv.serving.request_log import RequestLog
 
 if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req
     from sglang.srt.mem_cache.base_prefix_cache import (
         BasePrefixCache,
         EvictParams,
         EvictResult,
     )
+    from sglang.srt.mem_cache.cache_init_params import CacheInitParams
     from sglang.srt.mem_cache.registry import TreeCacheBuildContext
 
 
@@ -27,6 +32,18 @@ class _OfHostStore:
     """What either cache does for the host store."""
 
     evicted_tokens = 0  # since start-up
+
+    def __init__(self, params: CacheInitParams) -> None:
+        super().__init__(params)
+        group = params.tp_cache_group
+        self._logs = group is None or get_rank(group) == 0  # one rank for all
+        self._request_log = RequestLog(params.token_to_kv_pool_allocator.get_kvcache().memory)
+
+    def cache_finished_req(self, req: Req, is_insert: bool = True, *, kv_len_to_handle: int) -> None:
+        """A request leaves its row, at its end or because it is retracted."""
+        if self._logs and req.finished():
+            self._request_log.end(req, self.req_to_token_pool.req_to_token[req.req_pool_idx, :kv_len_to_handle])
+        super().cache_finished_req(req, is_insert, kv_len_to_handle=kv_len_to_handle)
 
     def report(self) -> dict[str, int]:
         """Tokens of the host store that the cache holds, for `/server_info`."""

@@ -122,3 +122,14 @@ def test_the_decode_log_has_one_freekv_part(narrow: Server, rng: random.Random):
     assert 0 < int(blocks_used) <= narrow.freekv()["device_blocks"]
     assert float(recalled) > 0
     assert int(absent) == 0
+
+
+def test_each_request_beyond_its_budget_leaves_a_line_in_the_log(narrow: Server, rng: random.Random):
+    start = len(narrow.log.read_text())
+    decode_past_the_device_blocks(narrow, rng)
+    narrow.generate_one([1, 2, 3], NUM_STEPS)
+    line = r"FreeKV request: ([\d,]+) \+ (\d+) .* attended to (\d+) .*; (\d+)% .*"
+    lines = re.findall(line, narrow.log.read_text()[start:])
+    assert sorted(int(prompt.replace(",", "")) for prompt, *_ in lines) == [4000, 4032, 4064]
+    assert {(int(new), int(attended)) for _, new, attended, _ in lines} == {(NUM_STEPS, 128)}
+    assert all(0 < int(share) < 100 for *_, share in lines)
