@@ -91,7 +91,7 @@ class KVMemory:
         self.sizes = WindowSizes.of(config, g.page_size)
         self.kinds = kinds_of(config, g.num_layers)
         self.counters = Counters(g.record_bytes, self.device)
-        self._footprint = DeviceFootprint(g, self.kinds, self.index.page_bytes(g))
+        self._footprint = DeviceFootprint(g, self.kinds, INDEXES[config.selector_name].page_bytes(g))
         self.windows = Windows(g, self.max_requests, self.sizes.max_budget, self.device)
         self.budgets = Budgets(self.max_requests, g.num_kv_heads, self.sizes.max_budget, self.device)
         self._allocate_blocks(num_blocks)

@@ -62,7 +62,7 @@ def test_metrics_equal_what_server_info_says(narrow: Server, rng: random.Random)
     of_every_step = {"steps", "decoded_tokens", "hits"} | held  # these have grown since the last report
     for name in COUNTERS - of_every_step:
         assert published[published_name(name)] == state[name], name
-    lag = {name: state[name] - published[published_name(name)] for name in of_every_step}
+    lag = {name: int(state[name] - published[published_name(name)]) for name in of_every_step}
     assert all(0 <= lag[name] < LOG_INTERVAL for name in ("steps", "decoded_tokens"))
     assert 0 <= lag["hits"] < state["hits"] / 10
     end = 3 + 2 * NUM_STEPS  # tokens after the last step, which computes all but the one that it generates
