@@ -42,7 +42,7 @@ Then look here for a line that begins with `FreeKV request`: it says how many of
 much of their KV was on the device. A conversation gets one when it has become longer than the budget, 1,024 tokens.
 
 SmolLM2-135M-Instruct (Apache-2.0) is a very small model. It chats, knows some facts and invents others. Of facts hidden
-like this one it finds most, at 7,000 tokens hardly any, with full attention as with retrieval. A model that finds facts
+like this one it finds many, at 7,000 tokens hardly any, with full attention as with retrieval. A model that finds facts
 and does nothing else: make serve MODEL=needle. Your own: make serve MODEL=<folder>""",
 )
 
