@@ -42,7 +42,6 @@ DEFAULT_METHODS = [
     "corm",
     "window",
 ]
-_DRIFT_OF = "exact"
 
 
 def main() -> None:
@@ -60,8 +59,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         job = dataclasses.replace(job, folder=Path(folder))
         contexts: set[int] = set()
+        drift_of = ("exact", max(args.contexts), min(args.budgets))
         for comparison in _compare(job, _cells(methods, args)):
-            _write(comparison, texts, writer, shared, is_first=comparison.context not in contexts)
+            _write(comparison, texts, writer, shared, drift_of, is_first=comparison.context not in contexts)
             contexts.add(comparison.context)
     _show(args, writer.path)
 
@@ -95,12 +95,14 @@ def _cells(methods: list[Method], args: argparse.Namespace) -> list[Cell]:
     return cells
 
 
-def _write(comparison: Comparison, texts: list[Text], writer: RecordWriter, shared: dict, is_first: bool) -> None:
+def _write(
+    comparison: Comparison, texts: list[Text], writer: RecordWriter, shared: dict, drift_of: tuple, is_first: bool
+) -> None:
     kinds = [text.kind for text in texts]
     if is_first:
         write_full(comparison, kinds, writer, shared)
     write_records(comparison, kinds, writer, shared)
-    if comparison.method == _DRIFT_OF:
+    if (comparison.method, comparison.context, comparison.budget) == drift_of:
         write_drift(comparison, kinds, writer, shared)
 
 

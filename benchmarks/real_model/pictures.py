@@ -20,7 +20,7 @@ _MARKERS = "osD^vPX<>h*p"
 
 
 def draw(records: Sequence[Record], folder: Path, stem: str = "real_model") -> list[Path]:
-    """Write STEM_budget.svg, STEM_recalled.svg and, where there are records of layers, STEM_drift.svg."""
+    """Write STEM_recalled.svg, STEM_budget.svg where there are several, and STEM_drift.svg where there are layers."""
     of_methods = (r for r in records if r.params["kind"] == ALL and "layer" not in r.params and "budget" in r.params)
     rows = rows_of(of_methods)
     pictures = {
@@ -28,6 +28,8 @@ def draw(records: Sequence[Record], folder: Path, stem: str = "real_model") -> l
         "recalled": ("recalled per token (KiB)", _recalled),
     }
     paths = []
+    if len({row.params["budget"] for row in rows if row.params["method"] != WHOLE}) == 1:
+        del pictures["budget"]
     for name, (label, x_of) in pictures.items():
         paths.append(folder / f"{stem}_{name}.svg")
         _draw_kl(rows, label, x_of, paths[-1])

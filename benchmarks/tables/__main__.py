@@ -47,9 +47,12 @@ def draw() -> list[Path]:
     cost_model_picture.draw(read_run(records("cost_model")), cost)
     against_budget = accuracy_pictures.draw(records("accuracy_budgets"), RESULTS, stem="accuracy_")
     flagged = accuracy_pictures.draw_flagged(records("accuracy_flagged"), RESULTS / "accuracy_flagged.svg")
-    real_model = real_model_pictures.draw(records("real_model_budgets"), RESULTS)
-    under_load = throughput_pictures.draw(records("throughput"), RESULTS)
-    return [cost, *against_budget, flagged, *real_model, *under_load]
+    of_text = [
+        path
+        for name in ("real_model", "real_model_budgets")
+        for path in real_model_pictures.draw(records(name), RESULTS, name)
+    ]
+    return [cost, *against_budget, flagged, *of_text, *throughput_pictures.draw(records("throughput"), RESULTS)]
 
 
 def main() -> None:
