@@ -6,6 +6,7 @@ Each has its own sizes, so that the pool of tokens overflows where that is the p
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +28,7 @@ class Program(NamedTuple):
     flags: str
     seconds: float
     read: Callable[[dict], Numbers]
+    python: tuple[int, int] = (3, 11)  # that it needs
 
 
 # A number that a program could not measure is 0: the part would hide it otherwise.
@@ -80,16 +82,26 @@ PROGRAMS = {
         _agents,
     ),
     "abort-sim": Program(
-        "abort_sim", "--context-tokens 4000 --thinking-tokens 24 --max-tokens 1024 --runs 2 --salt 1", 50, _aborts
+        "abort_sim",
+        "--context-tokens 4000 --thinking-tokens 24 --max-tokens 1024 --runs 2 --salt 1",
+        50,
+        _aborts,
+        (3, 12),
     ),
     "perf-sim": Program("perf_sim", "--step-tokens 1500 --output-tokens 24 --runs 1 --salt 1", 60, _speeds),
 }
-QUICK_PROGRAMS = ("needle-test", "abort-sim")
+QUICK_PROGRAMS = ("needle-test", "perf-sim")
 
 
 def steps(suites: Suites) -> list[Step]:
     """A step for all programs, on servers whose pool of tokens is small."""
     names = QUICK_PROGRAMS if suites.is_quick else tuple(PROGRAMS)
+    for name in names:
+        if sys.version_info < PROGRAMS[name].python:
+            print(
+                f"suites: {name} does not run: it needs Python {'.'.join(map(str, PROGRAMS[name].python))}", flush=True
+            )
+    names = tuple(name for name in names if sys.version_info >= PROGRAMS[name].python)
     cost = sum(PROGRAMS[name].seconds for name in names) * (1 + len(suites.methods))
     return [Step(f"cache-pressure, {len(names)} programs", cost, lambda: _compare(suites, names))]
 
