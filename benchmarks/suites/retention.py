@@ -80,6 +80,7 @@ PROGRAMS = {
         "--max-tokens 16 --no-viz --salt 1",
         90,
         _agents,
+        (3, 12),
     ),
     "abort-sim": Program(
         "abort_sim",
@@ -88,9 +89,9 @@ PROGRAMS = {
         _aborts,
         (3, 12),
     ),
-    "perf-sim": Program("perf_sim", "--step-tokens 1500 --output-tokens 24 --runs 1 --salt 1", 60, _speeds),
+    "perf-sim": Program("perf_sim", "--step-tokens 1500 --output-tokens 24 --runs 1 --salt 1", 60, _speeds, (3, 12)),
 }
-QUICK_PROGRAMS = ("needle-test", "perf-sim")
+QUICK_PROGRAMS = ("needle-test",)
 
 
 def steps(suites: Suites) -> list[Step]:
