@@ -45,7 +45,11 @@ class Server:
         log.parent.mkdir(parents=True, exist_ok=True)
         arguments = ["-m", "sglang.launch_server", "--port", self.url.rpartition(":")[2], *flags]
         self._process = start(arguments, log, dict(os.environ), SERVER_CHILDREN)
-        self._wait_until_ready()
+        try:
+            self._wait_until_ready()
+        except BaseException:  # ended while it waits: nobody else can stop this server
+            self.stop()
+            raise
 
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + _START_SECONDS
@@ -56,7 +60,6 @@ class Server:
                 if requests.get(f"{self.url}/health", timeout=60).ok:
                     return
             time.sleep(0.5)
-        self.stop()
         raise RuntimeError(f"the server {self.name!r} did not start; its last messages ({self.log}):\n{self._tail()}")
 
     def _tail(self) -> str:
@@ -67,6 +70,10 @@ class Server:
             return []
         process = psutil.Process(self._process.pid)
         return [process, *process.children(recursive=True)]
+
+    def poll(self) -> int | None:
+        """Exit status; None while it runs."""
+        return self._process.poll()
 
     def freeze(self) -> None:
         self._signal(signal.SIGSTOP)
