@@ -39,9 +39,6 @@ METHODS = {
         Method("freekv-0.8", ("--freekv-tau", "0.8")),
         Method("mass", ("--freekv-selector", "mass", *_ALWAYS_CORRECTS)),
         Method("mass-0.5", ("--freekv-selector", "mass", "--freekv-hysteresis", "0.5", *_ALWAYS_CORRECTS)),
-        Method("mass-0.5-0.8", ("--freekv-selector", "mass", "--freekv-hysteresis", "0.5", "--freekv-tau", "0.8")),
-        Method("mass", ("--freekv-selector", "mass", *_ALWAYS_CORRECTS)),
-        Method("mass-0.5", ("--freekv-selector", "mass", "--freekv-hysteresis", "0.5", *_ALWAYS_CORRECTS)),
         # FreeKV (arXiv 2505.13109): its bounds, its pooling, and its tau for long prompts.
         Method(
             "freekv-paper",
