@@ -222,6 +222,8 @@ class FreeKVConfig:
         _require(fixed <= budget, "--freekv-budget", budget, f"at least sink + recent ({fixed} tokens)")
         most = self.max_budget_tokens
         _require(budget <= most, "--freekv-max-budget", most, f"at least the budget ({budget} tokens)")
+        none = f"0 with --freekv-selector {self.selector}, which keeps pages by its own rule"
+        _require(self.selector not in BASELINES or self.hysteresis == 0, "--freekv-hysteresis", self.hysteresis, none)
         if self.selector is not None:
             reads_codes = self.selector in BY_CODES
             fits, bits = (self.key_bits > 0) == reads_codes, _or(KEY_BITS[1:]) if reads_codes else "0"

@@ -51,6 +51,7 @@ def parse(*argv: str) -> dict:
         ({"selector": "min-max", "key_bits": 2}, "--freekv-key-bits"),
         ({"selector": "mass", "key_bits": 0}, "--freekv-key-bits"),
         ({"hysteresis": -0.1}, "--freekv-hysteresis"),
+        ({"selector": "one-time", "hysteresis": 0.5}, "--freekv-hysteresis"),
         ({"key_bits": 3}, "--freekv-key-bits"),
         ({"key_bits": 2.0}, "--freekv-key-bits"),
         ({"key_bits": True}, "--freekv-key-bits"),

@@ -11,7 +11,8 @@ import argparse
 import sys
 from collections.abc import Iterable, Iterator
 
-from openai import APIConnectionError, APIStatusError, OpenAI
+from httpx import HTTPError
+from openai import APIConnectionError, APIError, APIStatusError, OpenAI
 from openai.types import CompletionUsage
 
 _CONTINUED_TOKENS, _ANSWER_TOKENS = 32, 256  # at most, by default
@@ -35,6 +36,9 @@ def main() -> int:
         return 1
     except APIStatusError as error:
         print(f"the server refused it: {error.message}", file=sys.stderr)
+        return 1
+    except (APIError, HTTPError) as error:
+        print(f"\nthe answer broke off: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print()
@@ -90,13 +94,15 @@ def _print_answer(client: OpenAI, messages: list[dict[str, str]], max_tokens: in
         stream=True,
         stream_options={"include_usage": True},
     )
-    answer = ""
+    answer, usage = "", None
     for part in stream:
+        usage = part.usage or usage
         words = (part.choices[0].delta.content or "") if part.choices else ""
         print(words, end="", flush=True)
         answer += words
     print()
-    _print_counts(part.usage)
+    if usage is not None:
+        _print_counts(usage)
     return answer
 
 

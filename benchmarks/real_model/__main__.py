@@ -1,10 +1,10 @@
 """Decode real text under retrieval and under full attention, and say what each method loses and moves.
 
     python -m benchmarks.real_model
-    python -m benchmarks.real_model --model FOLDER --contexts 2048 4096 8192 --budgets 256 512 1024 2048
+    python -m benchmarks.real_model --model FOLDER --contexts 2048 4096 8064 --budgets 256 512 1024 2048
     python -m benchmarks.real_model --kinds book.txt --methods exact "mine=--freekv-tau 0.5"
 
-The first runs every method at 4,096 tokens with a budget of 512, on SmolLM2.
+The first runs most methods at 4,096 tokens with a budget of 512, on SmolLM2.
 """
 
 from __future__ import annotations
@@ -12,31 +12,34 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import os
+import sys
 import tempfile
 from pathlib import Path
 
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from benchmarks.methods import METHODS, Method, parse_method
 from benchmarks.real_model import pictures
 from benchmarks.real_model.compare import Comparison
-from benchmarks.real_model.job import Cell, Job, whole_pages
+from benchmarks.real_model.job import PAGE, TAIL, Cell, Job, whole_pages
 from benchmarks.real_model.processes import run_in_process
 from benchmarks.real_model.progress import Progress
 from benchmarks.real_model.summary import WHOLE, table, write_drift, write_full, write_records
 from benchmarks.real_model.texts import KINDS, Text, digest, draw_texts, fetch_data
 from benchmarks.real_model.worker import read_full, read_methods, share_processes
 from benchmarks.records import RESULTS, RecordWriter, read_records
-from tools.pretrained import smollm2_folder
+from benchmarks.suites.packages import NotInstalled
+from tools.pretrained import NotFetched, smollm2_folder
 
 DEFAULT_METHODS = [
     WHOLE,
     "exact",
     "freekv-0.9",
-    "freekv-0.8",
+    "mass",
+    "mass-0.5",
     "freekv-paper",
-    "speculation",
     "quest",
+    "speculation",
     "one-time",
     "r-kv",
     "corm",
@@ -44,26 +47,46 @@ DEFAULT_METHODS = [
 ]
 
 
-def main() -> None:
+def main() -> int:
+    """Return 1, with a sentence, where nothing can be run as asked."""
     args = _parse()
     # A server leaves a core to its other processes; here is one process at a time.
     os.environ.setdefault("OMP_NUM_THREADS", str(len(os.sched_getaffinity(0))))
-    methods = [parse_method(name) for name in args.methods if name != WHOLE]
-    args.model = args.model or smollm2_folder()
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    job = _job(args)
-    texts = draw_texts(args.kinds, args.texts, job.num_tokens, tokenizer, args.data or fetch_data(args.kinds))
-    job = dataclasses.replace(job, texts=tuple(tuple(text.tokens) for text in texts))
+    try:
+        job, texts, cells = _prepare(args)
+    except (NotFetched, NotInstalled, OSError, ValueError) as why:
+        print(f"real_model: {why}", file=sys.stderr)
+        return 1
     writer = RecordWriter("real_model", args.out / f"{args.name}.jsonl")
     shared = {"model": Path(args.model).name, "dtype": args.dtype, "texts": digest(texts), "steps": args.steps}
     with tempfile.TemporaryDirectory() as folder:
         job = dataclasses.replace(job, folder=Path(folder))
         contexts: set[int] = set()
         drift_of = ("exact", max(args.contexts), min(args.budgets))
-        for comparison in _compare(job, _cells(methods, args)):
+        for comparison in _compare(job, cells):
             _write(comparison, texts, writer, shared, drift_of, is_first=comparison.context not in contexts)
             contexts.add(comparison.context)
     _show(args, writer.path)
+    return 0
+
+
+def _prepare(args: argparse.Namespace) -> tuple[Job, list[Text], list[Cell]]:
+    """Fetch what is missing, and check what is asked for; raises what `main` catches."""
+    cells = _cells([parse_method(name) for name in args.methods if name != WHOLE], args)
+    share_processes(cells)  # checks the settings of each
+    for context in args.contexts:
+        if context % PAGE or context <= TAIL:
+            raise ValueError(f"--contexts {context}: give multiples of {PAGE} tokens, more than {TAIL}")
+    args.model = args.model or smollm2_folder()
+    job, longest = _job(args), AutoConfig.from_pretrained(args.model).max_position_embeddings
+    if job.num_tokens > longest:
+        raise ValueError(
+            f"--contexts {max(args.contexts)} and --steps {args.steps} are {job.num_tokens} tokens, and the model is "
+            f"for {longest}; give at most --contexts {(longest - args.steps - 1) // PAGE * PAGE}"
+        )
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    texts = draw_texts(args.kinds, args.texts, job.num_tokens, tokenizer, args.data or fetch_data(args.kinds))
+    return dataclasses.replace(job, texts=tuple(tuple(text.tokens) for text in texts)), texts, cells
 
 
 def _compare(job: Job, cells: list[Cell]):
@@ -153,4 +176,4 @@ def _parse() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from benchmarks.records import ROOT
+from tools.pretrained.wheel import alone, is_of_a_full_disk
 
 BUILD = ROOT / "build" / "suites"
 REQUIREMENTS = Path(__file__).with_name("requirements.txt")
@@ -42,9 +43,16 @@ def packages(folder: Path = BUILD) -> Path:
     if place.exists():
         return place
     folder.mkdir(parents=True, exist_ok=True)
-    unfinished, log = folder / "unfinished", folder / "pip.log"
+    with alone(folder / "lock", _say):
+        if not place.exists():
+            _install(place)
+    return place
+
+
+def _install(place: Path) -> None:
+    unfinished, log = place.with_name("unfinished"), place.with_name("pip.log")
     shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
-    print(f"suites: fetching their packages once, {_SIZE_MB} MB with pip into {os.path.relpath(place)}", flush=True)
+    _say(f"fetching their packages once, {_SIZE_MB} MB with pip into {os.path.relpath(place)}")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--progress-bar", "off"]
     what = ["--no-deps", "--only-binary", ":all:", "--require-hashes", "-r", str(REQUIREMENTS)]
     with log.open("w") as output:
@@ -53,11 +61,16 @@ def packages(folder: Path = BUILD) -> Path:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise NotInstalled(_why(log))
     unfinished.rename(place)
-    return place
+
+
+def _say(what: str) -> None:
+    print(f"suites: {what}", flush=True)
 
 
 def _why(log: Path) -> str:
     messages, where = log.read_text(), f"its messages: {os.path.relpath(log)}"
+    if is_of_a_full_disk(messages):
+        return f"the disk of {os.path.relpath(log.parent)} is full ({where}); free some and start again"
     if "DO NOT MATCH THE HASHES" in messages:
         return (
             f"the package index gave another file than {REQUIREMENTS.name} expects ({where}); it is not used. Ask who "

@@ -18,7 +18,7 @@ from benchmarks.suites.steps import Step, Suites
 from benchmarks.throughput.setups import PLAIN as BASELINE
 
 POOL = 16384  # tokens
-Numbers = dict[str, tuple[float, str]]  # by metric: value and unit
+Numbers = dict[str, tuple[float, str]]  # by metric: value and unit; what a program could not measure is left out
 
 
 class Program(NamedTuple):
@@ -31,44 +31,44 @@ class Program(NamedTuple):
     python: tuple[int, int] = (3, 11)  # that it needs
 
 
-# A number that a program could not measure is 0: the part would hide it otherwise.
-
-
 def _pressure(result: dict) -> Numbers:
-    return {
-        "retained_share": (result["retained_tokens"] / result["capacity_tokens"], "of 1"),
-        "cold_ttft": (result["cold_ttft"] or 0.0, "s"),
-        "hit_ttft": (result["hit_ttft"] or 0.0, "s"),
-    }
+    share = result["retained_tokens"] / result["capacity_tokens"]
+    times = {name: (result[name], "s") for name in ("cold_ttft", "hit_ttft")}
+    return _known({"retained_share": (share, "of 1"), **times})
 
 
 def _needles(result: dict) -> Numbers:
-    return {"needles_found": (_mean([row["ok"] for row in result["results"]]), "of 1")}
+    return _known({"needles_found": (_mean([row["ok"] for row in result["results"]]), "of 1")})
 
 
 def _agents(result: dict) -> Numbers:
     rows = [row for row in result["records"] if not row["aborted"] and row["ttft"] is not None]
     turns = [row["reuse"] for row in rows if row["phase"] == "main" and row["step"] > 0]
     final = [row for row in rows if row["phase"] == "finalize"]
-    return {
+    means = {
         "reuse": (_mean(turns), "of 1"),
         "final_reuse": (_mean([row["reuse"] for row in final]), "of 1"),
         "final_ttft": (_mean([row["ttft"] for row in final]), "s"),
     }
+    return _known(means)
 
 
 def _aborts(result: dict) -> Numbers:
-    return {"reuse_after_abort": (_mean([row["reuse"] or 0 for row in result["records"]]), "of 1")}
+    return _known({"reuse_after_abort": (_mean([row["reuse"] or 0 for row in result["records"]]), "of 1")})
 
 
 def _speeds(result: dict) -> Numbers:
     summary = result["summary"]
     speeds = {"prefill_speed": summary["pp"], "decode_speed": summary["tg"]}
-    return {name: ((values[-1] if values else None) or 0.0, "tokens/s") for name, values in speeds.items()}
+    return _known({name: (values[-1] if values else None, "tokens/s") for name, values in speeds.items()})
 
 
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values) if values else 0.0
+def _known(numbers: dict[str, tuple[float | None, str]]) -> Numbers:
+    return {name: number for name, number in numbers.items() if number[0] is not None}
+
+
+def _mean(values: list[float]) -> float | None:
+    return sum(values) / len(values) if values else None
 
 
 PROGRAMS = {
@@ -118,8 +118,9 @@ def _compare(suites: Suites, names: tuple[str, ...]) -> None:
                 if side is not PLAIN:
                     params = {"suite": "cache_pressure", "program": name, "pool": POOL, **side.params}
                     for metric, (value, unit) in numbers.items():
-                        other = plain[name][metric][0]
-                        suites.writer.write(metric, value, unit, params, baseline=BASELINE, baseline_value=other)
+                        other = plain[name].get(metric)
+                        compared = {"baseline": BASELINE, "baseline_value": other[0]} if other else {}
+                        suites.writer.write(metric, value, unit, params, **compared)
 
 
 def _run(server: Server, name: str, folder: Path) -> Numbers:

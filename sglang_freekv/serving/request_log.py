@@ -6,6 +6,7 @@ import logging
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from sglang_freekv.memory.layers import DENSE
 from sglang_freekv.memory.units import in_words
 
 if TYPE_CHECKING:
@@ -35,8 +36,9 @@ class RequestLog:
         budget = page_size * max(self._memory.budgets.of(req.req_pool_idx))
         if num_new < 2 or len(slots) <= budget:  # the first token comes from the prompt, which attends to all of it
             return
+        but = ", but for dense layers" if DENSE in self._memory.kinds else ""
         line = (
-            f"FreeKV request: {num_prompt:,} + {num_new:,} tokens, of which a step attended to {budget:,} "
+            f"FreeKV request: {num_prompt:,} + {num_new:,} tokens, of which a step attended to {budget:,}{but} "
             f"({budget / len(slots):.0%} at the end)"
         )
         if self._memory.device == "cpu":

