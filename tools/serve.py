@@ -32,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
             f"port {own.port} of {own.host} is taken, or no address of this machine; "
             f"end what listens there, or choose another port: make serve PORT={own.port + 1}"
         )
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
     try:
         model, demo = find(own.model_path)

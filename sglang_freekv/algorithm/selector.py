@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
 
 import torch
 
 from freekv_kernels import Batch, FlagList, Half
-from sglang_freekv.memory.kv_memory import KVMemory
 from sglang_freekv.memory.layers import Layer
+
+if TYPE_CHECKING:
+    from sglang_freekv.memory.kv_memory import KVMemory
 
 
 class Selector(ABC):

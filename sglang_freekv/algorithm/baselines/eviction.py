@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import TYPE_CHECKING
 
 import torch
 
 from freekv_kernels import Batch, FlagList, Half
 from sglang_freekv.algorithm.baselines.page_attention import page_shares
 from sglang_freekv.algorithm.selector import Selector
-from sglang_freekv.memory.kv_memory import KVMemory
 from sglang_freekv.memory.layers import Layer
+
+if TYPE_CHECKING:
+    from sglang_freekv.memory.kv_memory import KVMemory
 
 
 class EvictionSelector(Selector):

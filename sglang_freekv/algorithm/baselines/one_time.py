@@ -11,13 +11,17 @@ while a budget has room for more than the prompt, the latest of them fill it.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from freekv_kernels import Batch, FlagList, Half
 from sglang_freekv.algorithm.baselines.page_attention import page_shares
 from sglang_freekv.algorithm.selector import Selector
-from sglang_freekv.memory.kv_memory import KVMemory
 from sglang_freekv.memory.layers import Layer
+
+if TYPE_CHECKING:
+    from sglang_freekv.memory.kv_memory import KVMemory
 
 
 class OneTimeSelector(Selector):
