@@ -28,12 +28,15 @@ class Selector(ABC):
         Whose method it is, where it is here to be compared with: a citation.
     runs_on_gpu : bool
         Whether it is made of ops that have a kernel; if not, start-up refuses it on a GPU.
+    scores_are_scaled : bool
+        Whether its scores have the scale of attention's logits already, so that the group's pooling applies none.
     num_observed : int
         Last queries of a prompt that `start` is shown; 0: it is not called.
     """
 
     baseline: str | None = None
     runs_on_gpu = True
+    scores_are_scaled = False
     num_observed = 0
 
     def __init__(self, memory: KVMemory) -> None:
@@ -102,4 +105,5 @@ class Selector(ABC):
             scores = self.score(layer, batch, half, scale, flags)
         config, sizes = memory.config, memory.sizes
         rule = (sizes.sink, sizes.recent, config.group_pooling)
-        memory.ops.select_pages(scores, batch, half, *rule, layer.windows, flags, scale, config.hysteresis)
+        pooling_scale = 1.0 if self.scores_are_scaled else scale
+        memory.ops.select_pages(scores, batch, half, *rule, layer.windows, flags, pooling_scale, config.hysteresis)

@@ -50,23 +50,12 @@ class CodesSelector(MinMaxSelector):
 class MassSelector(MinMaxSelector):
     """By a page's share of the attention, as its keys in a few bits give it: what all of its tokens get together."""
 
+    scores_are_scaled = True
+
     def score(
         self, layer: Layer, batch: Batch, half: Half, scale: float, flags: FlagList | None = None
     ) -> torch.Tensor:
         return self._score(layer, batch, half, flags, self.memory.index.codes[layer.number], scale)
-
-    def write_windows(
-        self,
-        layer: Layer,
-        batch: Batch,
-        half: Half,
-        scale: float,
-        flags: FlagList | None = None,
-        scores: torch.Tensor | None = None,
-    ) -> None:
-        if scores is None:
-            scores = self.score(layer, batch, half, scale, flags)
-        super().write_windows(layer, batch, half, 1.0, flags, scores)  # they are scaled already
 
 
 # Name (`--freekv-selector`) -> selector; what it reads of a page: `page_indexes.INDEXES`.
