@@ -67,6 +67,10 @@ class Server:
         process = psutil.Process(self._process.pid)
         return [process, *process.children(recursive=True)]
 
+    def poll(self) -> int | None:
+        """Exit status; None while it runs."""
+        return self._process.poll()
+
     def freeze(self) -> None:
         self._signal(signal.SIGSTOP)
 

@@ -1,0 +1,50 @@
+"""What a part of the suites gets, and the steps that it consists of, with the time that is left."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks.methods import Method
+from benchmarks.records import RecordWriter
+from benchmarks.suites.sides import PLAIN, Servers, Side
+
+
+@dataclass(frozen=True)
+class Suites:
+    """One run, of one part or of several. `budgets` and `samples` belong to `contexts`, one each."""
+
+    model: Path
+    methods: tuple[Method, ...]  # beside full attention
+    contexts: tuple[int, ...]  # tokens, ascending
+    budgets: tuple[int, ...]  # tokens
+    samples: tuple[int, ...]  # of each task
+    is_quick: bool
+    servers: Servers
+    writer: RecordWriter
+    folder: Path  # of what the suites' programs read and write
+
+    def sides(self, budget: int) -> list[Side]:
+        """Plain SGLang first."""
+        return [PLAIN, *(Side(method, budget) for method in self.methods)]
+
+
+class Step(NamedTuple):
+    """A piece of work that ends with its records."""
+
+    name: str
+    cost: float  # expected seconds, all sides together; only its share in the sum counts
+    run: Callable[[], None]
+
+
+def run_steps(steps: Sequence[Step]) -> None:
+    """Run them one after the other, and say before each how long the rest takes."""
+    start, done, total = time.monotonic(), 0.0, sum(step.cost for step in steps)
+    for number, step in enumerate(steps, start=1):
+        left = f", about {(time.monotonic() - start) * (total / done - 1) / 60:.0f} min left" if done else ""
+        print(f"[{number}/{len(steps)}] {step.name}{left}", flush=True)
+        step.run()
+        done += step.cost
