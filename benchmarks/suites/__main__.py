@@ -36,7 +36,7 @@ _NEED_PACKAGES = {"ruler", "lm_eval", "cache_pressure"}
 
 
 def main() -> int:
-    """Run the parts; return 1, with a sentence, where their packages or the model cannot be had."""
+    """Run the parts; return 1, with a sentence, where their packages cannot be had or a step has failed."""
     args = parse_args()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # the servers end, too
     try:
@@ -57,9 +57,11 @@ def main() -> int:
             writer=RecordWriter("suites", args.out),
             folder=args.folder.resolve(),
         )
-        run_steps([step for part in args.parts for step in PARTS[part](suites)])
+        failed = run_steps([step for part in args.parts for step in PARTS[part](suites)])
     print(f"records in {args.out}; python -m benchmarks.tables makes tables of those in {RESULTS.name}/")
-    return 0
+    if failed:
+        print(f"suites: failed, see above: {'; '.join(failed)}", file=sys.stderr)
+    return int(bool(failed))
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

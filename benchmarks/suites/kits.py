@@ -106,7 +106,7 @@ def _compare(suites: Suites, group: Group) -> None:
             print("".join(f"{line}\n" for line in differences(plain[kit], ours)), end="")
             for test in plain[kit] | ours:
                 params = {"suite": "kits", "kit": kit, "test": test, "reason": _reason(ours, plain[kit], test)}
-                values = [float(side.get(test, ("",))[0] == "passed") for side in (ours, plain[kit])]
+                values = [float(found.get(test, ("",))[0] == "passed") for found in (ours, plain[kit])]
                 compared = {"baseline": BASELINE, "baseline_value": values[1]}
                 suites.writer.write("passed", values[0], "of 1", {**params, **side.params}, **compared)
 
@@ -126,18 +126,6 @@ def _outcomes(suites: Suites, side: Side, group: Group, model: Path) -> dict[str
 def _reason(ours: Outcomes, plain: Outcomes, test: str) -> str:
     """Why it has not passed, where it has not: ours, and plain SGLang's only where ours has passed."""
     return ours.get(test, ("", ""))[1] or plain.get(test, ("", ""))[1]
-
-
-def _outcomes(suites: Suites, side: Side, kit: Kit, model: Path) -> Outcomes:
-    """Run a kit on a server of its own."""
-    name = f"{kit.module}-{kit.name}-{side.name}"
-    sizes = {"model": model, "tokens": _POOL, "requests": kit.requests}
-    with (
-        suites.servers.start(side, name, *kit.flags, env=kit.env, **sizes) as server,
-        (suites.folder / "kits" / f"{name}.txt").open("w") as log,
-        contextlib.redirect_stdout(log),
-    ):
-        return run_tests(make_case(kit, server, model))
 
 
 def make_case(kit: Kit, server: Server, model: Path) -> type[unittest.TestCase]:

@@ -6,6 +6,7 @@ Every task's samples are generated once, and both sides get the same files. Its 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -55,20 +56,24 @@ def sequence_length(context: int) -> int:
 
 
 def _compare(suites: Suites, task: str, context: int, budget: int, samples: int) -> None:
-    full, data = None, None
+    full, length = None, sequence_length(context)
+    tokenizer = hashlib.sha256((suites.model / "tokenizer.json").read_bytes()).hexdigest()[:12]
+    data = suites.folder / "ruler" / "data" / f"{task}-{length}-{samples}-{tokenizer}"
     for side in suites.sides(budget):
-        out = suites.folder / "ruler" / f"{context}-{task}" / side.name
+        out = suites.folder / "ruler" / f"{task}-{length}" / side.name
         shutil.rmtree(out, ignore_errors=True)  # of a run before: the client would keep its answers
-        here = out / _MODEL / "synthetic" / str(sequence_length(context))
-        if data is not None:
+        here = out / _MODEL / "synthetic" / str(length)
+        if data.exists():  # RULER takes samples that are there
             shutil.copytree(data, here / "data")
         with suites.servers.use(side) as server:
             before = server.freekv()
-            _run(suites.model, server, task, sequence_length(context), samples, out)
+            _run(suites.model, server, task, length, samples, out)
             counters = {} if before is None else retrieval_numbers(before, server.freekv())
+        if not data.exists():
+            shutil.copytree(here / "data", data)
         answers, prompts = read_answers(here / "pred", task, counters)
         if full is None:
-            full, data, asked = answers, here / "data", prompts
+            full, asked = answers, prompts
         check_samples(prompts, asked, f"RULER {task}, {context:,} tokens")
         params = {"suite": "ruler", "task": task, "context": context}
         write_answers(suites.writer, params, side.params, answers, full)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,11 +41,22 @@ class Step(NamedTuple):
     run: Callable[[], None]
 
 
-def run_steps(steps: Sequence[Step]) -> None:
-    """Run them one after the other, and say before each how long the rest takes."""
+def run_steps(steps: Sequence[Step]) -> list[str]:
+    """Run them one after the other, and say before each how long the rest takes; one that fails ends no other.
+
+    Returns
+    -------
+    Names of the steps that have failed.
+    """
     start, done, total = time.monotonic(), 0.0, sum(step.cost for step in steps)
+    failed = []
     for number, step in enumerate(steps, start=1):
         left = f", about {(time.monotonic() - start) * (total / done - 1) / 60:.0f} min left" if done else ""
         print(f"[{number}/{len(steps)}] {step.name}{left}", flush=True)
-        step.run()
+        try:
+            step.run()
+        except Exception:
+            traceback.print_exc()
+            failed.append(step.name)
         done += step.cost
+    return failed
