@@ -4,6 +4,7 @@
 # make accuracy        methods, budgets and tasks through the server (ACCURACY_FLAGS="--tasks single --count 4")
 # make accuracy-quick  the part of it that is in the tests
 # make real-model      real text under retrieval, by a real model, half an hour  (REAL_MODEL_FLAGS="--model FOLDER")
+# make suites          RULER, lm-eval and SGLang's own suites on both, an hour   (SUITES_FLAGS="ruler --samples 16 8")
 # make train-model     train the small model again, an hour       (OUT=folder)
 # make bench           traffic on plain SGLang and FreeKV, an hour (BENCH_FLAGS="--dataset-path chats.json")
 # make bench-quick     the same with small workloads, some minutes
@@ -19,8 +20,8 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help serve test compile-kernels accuracy accuracy-quick real-model train-model bench bench-quick bench-programs cost-model \
-    soak soak-quick fuzz compatibility gpu-suite lint clean
+.PHONY: help serve test compile-kernels accuracy accuracy-quick real-model suites train-model bench bench-quick \
+    bench-programs cost-model soak soak-quick fuzz compatibility gpu-suite lint clean
 
 # The first that runs and is recent enough.
 PYTHON ?= $(shell for python in python3.12 python3.11 python3; do \
@@ -36,6 +37,7 @@ SERVE_FLAGS ?= $(if $(filter $(SHIPPED_MODEL),$(MODEL)),\
 PYTEST_FLAGS ?=
 BENCH_FLAGS ?=
 SUITE_FLAGS ?=
+SUITES_FLAGS ?=
 REAL_MODEL_FLAGS ?=
 SOAK_FLAGS ?= --minutes 30 --out benchmarks/results/soak.jsonl
 FUZZ_FLAGS ?= --out benchmarks/results/fuzz.jsonl
@@ -70,6 +72,10 @@ accuracy-quick: $(INSTALLED)
 
 real-model: $(INSTALLED)
 	$(RUN) -m benchmarks.real_model $(REAL_MODEL_FLAGS)
+	$(RUN) -m benchmarks.tables
+
+suites: $(INSTALLED)
+	$(RUN) -m benchmarks.suites $(SUITES_FLAGS)
 	$(RUN) -m benchmarks.tables
 
 train-model: $(INSTALLED)

@@ -29,11 +29,14 @@ class Program(NamedTuple):
     read: Callable[[dict], Numbers]
 
 
+# A number that a program could not measure is 0: the part would hide it otherwise.
+
+
 def _pressure(result: dict) -> Numbers:
     return {
         "retained_share": (result["retained_tokens"] / result["capacity_tokens"], "of 1"),
-        "cold_ttft": (result["cold_ttft"], "s"),
-        "hit_ttft": (result["hit_ttft"], "s"),
+        "cold_ttft": (result["cold_ttft"] or 0.0, "s"),
+        "hit_ttft": (result["hit_ttft"] or 0.0, "s"),
     }
 
 
@@ -42,8 +45,9 @@ def _needles(result: dict) -> Numbers:
 
 
 def _agents(result: dict) -> Numbers:
-    turns = [row["reuse"] for row in result["records"] if row["phase"] == "main" and row["step"] > 0]
-    final = [row for row in result["records"] if row["phase"] == "finalize"]
+    rows = [row for row in result["records"] if not row["aborted"] and row["ttft"] is not None]
+    turns = [row["reuse"] for row in rows if row["phase"] == "main" and row["step"] > 0]
+    final = [row for row in rows if row["phase"] == "finalize"]
     return {
         "reuse": (_mean(turns), "of 1"),
         "final_reuse": (_mean([row["reuse"] for row in final]), "of 1"),
@@ -57,7 +61,8 @@ def _aborts(result: dict) -> Numbers:
 
 def _speeds(result: dict) -> Numbers:
     summary = result["summary"]
-    return {"prefill_speed": (summary["pp"][-1], "tokens/s"), "decode_speed": (summary["tg"][-1], "tokens/s")}
+    speeds = {"prefill_speed": summary["pp"], "decode_speed": summary["tg"]}
+    return {name: ((values[-1] if values else None) or 0.0, "tokens/s") for name, values in speeds.items()}
 
 
 def _mean(values: list[float]) -> float:

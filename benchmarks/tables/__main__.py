@@ -13,6 +13,7 @@ from benchmarks.cost_model import report as cost_model
 from benchmarks.cost_model.results import read_run
 from benchmarks.real_model import summary as real_model
 from benchmarks.records import RESULTS, Record, read_records
+from benchmarks.suites import report as suites
 from benchmarks.tables.kinds import every_metric, one_metric, pivot
 from benchmarks.tables.marked import fill
 from benchmarks.throughput import report as throughput
@@ -22,6 +23,7 @@ KINDS = {
     "metrics": every_metric,
     "pivot": pivot,
     "accuracy": accuracy.table,
+    "suites": suites.table,
     "throughput": throughput.table,
     "cost_model": cost_model.table,
     "real_model": real_model.table,
