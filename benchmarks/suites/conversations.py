@@ -27,6 +27,8 @@ _TASKS = (
 )
 _LIBRARY = ("argparse", "asyncio.streams", "configparser", "csv", "datetime", "heapq", "json.decoder", "logging")
 _OF_PROJECT = ("*.md", "sglang_freekv/*/*.py", "tools/*/*.py")
+_SHORTEST = 5000  # characters of a source: a tool's output is long
+_CHARACTERS = 8  # of a token, at most, on average
 _OVERHEAD = 32  # tokens of a turn: what the chat template adds, and what joining texts may
 
 
@@ -39,7 +41,8 @@ def sources() -> list[Source]:
     """Texts of the project and of the standard library, always in the same order."""
     own = [path for pattern in _OF_PROJECT for path in sorted(ROOT.glob(pattern))]
     library = [Source(name.replace(".", "/") + ".py", inspect.getsource(import_module(name))) for name in _LIBRARY]
-    return [*(Source(str(path.relative_to(ROOT)), path.read_text()) for path in own), *library]
+    found = [*(Source(str(path.relative_to(ROOT)), path.read_text()) for path in own), *library]
+    return [source for source in found if len(source.text) >= _SHORTEST]
 
 
 def draw_conversations(
@@ -85,7 +88,8 @@ def _conversation(
 
 def _cut(text: str, tokenizer: PreTrainedTokenizerBase, tokens: int) -> str:
     """The beginning of a text, up to so many tokens; without half a character at the end."""
-    return tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)[:tokens]).rstrip("\ufffd")
+    ids = tokenizer.encode(text[: tokens * _CHARACTERS], add_special_tokens=False)
+    return tokenizer.decode(ids[:tokens]).rstrip("\ufffd")
 
 
 def write_trace(conversations: list[list[dict]], path: Path) -> None:
