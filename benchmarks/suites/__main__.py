@@ -52,6 +52,7 @@ def main() -> int:
             contexts=tuple(args.contexts),
             budgets=tuple(args.budgets),
             samples=tuple(args.samples),
+            tasks=frozenset(args.tasks),
             is_quick=args.quick,
             servers=servers,
             writer=RecordWriter("suites", args.out),
@@ -75,6 +76,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--contexts", type=int, nargs="+", default=[4096, 8192], help="tokens; all tasks at the first")
     add("--budgets", type=int, nargs="+", default=[512, 1024], help="tokens, one for each context")
     add("--samples", type=int, nargs="+", default=[4, 2], help="of each task, one for each context")
+    add("--tasks", nargs="+", default=[], help="of RULER and of lm-eval (default: all)")
     add("--quick", action="store_true", help="one sample of few tasks at the first context; records go to build/")
     add("--folder", type=Path, default=BUILD, help="of what the suites' programs read and write")
     add("--out", type=Path, help="file of the records")
@@ -90,6 +92,8 @@ def _complete(parser: argparse.ArgumentParser, args: argparse.Namespace) -> argp
     if unknown := [part for part in args.parts if part not in PARTS]:
         parser.error(f"there is no part {unknown[0]!r}; give some of {', '.join(PARTS)}")
     args.parts = args.parts or list(PARTS)
+    if unknown := [task for task in args.tasks if task not in {*ruler.TASKS, *lm_harness.TASKS}]:
+        parser.error(f"there is no task {unknown[0]!r}; give some of {', '.join([*ruler.TASKS, *lm_harness.TASKS])}")
     if args.quick:
         args.contexts, args.budgets, args.samples = args.contexts[:1], args.budgets[:1], [1]
     if not len(args.contexts) == len(args.budgets) == len(args.samples):

@@ -27,6 +27,8 @@ def steps(suites: Suites) -> list[Step]:
     found = []
     for context, budget, samples in zip(suites.contexts, suites.budgets, suites.samples, strict=True):
         tasks = QUICK_TASKS if suites.is_quick else TASKS if context == suites.contexts[0] else LONG_TASKS
+        if not (tasks := suites.wanted(tasks)):
+            continue
         cost = _START_SECONDS + len(tasks) * (samples * context / 500 + _answer_tokens(tasks[0]) / 5)
 
         def work(tasks=tasks, context=context, budget=budget, samples=samples) -> None:

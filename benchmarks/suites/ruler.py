@@ -39,8 +39,8 @@ def steps(suites: Suites) -> list[Step]:
     """A step for each context and task."""
     found = []
     for context, budget, samples in zip(suites.contexts, suites.budgets, suites.samples, strict=True):
-        tasks = list(TASKS) if context == suites.contexts[0] else LONG_TASKS
-        for task in QUICK_TASKS if suites.is_quick else tasks:
+        tasks = QUICK_TASKS if suites.is_quick else TASKS if context == suites.contexts[0] else LONG_TASKS
+        for task in suites.wanted(tasks):
             cost = samples * context * _PREFILL_SECONDS + -(-samples // CONCURRENCY) * TASKS[task] * _DECODE_SECONDS
 
             def work(task=task, context=context, budget=budget, samples=samples) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +23,7 @@ class Suites:
     contexts: tuple[int, ...]  # tokens, ascending
     budgets: tuple[int, ...]  # tokens
     samples: tuple[int, ...]  # of each task
+    tasks: frozenset[str]  # of RULER and of lm-eval, where not all are wanted
     is_quick: bool
     servers: Servers
     writer: RecordWriter
@@ -31,6 +32,10 @@ class Suites:
     def sides(self, budget: int) -> list[Side]:
         """Plain SGLang first."""
         return [PLAIN, *(Side(method, budget) for method in self.methods)]
+
+    def wanted(self, tasks: Iterable[str]) -> tuple[str, ...]:
+        """Those tasks that were asked for."""
+        return tuple(task for task in tasks if not self.tasks or task in self.tasks)
 
 
 class Step(NamedTuple):
