@@ -44,7 +44,11 @@ class Server:
         log.parent.mkdir(parents=True, exist_ok=True)
         arguments = ["-m", "sglang.launch_server", "--port", self.url.rpartition(":")[2], *flags]
         self._process = start(arguments, log, dict(os.environ), SERVER_CHILDREN)
-        self._wait_until_ready()
+        try:
+            self._wait_until_ready()
+        except BaseException:  # ended while it waits: nobody else can stop this server
+            self.stop()
+            raise
 
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + _START_SECONDS
@@ -55,7 +59,6 @@ class Server:
                 if requests.get(f"{self.url}/health", timeout=60).ok:
                     return
             time.sleep(0.5)
-        self.stop()
         raise RuntimeError(f"the server {self.name!r} did not start; its last messages ({self.log}):\n{self._tail()}")
 
     def _tail(self) -> str:
