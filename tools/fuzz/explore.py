@@ -32,14 +32,20 @@ _SETTINGS = settings(
 @contextmanager
 def serving_context() -> Iterator[None]:
     """What SGLang's functions ask of the server that they believe to run in."""
-    logging.getLogger("sglang_freekv").setLevel(logging.WARNING)  # a plan of the memory for every example
-    logging.getLogger("sglang").setLevel(logging.WARNING)
+    loggers = [
+        logging.getLogger(name) for name in ("sglang_freekv", "sglang")
+    ]  # a plan of the memory for every example
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.WARNING)
     gc.freeze()  # SGLang's modules are a million objects, which every collection would visit
     try:
         with get_context().override_server_args(attention_backend="torch_native"):
             yield
     finally:
         gc.unfreeze()
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def run_round(seed: int, setups: tuple[Setup, ...] = SETUPS, shrinks: bool = True) -> int:
