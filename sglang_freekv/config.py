@@ -19,6 +19,7 @@ BY_CODES = ("codes", "mass")  # selectors that score pages by their keys in a fe
 SELECTORS = (*BY_CODES, "min-max", *BASELINES)
 GROUP_POOLINGS = ("softmax", "scaled", "max", "mean")
 _DEFAULT_KEY_BITS = 2  # of these
+_DEFAULT_TAU, _DEFAULT_GATE = 0.9, 0.01
 _MAX_GIB = 1 << 20
 
 
@@ -104,14 +105,23 @@ class FreeKVConfig:
     )
     sink_tokens: int = _flag("sink", 128, "tokens at the start of the prompt that are always attended to")
     recent_tokens: int = _flag("recent", 128, "latest tokens that are always attended to, at least one page")
-    tau: float = _flag(
+    tau: float | None = _flag(
         "tau",
-        0.9,
+        None,
         "cosine similarity of two steps' queries below which a KV head selects again at once, -1 to 2; "
-        "above 1: in every step (exact), -1: never (speculation only)",
+        f"above 1: in every step (exact), -1: never (speculation only) (default: {_DEFAULT_TAU} without a gate)",
         float,
         _between(-1, 2),
         metavar="COSINE",
+    )
+    gate: float | None = _flag(
+        "gate",
+        None,
+        "estimated share of its attention, 0 to 1, that a KV head's window may lack before the head selects again at "
+        f"once; only with the selector mass, and instead of --freekv-tau (default: {_DEFAULT_GATE} with mass)",
+        float,
+        _between(0, 1),
+        metavar="SHARE",
     )
     host_memory_gib: float | None = _flag(
         "host-memory",
@@ -224,6 +234,10 @@ class FreeKVConfig:
         _require(budget <= most, "--freekv-max-budget", most, f"at least the budget ({budget} tokens)")
         none = f"0 with --freekv-selector {self.selector}, which keeps pages by its own rule"
         _require(self.selector not in BASELINES or self.hysteresis == 0, "--freekv-hysteresis", self.hysteresis, none)
+        one = "--freekv-gate or --freekv-tau, and not both"
+        _require(self.gate is None or self.tau is None, "--freekv-gate", self.gate, one)
+        by_mass = "it with --freekv-selector mass only, or --freekv-tau"
+        _require(self.gate is None or self.selector_name == "mass", "--freekv-gate", self.gate, by_mass)
         if self.selector is not None:
             reads_codes = self.selector in BY_CODES
             fits, bits = (self.key_bits > 0) == reads_codes, _or(KEY_BITS[1:]) if reads_codes else "0"
@@ -234,6 +248,20 @@ class FreeKVConfig:
         values = {OPTION_PREFIX + f.metadata["flag"].replace("-", "_"): getattr(self, n) for n, f in flags().items()}
         as_json = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
         return as_json | {"page_size": self.page_size}
+
+    @property
+    def max_lost_share(self) -> float | None:
+        """Share of the attention beyond which a row selects again; None: it does where `min_cosine` says so."""
+        if self.selector_name != "mass" or self.tau is not None:
+            return None
+        return _DEFAULT_GATE if self.gate is None else self.gate
+
+    @property
+    def min_cosine(self) -> float | None:
+        """Cosine of two steps' queries below which a row selects again; None: by `max_lost_share`."""
+        if self.max_lost_share is not None:
+            return None
+        return _DEFAULT_TAU if self.tau is None else self.tau
 
     @property
     def selector_name(self) -> str:

@@ -15,6 +15,7 @@ from freekv_kernels.attend_window import attend_window
 from freekv_kernels.claim_blocks import claim_blocks
 from freekv_kernels.codecs import CODECS
 from freekv_kernels.compare_queries import compare_queries
+from freekv_kernels.correct_windows import correct_windows
 from freekv_kernels.encode_pages import encode_pages
 from freekv_kernels.fill_arena import fill_arena
 from freekv_kernels.forget_blocks import forget_blocks
@@ -24,6 +25,7 @@ from freekv_kernels.recall_blocks import recall_blocks
 from freekv_kernels.records import PLAIN, Codec
 from freekv_kernels.score_pages import score_pages
 from freekv_kernels.select_pages import select_pages
+from freekv_kernels.share_pages import share_pages
 from freekv_kernels.store_pages import store_pages
 from freekv_kernels.summarize_pages import summarize_pages
 from freekv_kernels.tables import (
@@ -49,6 +51,8 @@ class Ops(NamedTuple):
     list_pages: Callable[..., None]
     append_tokens: Callable[..., None]
     score_pages: Callable
+    share_pages: Callable[..., None]
+    correct_windows: Callable[..., None]
     select_pages: Callable[..., None]
     lookup_blocks: Callable[..., None]
     claim_blocks: Callable[..., None]
@@ -64,6 +68,8 @@ REFERENCE = Ops(
     list_pages,
     append_tokens,
     score_pages,
+    share_pages,
+    correct_windows,
     select_pages,
     lookup_blocks,
     claim_blocks,
@@ -101,6 +107,7 @@ __all__ = [
     "attend_window",
     "claim_blocks",
     "compare_queries",
+    "correct_windows",
     "encode_pages",
     "fill_arena",
     "forget_blocks",
@@ -112,6 +119,7 @@ __all__ = [
     "recall_blocks",
     "score_pages",
     "select_pages",
+    "share_pages",
     "store_pages",
     "summarize_pages",
     "triton_ops",

@@ -13,7 +13,7 @@ def append_tokens(
     k: torch.Tensor,
     v: torch.Tensor,
     batch: Batch,
-    tau: float,
+    tau: float | None,
     store: PageStore,
     last_q: torch.Tensor,
     flags: FlagList | None,
@@ -34,7 +34,8 @@ def append_tokens(
     k, v : model dtype, ``[batch_size, num_kv_heads, head_dim]``, device
         Post-RoPE queries and keys, and values, of the new tokens.
     batch : Batch
-    tau : float
+    tau : float or None
+        None: no row is flagged.
     store : PageStore
         Of one layer, written. Where a page's head is not resident, the host store holds the only copy, which a demand
         miss fetches.
@@ -68,13 +69,14 @@ def append_tokens(
     is_over = batch.num_pages[:, None] > batch.budget_pages
     flags.is_flagged.zero_()
     if num_over := int(is_over.sum()):
-        is_flagged = is_over & (compare_queries(q, last_q[batch.rows]) < tau)
-        flags.is_flagged.copy_(is_flagged.flatten())
-        rows = flags.is_flagged.nonzero().flatten()
-        flags.rows[: len(rows)] = rows.int()
-        flags.count.fill_(len(rows))
         counters[Count.ROWS] += num_over
-        counters[Count.FLAGGED_ROWS] += len(rows)
+        if tau is not None:
+            is_flagged = is_over & (compare_queries(q, last_q[batch.rows]) < tau)
+            flags.is_flagged.copy_(is_flagged.flatten())
+            rows = flags.is_flagged.nonzero().flatten()
+            flags.rows[: len(rows)] = rows.int()
+            flags.count.fill_(len(rows))
+            counters[Count.FLAGGED_ROWS] += len(rows)
     last_q.index_copy_(0, batch.rows, q)
 
 

@@ -74,7 +74,8 @@ def _append_tokens_kernel(
         last_q_ptrs = last_q_ptr + (request_head * GROUP_SIZE + g) * HEAD_DIM + d[None, :]
         q_ptrs = q_ptr + request * q_stride + head * q_head_stride + g * q_query_stride + d[None, :]
         q = tl.load(q_ptrs, in_group, other=0.0)
-        last_q = tl.load(last_q_ptrs, in_group, other=0.0)
+        if tau is not None:
+            last_q = tl.load(last_q_ptrs, in_group, other=0.0)
         is_over = tl.load(num_pages_ptr + request) > tl.load(budget_pages_ptr + row)
 
     # No other program is at these cells; a thread that reads a bound after another wrote it folds to the same.
@@ -93,11 +94,13 @@ def _append_tokens_kernel(
     if flag_count_ptr is not None:
         tl.debug_barrier()  # a thread may overwrite a query that another one reads
         tl.store(last_q_ptrs, q, in_group)
-        q, last_q = q.to(tl.float32), last_q.to(tl.float32)
-        norm = tl.maximum(tl.sqrt(tl.sum(q * q, 1)), _EPS)
-        last_norm = tl.maximum(tl.sqrt(tl.sum(last_q * last_q, 1)), _EPS)
-        cosine = tl.sum(q * last_q, 1) / (norm * last_norm)  # 0 past the group
-        is_flagged = is_over & (tl.sum(cosine, 0) / GROUP_SIZE < tau)
+        is_flagged = False
+        if tau is not None:
+            q, last_q = q.to(tl.float32), last_q.to(tl.float32)
+            norm = tl.maximum(tl.sqrt(tl.sum(q * q, 1)), _EPS)
+            last_norm = tl.maximum(tl.sqrt(tl.sum(last_q * last_q, 1)), _EPS)
+            cosine = tl.sum(q * last_q, 1) / (norm * last_norm)  # 0 past the group
+            is_flagged = is_over & (tl.sum(cosine, 0) / GROUP_SIZE < tau)
         tl.store(is_flagged_ptr + row, is_flagged)
         # Relaxed: the next kernel reads them, and to order them after the stores is to wait for the host's memory.
         if is_flagged:
@@ -112,7 +115,7 @@ def append_tokens(
     k: torch.Tensor,
     v: torch.Tensor,
     batch: Batch,
-    tau: float,
+    tau: float | None,
     store: PageStore,
     last_q: torch.Tensor,
     flags: FlagList | None,

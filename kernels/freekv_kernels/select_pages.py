@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from freekv_kernels.score_pages import listed_rows
@@ -56,6 +58,7 @@ def select_pages(
     flags: FlagList | None = None,
     scale: float = 1.0,
     hysteresis: float = 0.0,
+    pages: torch.Tensor | None = None,
 ) -> None:
     """Choose what each (request, KV head) attends to.
 
@@ -64,8 +67,9 @@ def select_pages(
 
     Parameters
     ----------
-    scores : float32, ``[batch_size * num_kv_heads, group_size, max_pages]``, device
-        Of `score_pages`. The scores of selected rows may be overwritten: they are the workspace.
+    scores : float32, ``[batch_size * num_kv_heads, group_size, num_listed]``, device
+        Of `score_pages`. The scores of selected rows may be overwritten, as they are the workspace; those of one head,
+        which are pooled already as `share_pages` does it, change by rounding at most.
     batch : Batch
         ``num_pages_at(half)`` may exceed the pages that exist by the one yet to be opened, which is recent.
     half : Half
@@ -84,51 +88,94 @@ def select_pages(
     hysteresis : float, >= 0
         Added to the pooled scores of the pages that the front window has selected, before it is written; not with BOTH,
         as there is none. Poolings of softmaxes give logarithms, so it is in nats.
+    pages : int32, ``[batch_size * num_kv_heads, num_listed]``, device, optional
+        Page of each column, ascending, -1 for none; by default the number of the column. The sink pages are listed, and
+        at least as many others as are selected.
 
     Notes
     -----
     Equal scores at the threshold may be taken in any order. Source: FreeKV (arXiv 2505.13109), group-consistent
     selection; the budget includes sink and recent pages, unlike in the authors' accuracy code.
     """
-    num_kv_heads, width = windows.shape[2:]
     rows = listed_rows(batch, half, flags)
-    column = torch.arange(width, device=windows.device)
     if half == Half.BOTH:
+        column = torch.arange(windows.shape[3], device=windows.device)
         every_page = torch.where(column < batch.num_pages_next[:, None], column, -1).int()
-        windows[:, batch.rows] = every_page[:, None].expand(-1, num_kv_heads, -1)
+        windows[:, batch.rows] = every_page[:, None].expand(-1, windows.shape[2], -1)
     if len(rows) == 0:
         return
-    request, head = rows // num_kv_heads, rows % num_kv_heads
-    num_pages, budget = batch.num_pages_at(half)[request, None], batch.budget_pages[request, head, None]
-
-    if flags is not None or len(rows) < len(scores):
-        scores = scores[rows]
-    max_pages = scores.shape[-1]
-    page = torch.arange(max_pages, device=scores.device)
-    is_candidate = (page >= sink_pages) & (page < num_pages - recent_pages)
-    num_best = min(width - sink_pages - recent_pages, max_pages)
-    pooled = pool_group(scores, is_candidate, pooling, scale)
+    candidates = Candidates.of(scores, rows, batch, half, sink_pages, recent_pages, pages)
+    pooled = pool_group(candidates.scores, candidates.is_candidate, pooling, scale)
     if hysteresis and half != Half.BOTH:
-        (front,) = Half.FRONT.indices(int(batch.step))
-        _favour(pooled, windows[front, batch.rows[request], head], hysteresis)
-    best = pooled.topk(num_best, -1).indices  # best first
-    past_the_end = max_pages + width
-    is_taken = column[:num_best] < budget - sink_pages - recent_pages
-    best = best.masked_fill(~is_taken, past_the_end).sort(-1).values
+        pooled = pooled + hysteresis * candidates.are_in(front_windows(rows, batch, windows))
+    best = candidates.best(pooled, windows.shape[3])
+    write_windows(candidates.window(best, windows.shape[3]), rows, batch, half, windows)
 
-    window = torch.full((len(rows), width), -1, device=scores.device)
-    window[:, :sink_pages] = column[:sink_pages]
-    window[:, sink_pages : sink_pages + num_best] = best
-    rank = column - (budget - recent_pages)  # of a recent page; negative before them
-    recent = torch.where(rank < recent_pages, num_pages - recent_pages + rank, -1)
-    window = torch.where(rank >= 0, recent, window).int()
+
+class Candidates(NamedTuple):
+    """The pages among which rows choose; n rows of C columns."""
+
+    scores: torch.Tensor  # float32 [n, group_size, C]
+    pages: torch.Tensor  # int64 [n, C], of the columns; -1: none
+    is_candidate: torch.Tensor  # bool [n, C], neither sink nor recent
+    num_pages: torch.Tensor  # int64 [n, 1]
+    budget: torch.Tensor  # int64 [n, 1], pages
+    sink: int  # pages
+    recent: int  # pages
+
+    @classmethod
+    def of(
+        cls,
+        scores: torch.Tensor,
+        rows: torch.Tensor,
+        batch: Batch,
+        half: Half,
+        sink: int,
+        recent: int,
+        pages: torch.Tensor | None,
+    ) -> Candidates:
+        num_kv_heads = batch.budget_pages.shape[1]
+        num_pages = batch.num_pages_at(half)[rows // num_kv_heads, None]
+        scores = scores[rows]
+        every_page = torch.arange(scores.shape[2], device=scores.device).expand(len(rows), -1)
+        pages = every_page if pages is None else pages[rows].long()
+        is_candidate = (pages >= sink) & (pages < num_pages - recent)
+        return cls(scores, pages, is_candidate, num_pages, batch.budget_pages.flatten()[rows, None], sink, recent)
+
+    def are_in(self, window: torch.Tensor) -> torch.Tensor:
+        """Which of the columns' pages a window has, int ``[n, width]``, -1 padded: bool ``[n, C]``."""
+        is_in = torch.zeros(len(window), int(self.num_pages.max()) + 1, dtype=torch.bool, device=window.device)
+        is_in.scatter_(1, window.long() % is_in.shape[1], True)  # -1 falls on the last, which is no page
+        return is_in.gather(1, self.pages % is_in.shape[1])
+
+    def best(self, pooled: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Columns of the pages that score highest, best first, and which of them the budget has room for."""
+        num_best = min(width - self.sink - self.recent, pooled.shape[1])
+        is_taken = torch.arange(num_best, device=pooled.device) < self.budget - self.sink - self.recent
+        return pooled.topk(num_best, -1).indices, is_taken
+
+    def window(self, best: tuple[torch.Tensor, torch.Tensor], width: int) -> torch.Tensor:
+        """Sink, best, recent: int32 ``[n, width]``."""
+        columns, is_taken = best
+        past_the_end = torch.iinfo(torch.int32).max
+        selected = self.pages.gather(1, columns).masked_fill(~is_taken, past_the_end).sort(-1).values
+        column = torch.arange(width, device=selected.device)
+        window = torch.full((len(selected), width), -1, device=selected.device)
+        window[:, : self.sink] = column[: self.sink]
+        window[:, self.sink : self.sink + selected.shape[1]] = selected
+        rank = column - (self.budget - self.recent)  # of a recent page; negative before them
+        recent = torch.where(rank < self.recent, self.num_pages - self.recent + rank, -1)
+        return torch.where(rank >= 0, recent, window).int()
+
+
+def front_windows(rows: torch.Tensor, batch: Batch, windows: torch.Tensor) -> torch.Tensor:
+    """The front windows of rows: int32 ``[n, width]``."""
+    (front,) = Half.FRONT.indices(int(batch.step))
+    num_kv_heads = windows.shape[2]
+    return windows[front, batch.rows[rows // num_kv_heads], rows % num_kv_heads]
+
+
+def write_windows(window: torch.Tensor, rows: torch.Tensor, batch: Batch, half: Half, windows: torch.Tensor) -> None:
+    num_kv_heads = windows.shape[2]
     for index in half.indices(int(batch.step)):
-        windows[index, batch.rows[request], head] = window
-
-
-def _favour(pooled: torch.Tensor, window: torch.Tensor, bonus: float) -> None:
-    """Add `bonus` to the pages of a window: ``[num_rows, max_pages]`` and ``[num_rows, width]``, -1 padded."""
-    num_rows, max_pages = pooled.shape
-    is_in = torch.zeros(num_rows, max_pages + 1, dtype=torch.bool, device=pooled.device)
-    is_in.scatter_(1, torch.where(window >= 0, window.long(), max_pages), True)
-    pooled += bonus * is_in[:, :max_pages]
+        windows[index, batch.rows[rows // num_kv_heads], rows % num_kv_heads] = window

@@ -65,7 +65,30 @@ def _kth_largest(pooled_ptr, lowest, highest, k, begin, end, readable_end, BLOCK
     return lowest, k - num_above
 
 
-@triton.jit(do_not_specialize=["scores_row_stride", "scores_group_stride"])
+@triton.jit
+def _num_below(pages_ptr, bound, num_columns, BLOCK: tl.constexpr):
+    """How many columns list a page below the bound; the list ascends, and -1 follows."""
+    count = tl.full((), 0, tl.int32)
+    for first in range(0, num_columns, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        page = tl.load(pages_ptr + column, mask=column < num_columns, other=-1)
+        count += tl.sum(((page >= 0) & (page < bound)).to(tl.int32))
+    return count
+
+
+@triton.jit
+def columns_of(page, pages_ptr, begin, end, NUM_LOOKS: tl.constexpr):
+    """Columns begin to end - 1 that list these pages, -1 where none does; the list ascends."""
+    low, high = page * 0 + begin, page * 0 + end
+    for _ in range(NUM_LOOKS):
+        middle = (low + high) // 2
+        is_before = (low < high) & (tl.load(pages_ptr + middle, mask=low < high, other=0) < page)
+        low, high = tl.where(is_before, middle + 1, low), tl.where(is_before, high, middle)
+    found = tl.load(pages_ptr + low, mask=low < end, other=-1)
+    return tl.where((low < end) & (found == page), low, -1)
+
+
+@triton.jit(do_not_specialize=["scores_row_stride", "scores_group_stride", "num_columns"])
 def _select_pages_kernel(
     scores_ptr,
     rows_ptr,
@@ -75,8 +98,11 @@ def _select_pages_kernel(
     flag_rows_ptr,
     flag_count_ptr,
     windows_ptr,
+    pages_ptr,
     scale,
     hysteresis,
+    num_columns,
+    pages_stride,
     scores_row_stride,
     scores_group_stride,
     windows_half_stride,
@@ -88,7 +114,9 @@ def _select_pages_kernel(
     SINK: tl.constexpr,
     RECENT: tl.constexpr,
     HALF: tl.constexpr,
+    TARGET: tl.constexpr,
     HAS_HYSTERESIS: tl.constexpr,
+    NUM_LOOKS: tl.constexpr,
     POOLING: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_G: tl.constexpr,
@@ -107,7 +135,7 @@ def _select_pages_kernel(
     if HALF != BOTH and not is_over:
         return
     NUM_HALVES: tl.constexpr = 2 if HALF == BOTH else 1
-    half = (tl.load(step_ptr) + HALF) % 2
+    half = (tl.load(step_ptr) + TARGET) % 2
     windows_ptr += tl.load(rows_ptr + request) * windows_row_stride + head.to(tl.int64) * windows_head_stride
 
     # Everything but the best pages; within the budget, that is every page.
@@ -121,12 +149,18 @@ def _select_pages_kernel(
         tl.store(window_ptr + column, window, mask=(column < WIDTH) & ~is_chosen)
     if not is_over:
         return
-    begin, end, k = SINK, num_pages - RECENT, budget - SINK - RECENT
+    IS_POOLED: tl.constexpr = GROUP_SIZE == 1 and POOLING == "mean"  # then the scores are the pooled ones
+    begin, end, k = SINK, num_pages - RECENT, budget - SINK - RECENT  # columns, which are pages where none are listed
+    if pages_ptr is not None:
+        pages_ptr += row.to(tl.int64) * pages_stride
+        end = _num_below(pages_ptr, num_pages - RECENT, num_columns, BLOCK)
     if HAS_HYSTERESIS:
         # Those among the candidates; sink and recent pages are written already, and are none.
         held = tl.load(
             windows_ptr + tl.load(step_ptr) % 2 * windows_half_stride + column, mask=column < WIDTH, other=-1
         )
+        if pages_ptr is not None:
+            held = columns_of(held, pages_ptr, begin, end, NUM_LOOKS)
         is_held = (held >= begin) & (held < end)
 
     scores_row_stride = scores_row_stride // ALIGN * ALIGN  # the same number, and the compiler sees what divides it
@@ -162,8 +196,9 @@ def _select_pages_kernel(
         is_candidate = (page >= begin) & (page < end)
         lowest = tl.minimum(lowest, tl.min(tl.where(is_candidate, _sortable(pooled), 0xFFFFFFFF)))
         highest = tl.maximum(highest, tl.max(tl.where(is_candidate, _sortable(pooled), 0)))
-        tl.debug_barrier()  # other threads may still read what is overwritten
-        tl.store(scores_ptr + page, pooled, mask=page < readable_end)
+        if not IS_POOLED:
+            tl.debug_barrier()  # other threads may still read what is overwritten
+            tl.store(scores_ptr + page, pooled, mask=page < readable_end)
     tl.debug_barrier()  # threads read what others have written
     if HAS_HYSTERESIS:
         favoured = tl.load(scores_ptr + held, mask=is_held, other=0.0) + hysteresis
@@ -186,11 +221,18 @@ def _select_pages_kernel(
         above_before, ties_before = (before >> 32).to(tl.int32), before.to(tl.int32)
         rank = above_before + tl.minimum(ties_before, num_ties)
         is_best = is_above | (is_tie & (ties_before < num_ties))
+        listed = page
+        if pages_ptr is not None:
+            listed = tl.load(pages_ptr + page, mask=is_best, other=-1)
         for i in tl.static_range(NUM_HALVES):
             window_ptr = windows_ptr + (half + i) % 2 * windows_half_stride
-            tl.store(window_ptr + SINK + rank, page, mask=is_best)
+            tl.store(window_ptr + SINK + rank, listed, mask=is_best)
         if first + BLOCK < end:
             counted += tl.sum(ones)
+    if HAS_HYSTERESIS and IS_POOLED:  # they stay, but for rounding
+        favoured = tl.load(scores_ptr + held, mask=is_held, other=0.0)
+        tl.debug_barrier()
+        tl.store(scores_ptr + held, favoured - hysteresis, mask=is_held)
 
 
 def select_pages(
@@ -204,17 +246,24 @@ def select_pages(
     flags: FlagList | None = None,
     scale: float = 1.0,
     hysteresis: float = 0.0,
+    pages: torch.Tensor | None = None,
+    target: Half | None = None,
 ) -> None:
     """See `freekv_kernels.select_pages`.
 
-    One program per row; nothing is allocated. Blocks of pages are walked, and their pooled scores kept in place of
+    One program per row; nothing is allocated. Blocks of columns are walked, and their pooled scores kept in place of
     the scores of the group's first head. Equal scores at the threshold are taken in page order.
+
+    Parameters
+    ----------
+    target : Half, optional
+        Where the windows are written; by default the half that they are for.
     """
     check_pooling(pooling)
-    num_rows, group_size, _ = scores.shape
+    num_rows, group_size, num_columns = scores.shape
     block_g = triton.next_power_of_2(group_size)
     # A decode step reads past a request's pages, so that accesses can be of 16 bytes. Prompts differ in length.
-    is_aligned = half != Half.BOTH and all(n % 4 == 0 for n in (*scores.stride()[:2], scores.shape[2]))
+    is_aligned = half != Half.BOTH and all(n % 4 == 0 for n in (*scores.stride()[:2], num_columns))
     _select_pages_kernel[(num_rows,)](
         scores,
         batch.rows,
@@ -224,8 +273,11 @@ def select_pages(
         None if flags is None else flags.rows,
         None if flags is None else flags.count,
         windows,
+        pages,
         1.0 if pooling == "softmax" else scale,
         hysteresis if pooling == "mean" else hysteresis * LOG2_E.value,
+        num_columns,
+        0 if pages is None else pages.stride(0),
         *scores.stride()[:2],
         *windows.stride()[:3],
         NUM_KV_HEADS=windows.shape[2],
@@ -234,9 +286,11 @@ def select_pages(
         SINK=sink_pages,
         RECENT=recent_pages,
         HALF=int(half),
+        TARGET=int(half if target is None else target),
         HAS_HYSTERESIS=hysteresis > 0 and half != Half.BOTH,
+        NUM_LOOKS=num_columns.bit_length(),
         POOLING="softmax" if pooling == "scaled" else pooling,
-        BLOCK=min(4096, 16384 // block_g),  # the scores of a block take 32 registers of each thread
+        BLOCK=min(4096, 16384 // block_g, triton.next_power_of_2(num_columns)),  # at most 32 registers of a thread
         BLOCK_G=block_g,
         BLOCK_W=triton.next_power_of_2(windows.shape[3]),
         ALIGN=4 if is_aligned else 1,

@@ -143,7 +143,7 @@ class Decode:
         q = q.view(-1, g.num_kv_heads, g.group_size, g.head_dim)
         selector, attention = self.selectors.get(layer.kind), self.attentions[layer.kind]
         flags = None if selector is None else self._plan.flags[number]
-        tau, counters = memory.config.tau, memory.counters.values
+        tau, counters = memory.config.min_cosine, memory.counters.values
         memory.ops.append_tokens(q, k, v, batch, tau, layer.store, layer.last_q, flags, counters)
         if self._plan.todo.seals:
             memory.seal(layer, batch.slots)
@@ -159,9 +159,14 @@ class Decode:
         self, layer: Layer, selector: Selector, attention: DecodeAttention, flags: FlagList, scale: float
     ) -> None:
         """Correct and fetch what this step reads; beside what follows, select and fetch what the next step reads."""
-        memory, batch, todo = self.memory, self._plan.batch, self._plan.todo
+        memory, batch, todo, gate = self.memory, self._plan.batch, self._plan.todo, self.memory.config.max_lost_share
         scores = None
-        if todo.selects:
+        if todo.selects and gate is not None:
+            # What the next step needs says what this one lacks. On one stream, which the next layer's scores follow.
+            scores = selector.score(layer, batch, Half.BACK, scale)
+            selector.correct_windows(layer, batch, scores, gate, flags)
+            selector.write_windows(layer, batch, Half.BACK, scale, scores=scores)
+        elif todo.selects:
             if todo.scores_once:
                 scores = selector.score(layer, batch, Half.BACK, scale)
             selector.write_windows(layer, batch, Half.FRONT, scale, flags, scores)
@@ -170,5 +175,6 @@ class Decode:
             make_front_resident(memory, layer, batch, flags, attention)
         if todo.selects:
             with self._stream.fork():
-                selector.write_windows(layer, batch, Half.BACK, scale, scores=scores)
+                if gate is None:
+                    selector.write_windows(layer, batch, Half.BACK, scale, scores=scores)
                 make_next_resident(memory, layer, batch, Half.BACK)

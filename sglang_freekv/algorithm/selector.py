@@ -28,15 +28,15 @@ class Selector(ABC):
         Whose method it is, where it is here to be compared with: a citation.
     runs_on_gpu : bool
         Whether it is made of ops that have a kernel; if not, start-up refuses it on a GPU.
-    scores_are_scaled : bool
-        Whether its scores have the scale of attention's logits already, so that the group's pooling applies none.
+    pools_group : bool
+        Whether its scores are those of a query group, in logarithms: one for each page instead of one for each head.
     num_observed : int
         Last queries of a prompt that `start` is shown; 0: it is not called.
     """
 
     baseline: str | None = None
     runs_on_gpu = True
-    scores_are_scaled = False
+    pools_group = False
     num_observed = 0
 
     def __init__(self, memory: KVMemory) -> None:
@@ -75,7 +75,8 @@ class Selector(ABC):
         Returns
         -------
         float32, ``[batch_size * num_kv_heads, group_size, max_pages]``, device
-            Undefined in other rows, and past a request's pages.
+            One head instead of the group where the selector pools it. Undefined in other rows, and past a request's
+            pages.
         """
 
     def write_windows(
@@ -104,6 +105,5 @@ class Selector(ABC):
         if scores is None:
             scores = self.score(layer, batch, half, scale, flags)
         config, sizes = memory.config, memory.sizes
-        rule = (sizes.sink, sizes.recent, config.group_pooling)
-        pooling_scale = 1.0 if self.scores_are_scaled else scale
-        memory.ops.select_pages(scores, batch, half, *rule, layer.windows, flags, pooling_scale, config.hysteresis)
+        rule = (sizes.sink, sizes.recent, "mean" if self.pools_group else config.group_pooling)
+        memory.ops.select_pages(scores, batch, half, *rule, layer.windows, flags, scale, config.hysteresis)

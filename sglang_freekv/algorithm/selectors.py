@@ -50,12 +50,28 @@ class CodesSelector(MinMaxSelector):
 class MassSelector(MinMaxSelector):
     """By a page's share of the attention, as its keys in a few bits give it: what all of its tokens get together."""
 
-    scores_are_scaled = True
+    pools_group = True
 
     def score(
         self, layer: Layer, batch: Batch, half: Half, scale: float, flags: FlagList | None = None
     ) -> torch.Tensor:
-        return self._score(layer, batch, half, flags, self.memory.index.codes[layer.number], scale)
+        scores = self._score(layer, batch, half, flags, self.memory.index.codes[layer.number], scale)
+        self.memory.ops.share_pages(scores, layer.last_q, layer.store, batch, half, scale, flags)
+        return scores[:, :1]
+
+    def correct_windows(self, layer: Layer, batch: Batch, shares: torch.Tensor, gate: float, flags: FlagList) -> None:
+        """Select again where the front window would lose more of the attention than `gate`, and flag these rows.
+
+        Parameters
+        ----------
+        shares : of `score`
+        flags : FlagList
+            Written.
+        """
+        memory, sizes = self.memory, self.memory.sizes
+        rule = (gate, sizes.sink, sizes.recent)
+        written = (layer.windows, flags, memory.counters.values)
+        memory.ops.correct_windows(shares, batch, *rule, *written, memory.config.hysteresis)
 
 
 # Name (`--freekv-selector`) -> selector; what it reads of a page: `page_indexes.INDEXES`.

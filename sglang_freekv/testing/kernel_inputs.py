@@ -101,7 +101,7 @@ class KernelInputs:
         layer, flags, counters = self.layer, self._flags(), self.memory.counters.values
         q, k, v = self._qkv(self.batch_size)
         flags.count.zero_()
-        args = (q, k, v, self.batch, self.config.tau, layer.store, layer.last_q, flags, counters)
+        args = (q, k, v, self.batch, self.config.min_cosine, layer.store, layer.last_q, flags, counters)
         return {"one token each": Call(args, changed=(layer.last_q, flags.count))}
 
     def score_pages(self) -> dict[str, Call]:
@@ -117,6 +117,20 @@ class KernelInputs:
             "first, by codes": Call((*args, Half.BOTH), codes),
             "back, by mass": Call((*args, Half.BACK), {"out": self._scores()} | mass),
         }
+
+    def share_pages(self) -> dict[str, Call]:
+        layer, scores = self.layer, self._scores()
+        args = (scores, layer.last_q, layer.store, self.batch, Half.BACK, self.geometry.head_dim**-0.5)
+        return {"back": Call(args, changed=(scores,))}
+
+    def correct_windows(self) -> dict[str, Call]:
+        flags, windows = self._flags(), self.layer.windows
+        flags.count.zero_()
+        rule = (0.01, self.sizes.sink, self.sizes.recent, windows, flags, self.memory.counters.values)
+        calls = {"every row": 0.0, "every row, hysteresis": 0.5}
+        shares = self._scores()[:, :1].log_softmax(-1)
+        changed = (windows, flags.count)
+        return {name: Call((shares, self.batch, *rule, h), changed=changed) for name, h in calls.items()}
 
     def select_pages(self) -> dict[str, Call]:
         def call(half: Half, pooling: str, flags: FlagList | None = None, hysteresis: float = 0.0) -> Call:

@@ -8,7 +8,7 @@ query that the rule names, which is the same thing because only finished pages a
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -27,7 +27,8 @@ class Rule:
     num_kv_heads: int
     sink_pages: int
     recent_pages: int
-    tau: float
+    tau: float | None
+    gate: float | None  # instead of tau: share of the attention that a window may lose
     pooling: str  # "softmax", "scaled", "max" or "mean"
     scale: float  # of attention's logits
     page_size: int
@@ -46,7 +47,8 @@ class Rule:
             num_kv_heads=g.num_kv_heads,
             sink_pages=sizes.sink,
             recent_pages=sizes.recent,
-            tau=config.tau,
+            tau=config.min_cosine,
+            gate=config.max_lost_share,
             pooling=config.group_pooling,
             scale=1 / math.sqrt(g.head_dim),
             page_size=g.page_size,
@@ -110,17 +112,33 @@ class ReferenceRequest:
             every_page = [list(range(num_pages)) for _ in range(self.rule.num_kv_heads)]
             return Expected(every_page, [{} for _ in every_page], [False] * len(every_page), False)
         over_budget = num_pages > self.budget_pages
-        windows, scores, flagged = [], [], []
-        for kv_head in range(self.rule.num_kv_heads):
-            flagged.append(over_budget and self.similarity(q, previous, kv_head) < self.rule.tau)
-            length = len(self.keys[layer])
-            window, score = self.window(layer, kv_head, previous, length, self.read[layer][kv_head])
-            if flagged[-1]:
-                window, score = self.window(layer, kv_head, q, length, window)
-            windows.append(window)
-            scores.append(score)
+        of_heads = [
+            self.front_window(layer, kv_head, q, previous, self.read[layer][kv_head])
+            for kv_head in range(self.rule.num_kv_heads)
+        ]
+        windows, scores, flagged = map(list, zip(*of_heads, strict=True))
         self.read[layer] = windows
         return Expected(windows, scores, flagged, over_budget)
+
+    def front_window(
+        self, layer: int, kv_head: int, q: torch.Tensor, previous: torch.Tensor, read: Sequence[int] = ()
+    ) -> tuple[list[int], dict[int, float], bool]:
+        """The window of the latest token, the scores it was chosen by, and whether it was by its own query `q`.
+
+        By that of the token before otherwise, when that token had `read` its window.
+        """
+        length = len(self.keys[layer])
+        window, scores = self.window(layer, kv_head, previous, length, length - 1, read)
+        if not scores:
+            return window, scores, False
+        again, scores_again = self.window(layer, kv_head, q, length, length, window)
+        if self.rule.gate is None:
+            is_flagged = self.similarity(q, previous, kv_head) < self.rule.tau
+        else:
+            own = self.scores(layer, kv_head, q, scores_again, length)
+            kept = [sum(math.exp(own[page]) for page in pages if page in own) for pages in (again, window)]
+            is_flagged = kept[0] - kept[1] > self.rule.gate
+        return (again, scores_again, True) if is_flagged else (window, scores, False)
 
     def attend(self, layer: int, q: torch.Tensor, windows: list[list[int]], scale: float) -> torch.Tensor:
         """Attention of one query `[Hq, D]` over the tokens of a window per KV head, `[Hq, D]`."""
@@ -134,35 +152,50 @@ class ReferenceRequest:
         return out
 
     def window(
-        self, layer: int, kv_head: int, q: torch.Tensor, length: int, present: Sequence[int] = ()
+        self, layer: int, kv_head: int, q: torch.Tensor, length: int, known: int, present: Sequence[int] = ()
     ) -> tuple[list[int], dict[int, float]]:
         """The window that query `q [Hq, D]` chooses for a length, and the scores it was chosen by.
 
-        Pages of the `present` window, where there is one, are favoured.
+        `known` tokens are written when it chooses. Pages of the `present` window, where there is one, are favoured.
         """
         num_pages = math.ceil(length / self.rule.page_size)
         if num_pages <= self.budget_pages:
             return list(range(num_pages)), {}
         sink, first_recent = self.rule.sink_pages, num_pages - self.rule.recent_pages
-        scores = self.scores(layer, kv_head, q, range(sink, first_recent))
+        scores = self.scores(layer, kv_head, q, range(sink, first_recent), known)
         scores = {page: score + self.rule.hysteresis * (page in present) for page, score in scores.items()}
         num_selected = self.budget_pages - sink - self.rule.recent_pages
         best = sorted(scores, key=scores.get, reverse=True)[:num_selected]
         return [*range(sink), *sorted(best), *range(first_recent, num_pages)], scores
 
-    def scores(self, layer: int, kv_head: int, q: torch.Tensor, candidates: range) -> dict[int, float]:
+    def scores(
+        self, layer: int, kv_head: int, q: torch.Tensor, candidates: Iterable[int], known: int
+    ) -> dict[int, float]:
         """Pooled score of each candidate page; that of a softmax is its logarithm."""
         group = q[kv_head * self.group_size : (kv_head + 1) * self.group_size].double()
+        if self.rule.by_mass:
+            return self.shares(layer, kv_head, group, candidates, known)
         pages = [self.page_keys(layer, kv_head, page) for page in candidates]
         raw = torch.stack([self.page_scores(group, keys) for keys in pages], dim=1)  # [group_size, candidates]
         if self.rule.pooling == "mean":
             pooled = raw.mean(dim=0)
         else:
-            scale = 1.0 if self.rule.pooling == "softmax" or self.rule.by_mass else self.rule.scale
+            scale = 1.0 if self.rule.pooling == "softmax" else self.rule.scale
             shares = (scale * raw).log_softmax(dim=1)
             is_max = self.rule.pooling == "max"
             pooled = shares.amax(dim=0) if is_max else shares.logsumexp(dim=0) - math.log(self.group_size)
         return dict(zip(candidates, pooled.tolist(), strict=True))
+
+    def shares(
+        self, layer: int, kv_head: int, group: torch.Tensor, candidates: Iterable[int], known: int
+    ) -> dict[int, float]:
+        """Logarithm of the candidates' mean share of the attention of `group [group_size, D]` to the `known` tokens."""
+        last = (known - 1) // self.rule.page_size
+        masses = [self.page_scores(group, self.page_keys(layer, kv_head, page)) for page in range(last)]
+        newest = self.keys[layer][last * self.rule.page_size : known, kv_head]
+        masses.append((self.rule.scale * group @ newest.T).logsumexp(dim=1))
+        pooled = torch.stack(masses, dim=1).log_softmax(dim=1).logsumexp(dim=0) - math.log(self.group_size)
+        return {page: float(pooled[page]) for page in candidates}
 
     def page_scores(self, group: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         """Score of a page of keys `[tokens, D]` for each query of `group [group_size, D]`."""

@@ -93,7 +93,8 @@ class ReferenceChecks:
     ) -> None:
         """The back windows are this query's choice at the next length, beside those that were read."""
         for head, back in enumerate(window_of(windows, request)):
-            expected, scores = request.reference.window(layer, head, q.double(), request.length + 1, present[head])
+            lengths = (request.length + 1, request.length)
+            expected, scores = request.reference.window(layer, head, q.double(), *lengths, present[head])
             # The page that the next token opens may be listed now or when it is opened.
             back, expected = ([page for page in x if page < len(request.pages)] for x in (back, expected))
             difference = explain_difference(back, expected, scores, self._score_tolerance)

@@ -69,11 +69,9 @@ class WindowChecks:
         reference = ReferenceRequest(self._rule, life.budget_pages)
         reference.keys[layer] = torch.from_numpy(values.kv(life.text.hashes[:length])[:, layer, :, 0]).double()
         queries = torch.from_numpy(values.queries(life.text, length - 2, length)[:, layer]).flatten(1, 2).double()
-        is_over = len(reference.keys[layer]) > life.budget_pages * PAGE_SIZE
+        previous, latest = queries
         for head, window in enumerate(windows):
-            previous, latest = queries
-            is_flagged = is_over and reference.similarity(latest, previous, head) < self._rule.tau
-            expected, scores = reference.window(layer, head, latest if is_flagged else previous, length)
+            expected, scores, _ = reference.front_window(layer, head, latest, previous)
             difference = explain_difference(window, expected, scores, _TOLERANCE)
             assert not difference, f"layer {layer}, head {head}: {difference}"
 
