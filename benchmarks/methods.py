@@ -24,8 +24,10 @@ def _by(selector: str) -> tuple[str, ...]:
     return ("--freekv-selector", selector, "--freekv-key-bits", "0")
 
 
+_BY_MASS, _BY_CODES = ("--freekv-selector", "mass"), ("--freekv-selector", "codes")
 _NEVER_CORRECTS, _ALWAYS_CORRECTS = ("--freekv-tau", "-1"), ("--freekv-tau", "2")
 _READS_NO_CODES = ("key_bits",)
+_POOLS_ITSELF = ("pooling",)
 _POOLS_NOTHING = ("key_bits", "pooling")  # all heads of a group have the same scores, or the flags say how to pool
 
 METHODS = {
@@ -33,16 +35,17 @@ METHODS = {
     for method in (
         Method("full", is_full=True),
         Method("window", (*_by("streaming-llm"), *_NEVER_CORRECTS), ignores=_POOLS_NOTHING),
-        Method("exact", _ALWAYS_CORRECTS),
-        Method("speculation", _NEVER_CORRECTS),
-        Method("freekv-0.9", ("--freekv-tau", "0.9")),
-        Method("freekv-0.8", ("--freekv-tau", "0.8")),
-        Method("mass", ("--freekv-selector", "mass", *_ALWAYS_CORRECTS)),
-        Method("mass-0.5", ("--freekv-selector", "mass", "--freekv-hysteresis", "0.5", *_ALWAYS_CORRECTS)),
+        Method("freekv", ignores=_POOLS_ITSELF),  # the defaults
+        Method("exact", (*_BY_CODES, *_ALWAYS_CORRECTS)),
+        Method("speculation", (*_BY_CODES, *_NEVER_CORRECTS)),
+        Method("freekv-0.9", (*_BY_CODES, "--freekv-tau", "0.9")),  # the defaults until they were judged by mass
+        Method("freekv-0.8", (*_BY_CODES, "--freekv-tau", "0.8")),
+        Method("mass", (*_BY_MASS, *_ALWAYS_CORRECTS), ignores=_POOLS_ITSELF),
+        Method("mass-0.5", (*_BY_MASS, "--freekv-hysteresis", "0.5", *_ALWAYS_CORRECTS), ignores=_POOLS_ITSELF),
         # FreeKV (arXiv 2505.13109): its bounds, its pooling, and its tau for long prompts.
         Method(
             "freekv-paper",
-            (*_by("min-max"), "--freekv-group-pooling", "softmax", "--freekv-tau", "0.8"),
+            _by("paper"),
             is_rival=True,
             ignores=_POOLS_NOTHING,
         ),

@@ -15,11 +15,13 @@ BUDGET_PARAM, DUMP_PARAM = "freekv_budget", "freekv_dump"  # keys of a request's
 PAGE_SIZES = (16, 32, 64)
 KEY_BITS = (0, 1, 2, 4)
 BASELINES = ("streaming-llm", "one-time", "r-kv", "corm", "arkvale")  # selectors of others, to compare with
-BY_CODES = ("codes", "mass")  # selectors that score pages by their keys in a few bits
-SELECTORS = (*BY_CODES, "min-max", *BASELINES)
+BY_CODES = ("mass", "codes")  # selectors that score pages by their keys in a few bits
+SELECTORS = ("mass", "codes", "min-max", "paper", *BASELINES)
 GROUP_POOLINGS = ("softmax", "scaled", "max", "mean")
+_DEFAULT_POOLING = "softmax"  # the paper's
 _DEFAULT_KEY_BITS = 2  # of these
-_DEFAULT_TAU, _DEFAULT_GATE = 0.9, 0.01
+_DEFAULT_TAU, _PAPER_TAU, _DEFAULT_GATE = 0.9, 0.8, 0.01
+_DEFAULT_HYSTERESIS = 1.0
 _MAX_GIB = 1 << 20
 
 
@@ -148,11 +150,12 @@ class FreeKVConfig:
         _LAYERS,
         metavar="LAYERS",
     )
-    group_pooling: Literal["softmax", "scaled", "max", "mean"] = _flag(
+    group_pooling: Literal["softmax", "scaled", "max", "mean"] | None = _flag(
         "group-pooling",
-        "softmax",
-        "how the query heads of a KV head agree on a page: mean of their softmaxed scores, mean or maximum of those of "
-        "scores scaled as in attention (scaled, max), or mean of raw scores",
+        None,
+        "how the query heads of a KV head agree on a page, but for the selector mass, where it is the mean of their "
+        "shares: mean of their softmaxed scores, mean or maximum of those of scores scaled as in attention (scaled, "
+        f"max), or mean of raw scores (default: {_DEFAULT_POOLING})",
         str,
         _one_of(GROUP_POOLINGS),
         choices=GROUP_POOLINGS,
@@ -160,17 +163,19 @@ class FreeKVConfig:
     selector: str | None = _flag(
         "selector",
         None,
-        "what pages are chosen by: the largest logit of their keys in a few bits (codes), their share of attention by "
-        "these (mass), or the minimum and maximum of their keys (min-max); the others are baselines, for comparison "
-        "(default: codes, or min-max with --freekv-key-bits 0)",
+        "what pages are chosen by: their share of the attention, by their keys in a few bits (mass), their largest "
+        "logit by these (codes), or a bound on it, by the minimum and maximum of their keys (min-max; paper: with the "
+        f"paper's tau, {_PAPER_TAU}); the others are baselines, for comparison (default: mass, or min-max with "
+        "--freekv-key-bits 0)",
         str,
         _one_of(SELECTORS),
         choices=SELECTORS,
     )
-    hysteresis: float = _flag(
+    hysteresis: float | None = _flag(
         "hysteresis",
-        0.0,
-        "nats by which another page must score better than one of the present window to take its place, 0 to 20",
+        None,
+        "nats by which another page must score better than one of the present window to take its place, 0 to 20 "
+        f"(default: {_DEFAULT_HYSTERESIS} with the selector mass, else 0)",
         float,
         _between(0, 20),
         metavar="NATS",
@@ -179,7 +184,7 @@ class FreeKVConfig:
     key_bits: int | None = _flag(
         "key-bits",
         None,
-        "bits of each element of a key, kept on the device, by which the selectors codes and mass score pages; 0: none "
+        "bits of each element of a key, kept on the device, by which the selectors mass and codes score pages; 0: none "
         "(default: 2, or 0 with another selector)",
         int,
         _one_of(KEY_BITS),
@@ -233,11 +238,14 @@ class FreeKVConfig:
         most = self.max_budget_tokens
         _require(budget <= most, "--freekv-max-budget", most, f"at least the budget ({budget} tokens)")
         none = f"0 with --freekv-selector {self.selector}, which keeps pages by its own rule"
-        _require(self.selector not in BASELINES or self.hysteresis == 0, "--freekv-hysteresis", self.hysteresis, none)
+        _require(self.selector not in BASELINES or not self.hysteresis, "--freekv-hysteresis", self.hysteresis, none)
         one = "--freekv-gate or --freekv-tau, and not both"
         _require(self.gate is None or self.tau is None, "--freekv-gate", self.gate, one)
         by_mass = "it with --freekv-selector mass only, or --freekv-tau"
         _require(self.gate is None or self.selector_name == "mass", "--freekv-gate", self.gate, by_mass)
+        no_choice = "none with the selector mass, or --freekv-selector codes"
+        by_shares = self.selector_name == "mass"
+        _require(not by_shares or self.group_pooling is None, "--freekv-group-pooling", self.group_pooling, no_choice)
         if self.selector is not None:
             reads_codes = self.selector in BY_CODES
             fits, bits = (self.key_bits > 0) == reads_codes, _or(KEY_BITS[1:]) if reads_codes else "0"
@@ -261,12 +269,24 @@ class FreeKVConfig:
         """Cosine of two steps' queries below which a row selects again; None: by `max_lost_share`."""
         if self.max_lost_share is not None:
             return None
-        return _DEFAULT_TAU if self.tau is None else self.tau
+        default = _PAPER_TAU if self.selector == "paper" else _DEFAULT_TAU
+        return default if self.tau is None else self.tau
+
+    @property
+    def bonus(self) -> float:
+        """Nats that a page of the present window scores more."""
+        default = _DEFAULT_HYSTERESIS if self.selector_name == "mass" else 0.0
+        return default if self.hysteresis is None else self.hysteresis
+
+    @property
+    def pooling(self) -> str:
+        """Of the group, where the selector does not pool it."""
+        return self.group_pooling or _DEFAULT_POOLING
 
     @property
     def selector_name(self) -> str:
         """The selector, also where none was asked for."""
-        return self.selector or ("codes" if self.key_bits else "min-max")
+        return self.selector or ("mass" if self.key_bits else "min-max")
 
 
 def flags() -> dict[str, Field]:

@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sglang_freekv.config import PAGE_SIZES, FreeKVConfig, UnsupportedConfiguration
+from sglang_freekv.config import flags as config_flags
 from sglang_freekv.flags import add_cli_args, take_options
 from sglang_freekv.memory.windows import WindowSizes
 from sglang_freekv.request_params import request_budget_tokens, request_dump_interval
@@ -52,6 +53,11 @@ def parse(*argv: str) -> dict:
         ({"selector": "mass", "key_bits": 0}, "--freekv-key-bits"),
         ({"hysteresis": -0.1}, "--freekv-hysteresis"),
         ({"selector": "one-time", "hysteresis": 0.5}, "--freekv-hysteresis"),
+        ({"gate": 1.5}, "--freekv-gate"),
+        ({"gate": 0.1, "tau": 0.5}, "--freekv-gate"),
+        ({"gate": 0.1, "selector": "codes"}, "--freekv-gate"),
+        ({"gate": 0.1, "key_bits": 0}, "--freekv-gate"),
+        ({"group_pooling": "mean"}, "--freekv-group-pooling"),
         ({"key_bits": 3}, "--freekv-key-bits"),
         ({"key_bits": 2.0}, "--freekv-key-bits"),
         ({"key_bits": True}, "--freekv-key-bits"),
@@ -99,55 +105,68 @@ def test_a_config_survives_pickling():
     assert pickle.loads(pickle.dumps(config)) == config
 
 
-def test_flags_and_keywords_give_the_same_config():
-    argv = shlex.split(
+SETTINGS = {  # flags, keywords, fields; the second have what excludes one of the first
+    "by-codes": (
         "--kv-retrieval freekv --freekv-budget 1024 --freekv-max-budget 4096 --freekv-sink 64 "
         "--freekv-recent 96 --freekv-tau 0.5 --freekv-host-memory 2.5 --freekv-device-blocks-memory 0.5 "
         "--freekv-arena 4096 --freekv-dense-layers 0,1 --freekv-group-pooling mean --freekv-selector codes "
-        "--freekv-key-bits 4 --freekv-hysteresis 0.25 --freekv-refetch --freekv-audit --freekv-debug-dump dumps"
-    )
-    expected = FreeKVConfig(
-        budget_tokens=1024,
-        max_budget_tokens=4096,
-        sink_tokens=64,
-        recent_tokens=96,
-        tau=0.5,
-        host_memory_gib=2.5,
-        device_blocks_memory_gib=0.5,
-        arena_tokens=4096,
-        dense_layers=(0, 1),
-        group_pooling="mean",
-        selector="codes",
-        hysteresis=0.25,
-        key_bits=4,
-        refetch=True,
-        audit=True,
-        debug_dump="dumps",
-    )
-    defaults = asdict(FreeKVConfig())
-    untested = {name for name, value in asdict(expected).items() if value == defaults[name]} - {"page_size"}
-    assert not untested
-    keywords = {
-        "kv_retrieval": "freekv",
-        "freekv_budget": 1024,
-        "freekv_max_budget": 4096,
-        "freekv_sink": 64,
-        "freekv_recent": 96,
-        "freekv_tau": 0.5,
-        "freekv_host_memory": 2.5,
-        "freekv_device_blocks_memory": 0.5,
-        "freekv_arena": 4096,
-        "freekv_dense_layers": [0, 1],
-        "freekv_group_pooling": "mean",
-        "freekv_selector": "codes",
-        "freekv_hysteresis": 0.25,
-        "freekv_key_bits": 4,
-        "freekv_refetch": True,
-        "freekv_audit": True,
-        "freekv_debug_dump": "dumps",
-    }
-    assert take_options(parse(*argv)) == (expected, {})
+        "--freekv-key-bits 4 --freekv-hysteresis 0.25 --freekv-refetch --freekv-audit --freekv-debug-dump dumps",
+        {
+            "kv_retrieval": "freekv",
+            "freekv_budget": 1024,
+            "freekv_max_budget": 4096,
+            "freekv_sink": 64,
+            "freekv_recent": 96,
+            "freekv_tau": 0.5,
+            "freekv_host_memory": 2.5,
+            "freekv_device_blocks_memory": 0.5,
+            "freekv_arena": 4096,
+            "freekv_dense_layers": [0, 1],
+            "freekv_group_pooling": "mean",
+            "freekv_selector": "codes",
+            "freekv_hysteresis": 0.25,
+            "freekv_key_bits": 4,
+            "freekv_refetch": True,
+            "freekv_audit": True,
+            "freekv_debug_dump": "dumps",
+        },
+        FreeKVConfig(
+            budget_tokens=1024,
+            max_budget_tokens=4096,
+            sink_tokens=64,
+            recent_tokens=96,
+            tau=0.5,
+            host_memory_gib=2.5,
+            device_blocks_memory_gib=0.5,
+            arena_tokens=4096,
+            dense_layers=(0, 1),
+            group_pooling="mean",
+            selector="codes",
+            hysteresis=0.25,
+            key_bits=4,
+            refetch=True,
+            audit=True,
+            debug_dump="dumps",
+        ),
+    ),
+    "by-mass": (
+        "--kv-retrieval freekv --freekv-gate 0.05",
+        {"kv_retrieval": "freekv", "freekv_gate": 0.05},
+        FreeKVConfig(gate=0.05),
+    ),
+}
+
+
+@pytest.mark.parametrize(("argv", "keywords", "expected"), SETTINGS.values(), ids=SETTINGS)
+def test_flags_and_keywords_give_the_same_config(argv, keywords, expected):
+    assert take_options(parse(*shlex.split(argv))) == (expected, {})
     assert take_options(keywords) == (expected, {})
+
+
+def test_every_setting_is_in_one_of_these():
+    defaults, given = asdict(FreeKVConfig()), [asdict(expected) for _, _, expected in SETTINGS.values()]
+    untested = {name for name in defaults if all(settings[name] == defaults[name] for settings in given)}
+    assert untested == {"page_size"}
 
 
 def test_options_of_sglang_are_handed_back_unchanged():
@@ -174,7 +193,7 @@ def test_every_flag_has_a_help_text_that_names_its_default():
     parser = argparse.ArgumentParser()
     add_cli_args(parser)
     flags = [action for action in parser._actions if action.dest != "help"]
-    assert len(flags) == 17
+    assert len(flags) == 1 + len(config_flags())
     assert all("(default: " in action.help for action in flags)
 
 

@@ -105,5 +105,5 @@ class Selector(ABC):
         if scores is None:
             scores = self.score(layer, batch, half, scale, flags)
         config, sizes = memory.config, memory.sizes
-        rule = (sizes.sink, sizes.recent, "mean" if self.pools_group else config.group_pooling)
-        memory.ops.select_pages(scores, batch, half, *rule, layer.windows, flags, scale, config.hysteresis)
+        rule = (sizes.sink, sizes.recent, "mean" if self.pools_group else config.pooling)
+        memory.ops.select_pages(scores, batch, half, *rule, layer.windows, flags, scale, config.bonus)

@@ -71,14 +71,15 @@ class MassSelector(MinMaxSelector):
         memory, sizes = self.memory, self.memory.sizes
         rule = (gate, sizes.sink, sizes.recent)
         written = (layer.windows, flags, memory.counters.values)
-        memory.ops.correct_windows(shares, batch, *rule, *written, memory.config.hysteresis)
+        memory.ops.correct_windows(shares, batch, *rule, *written, memory.config.bonus)
 
 
 # Name (`--freekv-selector`) -> selector; what it reads of a page: `page_indexes.INDEXES`.
 SELECTORS: dict[str, type[Selector]] = {
-    "codes": CodesSelector,
     "mass": MassSelector,
+    "codes": CodesSelector,
     "min-max": MinMaxSelector,
+    "paper": MinMaxSelector,  # its settings differ
     "streaming-llm": StreamingLLMSelector,
     "one-time": OneTimeSelector,
     "r-kv": RKVSelector,

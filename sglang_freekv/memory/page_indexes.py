@@ -153,9 +153,10 @@ def _of_pages(tensor: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
 
 # Name of a selector (`--freekv-selector`) -> the index that it reads.
 INDEXES: dict[str, type[PageIndex]] = {
-    "codes": CodesIndex,
     "mass": CodesIndex,
+    "codes": CodesIndex,
     "min-max": MinMaxIndex,
+    "paper": MinMaxIndex,
     "streaming-llm": MinMaxIndex,  # reads none of it, as the next three
     "one-time": MinMaxIndex,
     "r-kv": MinMaxIndex,

@@ -49,12 +49,12 @@ class Rule:
             recent_pages=sizes.recent,
             tau=config.min_cosine,
             gate=config.max_lost_share,
-            pooling=config.group_pooling,
+            pooling=config.pooling,
             scale=1 / math.sqrt(g.head_dim),
             page_size=g.page_size,
             key_bits=g.key_bits,
             by_mass=config.selector_name == "mass",
-            hysteresis=config.hysteresis,
+            hysteresis=config.bonus,
             dense_layers=config.dense_layers,
         )
 

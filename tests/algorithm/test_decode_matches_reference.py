@@ -42,13 +42,19 @@ def make_config(page_size: int = PAGE, **changes: object) -> FreeKVConfig:
 
 CASES = {
     "speculation-only": (make_geometry(group_size=4), make_config(tau=-1.0)),
-    "corrected": (make_geometry(group_size=3, head_dim=16), make_config(recent_tokens=PAGE, key_bits=2)),
+    "corrected": (make_geometry(3, head_dim=16), make_config(selector="codes", recent_tokens=PAGE, key_bits=2)),
     "exact": (make_geometry(group_size=8, num_kv_heads=1, head_dim=64), make_config(tau=1.01)),
     "one-query-head-per-kv-head": (make_geometry(1, 4), make_config(sink_tokens=2 * PAGE, recent_tokens=PAGE)),
     "mean-pooling": (make_geometry(group_size=4), make_config(group_pooling="mean")),
     "mean-pooling-speculation-only": (make_geometry(3), make_config(tau=-1.0, group_pooling="mean")),
-    "pages-of-16-scaled-pooling": (make_geometry(page_size=16), make_config(16, group_pooling="scaled", key_bits=1)),
-    "pages-of-64-max-pooling": (make_geometry(page_size=64), make_config(64, group_pooling="max", key_bits=4)),
+    "pages-of-16-scaled-pooling": (
+        make_geometry(page_size=16),
+        make_config(16, selector="codes", group_pooling="scaled", key_bits=1),
+    ),
+    "pages-of-64-max-pooling": (
+        make_geometry(page_size=64),
+        make_config(64, selector="codes", group_pooling="max", key_bits=4),
+    ),
     "by-mass": (make_geometry(group_size=3), make_config(selector="mass", key_bits=2)),
     "by-mass-hysteresis": (
         make_geometry(group_size=4),

@@ -37,10 +37,10 @@ def make_engine(
 
 # Every way that differs in which ops are called, or how; sizes and poolings are the ops' own and in tests/kernels.
 CASES = {
-    "corrected": {"tau": 0.9, "key_bits": 2},
+    "corrected": {"selector": "codes", "tau": 0.9, "key_bits": 2},
     "speculation-only-no-sink-pages-of-16": {
         **{"tau": -1.0, "sink_tokens": 0, "page_size": 16},
-        **{"group_pooling": "scaled", "key_bits": 1},
+        **{"selector": "codes", "group_pooling": "scaled", "key_bits": 1},
     },
     "by-mass-gated-hysteresis": {"selector": "mass", "key_bits": 2, "hysteresis": 0.05, "gate": 0.01},
     "exact-dense-layer-every-page-fetched": {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from benchmarks.methods import METHODS, Method, parse_method
 from benchmarks.records import RecordWriter, read_records
 from benchmarks.server import Chunk
 from benchmarks.tables.marked import fill
-from sglang_freekv.config import FreeKVConfig
+from sglang_freekv.flags import add_cli_args, take_options
 from sglang_freekv.memory.geometry import Geometry
 from sglang_freekv.request_params import request_budget_tokens
 
@@ -117,17 +118,10 @@ class TestMethods:
     def test_flags_are_what_the_engine_accepts(self, method: Method, layout: Layout):
         for setting in settings([method], [layout], BUDGETS):
             flags = setting.flags(GEOMETRY, concurrency=4)
-            given = dict(zip(flags[::2], flags[1::2], strict=True))  # of equal flags the last, as on a command line
-            config = FreeKVConfig(
-                budget_tokens=int(given["--freekv-budget"]),
-                sink_tokens=int(given["--freekv-sink"]),
-                recent_tokens=int(given["--freekv-recent"]),
-                tau=float(given["--freekv-tau"]),
-                group_pooling=given["--freekv-group-pooling"],
-                page_size=int(given["--page-size"]),
-                key_bits=int(given["--freekv-key-bits"]),
-                selector=given.get("--freekv-selector"),
-            )
+            parser = argparse.ArgumentParser()
+            parser.add_argument("--page-size", type=int)
+            add_cli_args(parser)
+            config, _ = take_options(vars(parser.parse_args(flags)))
             for budget in setting.budgets:
                 assert request_budget_tokens(config, {"freekv_budget": budget}) == budget
 
@@ -145,7 +139,7 @@ class TestMethods:
     def test_rivals_differ_from_each_other_by_their_flags_alone(self):
         rivals = [method for method in METHODS.values() if method.is_rival]
         assert {"quest", "one-time", "r-kv", "corm", "arkvale", "freekv-paper"} == {m.name for m in rivals}
-        assert len({method.flags for method in METHODS.values()}) == len(METHODS)
+        assert len({(method.flags, method.is_full) for method in METHODS.values()}) == len(METHODS)
 
     def test_a_new_method_is_a_name_and_flags(self):
         method = parse_method("late=--freekv-tau 0.5 --freekv-new 3")

@@ -54,6 +54,7 @@ _CONFIG = FreeKVConfig(
     key_bits=2,
     page_size=PAGE_SIZE,
 )
+_CODES = replace(_CONFIG, selector="codes")
 TIGHT = Setup("tight", _GEOMETRY, _CONFIG)
 SETUPS = (
     TIGHT,
@@ -66,11 +67,11 @@ SETUPS = (
     Setup(
         "no sink, two recent pages",
         replace(_GEOMETRY, key_bits=1),
-        replace(_CONFIG, key_bits=1, sink_tokens=0, recent_tokens=2 * PAGE_SIZE, group_pooling="max", tau=-1.0),
+        replace(_CODES, key_bits=1, sink_tokens=0, recent_tokens=2 * PAGE_SIZE, group_pooling="max", tau=-1.0),
         max_requests=4,
         num_pages=36,
     ),
-    Setup("everything resident, by mass", _GEOMETRY, replace(_CONFIG, selector="mass"), num_blocks=29 * 2),
+    Setup("everything resident, by codes", _GEOMETRY, _CODES, num_blocks=29 * 2),
     Setup("stamps end", _GEOMETRY, _CONFIG, first_step=(1 << 29) - 12),
 )
 # Those that are compared with: what they keep of a request must survive whatever happens to others.
