@@ -16,6 +16,7 @@ import torch
 from benchmarks.gpu.decode_model import WALK_TOKENS
 from benchmarks.runner import decode_batch, forward
 from freekv_kernels import Batch
+from freekv_kernels.fp8 import encode_bounds
 from sglang_freekv.algorithm.prefill import start_windows
 from sglang_freekv.config import FreeKVConfig
 from sglang_freekv.memory.geometry import num_pages_of
@@ -86,7 +87,7 @@ def fill_host_store(memory: KVMemory) -> None:
         kv[:, :, :, 0] += _PAGE_STD * torch.randn((count, *shape[:2], 1, g.head_dim), dtype=g.dtype, device=device)
         low, high = kv[:, :, :, 0].amin(3), kv[:, :, :, 0].amax(3)
         filled = slice(first, first + count)
-        memory.index.summaries[:, filled] = torch.stack((low, high), 3).transpose(0, 1)
+        memory.index.summaries[:, filled] = encode_bounds(low, high).transpose(0, 1)
         if g.key_bits:
             last_slots = torch.arange(1, count + 1, device=device) * g.page_size - 1
             for layer in memory.layers:

@@ -21,6 +21,7 @@ from freekv_kernels import (
     select_pages,
     summarize_pages,
 )
+from freekv_kernels.fp8 import decode_fp8, encode_bounds
 from freekv_kernels.select_pages import pool_group
 
 EXACT, SPECULATION = 2.0, -1.0  # values of tau
@@ -48,11 +49,12 @@ class Rule:
 def _op(q: torch.Tensor, k: torch.Tensor, part_size: int, *, bits: int = 0, slack: float = 1.0) -> torch.Tensor:
     """The engine's score, by codes or by the bound; `slack` below 1 shrinks the box around its middle."""
     num_parts, head_dim = k.shape[1] // part_size, k.shape[-1]
-    summary = k.new_empty(num_parts, len(k), 2, head_dim)
+    summary = k.new_empty(num_parts, len(k), 2, head_dim, dtype=torch.uint8)
     slots = torch.arange(num_parts * part_size)
     summarize_pages(summary, k[:, : len(slots)].transpose(0, 1), slots, part_size)
-    middle = summary.mean(2, keepdim=True)
-    summary = middle + slack * (summary - middle)
+    bounds = decode_fp8(summary)
+    middle = bounds.mean(2, keepdim=True)
+    summary = encode_bounds(*(middle + slack * (bounds - middle)).unbind(2))
     codes = None
     if bits:
         codes = torch.empty(num_parts, len(k), part_size, head_dim * bits // 8, dtype=torch.uint8)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from freekv_kernels.compare_queries import compare_queries
+from freekv_kernels.fp8 import decode_fp8, encode_bounds
 from freekv_kernels.tables import Batch, Count, FlagList, PageStore
 
 
@@ -23,7 +24,7 @@ def append_tokens(
 
     With page, offset = divmod(slot, page_size), for every KV head h:
       the record of (page, h) takes k, v at offset
-      summary[page, h] = k, k where offset == 0, else min(., k), max(., k)
+      summary[page, h] = k, k where offset == 0, else min(., k), max(., k); rounded outwards, see `fp8`
       block_kv[table[page, h], :, offset] = what the record reads back as, where the page's head is resident
       is_flagged = num_pages > budget_pages[h] and mean over the group of cos(q, last_q[row]) < tau
       last_q[row, h] = q
@@ -82,8 +83,7 @@ def append_tokens(
 
 def _fold(summary: torch.Tensor, k: torch.Tensor, pages: torch.Tensor, offsets: torch.Tensor) -> None:
     """Fold one key per page into the summaries; the token at offset 0 opens its page."""
-    bounds = summary.index_select(0, pages).where((offsets > 0)[:, None, None, None], k[:, :, None])
-    low, high = bounds.unbind(2)
-    torch.minimum(low, k, out=low)
-    torch.maximum(high, k, out=high)
-    summary.index_copy_(0, pages, bounds)
+    k = k.float()
+    known = decode_fp8(summary.index_select(0, pages)).where((offsets > 0)[:, None, None, None], k[:, :, None])
+    low, high = known.unbind(2)
+    summary.index_copy_(0, pages, encode_bounds(torch.minimum(low, k), torch.maximum(high, k)))

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from freekv_kernels.fp8_triton import decode_fp8, encode_fp8
 from freekv_kernels.records_triton import record_pointer, store_elements
 from freekv_kernels.tables import Batch, Count, FlagList, PageStore
 
@@ -64,8 +65,8 @@ def _append_tokens_kernel(
     if summary_ptr is not None:
         low_ptrs = summary_ptr + page_head * (2 * HEAD_DIM) + d
         is_known = in_dim & (offset > 0)  # the token at offset 0 opens the page
-        low = tl.load(low_ptrs, is_known, other=float("inf"))
-        high = tl.load(low_ptrs + HEAD_DIM, is_known, other=float("-inf"))
+        low = tl.load(low_ptrs, is_known, other=0)
+        high = tl.load(low_ptrs + HEAD_DIM, is_known, other=0)
     block = tl.load(table_ptr + page_head).to(tl.int64)
     if flag_count_ptr is not None:
         g = tl.arange(0, BLOCK_G)[:, None]
@@ -88,8 +89,11 @@ def _append_tokens_kernel(
     tl.store(block_ptrs, k_read, is_resident)
     tl.store(block_ptrs + PAGE_SIZE * HEAD_DIM, v_read, is_resident)
     if summary_ptr is not None:
-        tl.store(low_ptrs, tl.minimum(low, k), in_dim)
-        tl.store(low_ptrs + HEAD_DIM, tl.maximum(high, k), in_dim)
+        k = k.to(tl.float32)
+        low = tl.where(is_known, tl.minimum(decode_fp8(low), k), k)
+        high = tl.where(is_known, tl.maximum(decode_fp8(high), k), k)
+        tl.store(low_ptrs, encode_fp8(low, False), in_dim)
+        tl.store(low_ptrs + HEAD_DIM, encode_fp8(high, True), in_dim)
 
     if flag_count_ptr is not None:
         tl.debug_barrier()  # a thread may overwrite a query that another one reads

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from freekv_kernels.fp8 import decode_fp8
 from freekv_kernels.tables import PageStore
 
 LEAST_STEP = 1e-30  # where a channel is constant
@@ -13,7 +14,7 @@ def encode_pages(slots: torch.Tensor, store: PageStore, codes: torch.Tensor) -> 
     """Encode the pages that end with one of these slots; others are not full yet, and nobody scores them.
 
     With lo, hi = summary[page, h] and step = (hi - lo) / 2 ** bits, in fp32:
-      code[d] = floor((k[d] - lo[d]) / step[d]), at most 2 ** bits - 1;  k'[d] = lo[d] + (code[d] + 1/2) * step[d]
+      code[d] = floor((k[d] - lo[d]) / step[d]), 0 to 2 ** bits - 1;  k'[d] = lo[d] + (code[d] + 1/2) * step[d]
 
     Parameters
     ----------
@@ -28,6 +29,7 @@ def encode_pages(slots: torch.Tensor, store: PageStore, codes: torch.Tensor) -> 
     -----
     A range per channel of a page, because keys have channels with values far from the others' (KIVI, arXiv
     2402.02750). Minimum and maximum alone bound every token of a page at once, and most of that bound is nobody's.
+    Only keys that FP8 cannot bound, above 448 in magnitude, are not between lo and hi.
     """
     page_size, head_dim = store.block_kv.shape[2:]
     pages = slots[slots % page_size == page_size - 1] // page_size
@@ -45,8 +47,8 @@ def encode_pages(slots: torch.Tensor, store: PageStore, codes: torch.Tensor) -> 
 
 
 def code_steps(summary: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """lo and step of summaries ``[..., 2, head_dim]``: float32, ``[..., head_dim]`` each."""
-    low, high = summary.float().unbind(-2)
+    """lo and step of summaries (uint8, ``[..., 2, head_dim]``): float32, ``[..., head_dim]`` each."""
+    low, high = decode_fp8(summary).unbind(-2)
     return low, ((high - low) / 2**bits).clamp_min_(LEAST_STEP)
 
 

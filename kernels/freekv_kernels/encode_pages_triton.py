@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from freekv_kernels.encode_pages import LEAST_STEP
+from freekv_kernels.fp8_triton import decode_fp8
 from freekv_kernels.records_triton import load_elements, record_pointer
 from freekv_kernels.tables import PageStore
 
@@ -44,11 +45,11 @@ def _encode_pages_kernel(
             for part in tl.static_range(8 // BITS):
                 d = part * NUM_BYTES + byte
                 k = load_elements(record_ptr, i * HEAD_DIM + d[None, :], is_byte[None, :], CODEC).to(tl.float32)
-                low = tl.load(low_ptrs + d, is_byte, other=0.0).to(tl.float32)
-                high = tl.load(low_ptrs + HEAD_DIM + d, is_byte, other=0.0).to(tl.float32)
+                low = decode_fp8(tl.load(low_ptrs + d, is_byte, other=0))
+                high = decode_fp8(tl.load(low_ptrs + HEAD_DIM + d, is_byte, other=0))
                 step = tl.maximum((high - low) * 2.0**-BITS, _LEAST_STEP)
                 value = tl.div_rn(k - low[None, :], tl.broadcast_to(step[None, :], k.shape))  # rounded as in torch
-                value = tl.minimum(value, 2**BITS - 1).to(tl.int32)  # not negative: truncation is floor
+                value = tl.minimum(tl.maximum(value, 0.0), 2**BITS - 1).to(tl.int32)  # so that truncation is floor
                 packed |= value << (part * BITS)
             code_ptrs = codes_ptr + page_head * (PAGE_SIZE * NUM_BYTES) + i * NUM_BYTES + byte[None, :]
             tl.store(code_ptrs, packed.to(tl.uint8), is_byte[None, :])

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from freekv_kernels.encode_pages import code_steps, unpack_codes
+from freekv_kernels.fp8 import decode_fp8
 from freekv_kernels.tables import Batch, FlagList, Half
 
 _PIECE = 1 << 19  # bytes of codes that are decoded at a time; as numbers they take 16 times as much
@@ -24,7 +25,7 @@ def score_pages(
 ) -> torch.Tensor:
     """Score each page for each query head, in the rows over their budget.
 
-    With q = queries[rows[b], h, g] and lo, hi = summary[page_table[b, p], h], for p < num_pages[b]:
+    With q = queries[rows[b], h, g] and lo, hi = the bounds summary[page_table[b, p], h], for p < num_pages[b]:
       without codes  score[b, h, g, p] = sum_d max(q[d] * lo[d], q[d] * hi[d]), a bound
       with codes     score[b, h, g, p] = max over the tokens of sum_d q[d] * k'[d], k' of `encode_pages`
       and a scale    score[b, h, g, p] = log of the sum over the tokens of exp(scale * sum_d q[d] * k'[d])
@@ -35,7 +36,8 @@ def score_pages(
     ----------
     queries : model dtype, ``[max_requests + 1, num_kv_heads, group_size, head_dim]``, device
         Post-RoPE queries by row of the request table.
-    summary : model dtype, ``[num_host_pages, num_kv_heads, 2, head_dim]``, device
+    summary : uint8, ``[num_host_pages, num_kv_heads, 2, head_dim]``, device
+        Bounds in FP8, see `fp8`.
     batch : Batch
     half : Half
         A row is over its budget if its request's pages at that step are.
@@ -72,7 +74,7 @@ def score_pages(
     summary = summary.view(-1, 2, head_dim)  # of records
     if codes is None:
         q = torch.cat((q.clamp(max=0), q.clamp(min=0)), -1)  # the halves meet lo and hi
-        bounds = summary.index_select(0, records.flatten()).float().view(*records.shape, -1)
+        bounds = decode_fp8(summary.index_select(0, records.flatten())).view(*records.shape, -1)
         of_rows = q @ bounds.transpose(-1, -2)
         if out is not None:
             of_rows = of_rows.where(is_page[:, None], out[rows, :, :max_pages])

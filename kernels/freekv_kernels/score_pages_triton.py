@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from freekv_kernels.fp8_triton import decode_fp8
 from freekv_kernels.tables import Batch, FlagList, Half
 
 NUM_PROGRAMS = 1024  # two waves of four per SM on a chip of 132 to 148, so that uneven requests even out
@@ -88,8 +89,8 @@ def _score_pages_kernel(
         page = tl.load(page_table_ptr + logical, mask=is_page, other=0)
         bounds_ptr = summary_ptr + page[:, None] * summary_page_stride + dim[None, :]
         is_bound = is_page[:, None] & is_dim[None, :]
-        lo = tl.load(bounds_ptr, mask=is_bound, other=0.0).to(tl.float32)
-        hi = tl.load(bounds_ptr + summary_bound_stride, mask=is_bound, other=0.0).to(tl.float32)
+        lo = decode_fp8(tl.load(bounds_ptr, mask=is_bound, other=0))
+        hi = decode_fp8(tl.load(bounds_ptr + summary_bound_stride, mask=is_bound, other=0))
         if codes_ptr is None:
             scores = tl.dot(q_for_lo, lo.T, input_precision=PRECISION)
             scores = tl.dot(q_for_hi, hi.T, scores, input_precision=PRECISION)
@@ -134,7 +135,7 @@ def score_pages(
         out = queries.new_empty((num_rows, group_size, max_pages), dtype=torch.float32)
     block_d = triton.next_power_of_2(head_dim)
     page_size, num_bytes = (1, 0) if codes is None else codes.shape[2:]
-    block_p = max(1, 8192 // (page_size * block_d))  # 16 KiB of minima at 2 bytes, or 32 KiB of keys
+    block_p = max(1, 8192 // (page_size * block_d))  # 8 KiB of minima, or 32 KiB of keys
     num_programs = min(num_rows * triton.cdiv(max_pages, block_p), max(num_rows, NUM_PROGRAMS))
     _score_pages_kernel[(num_programs,)](
         queries,

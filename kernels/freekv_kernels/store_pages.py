@@ -20,7 +20,8 @@ def store_pages(
 
     For every token, with page, offset = divmod(slot, page_size), and every KV head h:
       the record of (page, h) takes k, v at offset
-      summary[page, h] = min and max with k; a token at offset 0 opens its page, and what was there is dropped
+      summary[page, h] = min and max with k, rounded outwards, see `fp8`; a token at offset 0 opens its page, and what
+      was there is dropped
       block_kv[table[page, h], :, offset] = what the record reads back as, where the page's head is resident
 
     Parameters

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from freekv_kernels.fp8_triton import decode_fp8, encode_fp8
 from freekv_kernels.records_triton import record_pointer, store_elements
 from freekv_kernels.tables import PageStore
 
@@ -55,8 +56,8 @@ def _store_pages_kernel(
         if summary_ptr is not None:
             low_ptrs = summary_ptr + page_head * (2 * HEAD_DIM) + d
             is_known = in_dim & (offset > 0)  # a token at offset 0 opens the page
-            low = tl.load(low_ptrs, is_known, other=float("inf"))
-            high = tl.load(low_ptrs + HEAD_DIM, is_known, other=float("-inf"))
+            known_low = tl.load(low_ptrs, is_known, other=0)
+            known_high = tl.load(low_ptrs + HEAD_DIM, is_known, other=0)
 
         in_record = (offset + i) * HEAD_DIM + d[None, :]
         record_ptr = record_pointer(host_kv_ptr, page, head, host_page_stride, host_head_stride)
@@ -70,10 +71,12 @@ def _store_pages_kernel(
         if summary_ptr is not None:
             # A page has one run, so no other program is here; a thread that reads what another wrote folds to the same.
             k = k.to(tl.float32)
-            low = tl.minimum(low, tl.min(tl.where(mask, k, float("inf")), 0))
-            high = tl.maximum(high, tl.max(tl.where(mask, k, float("-inf")), 0))
-            tl.store(low_ptrs, low, in_dim)
-            tl.store(low_ptrs + HEAD_DIM, high, in_dim)
+            low = tl.min(tl.where(mask, k, float("inf")), 0)
+            high = tl.max(tl.where(mask, k, float("-inf")), 0)
+            low = tl.where(is_known, tl.minimum(decode_fp8(known_low), low), low)
+            high = tl.where(is_known, tl.maximum(decode_fp8(known_high), high), high)
+            tl.store(low_ptrs, encode_fp8(low, False), in_dim)
+            tl.store(low_ptrs + HEAD_DIM, encode_fp8(high, True), in_dim)
 
 
 def store_pages(

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import torch
 
+from freekv_kernels.fp8 import decode_fp8, encode_bounds
+
 
 def summarize_pages(summary: torch.Tensor, k: torch.Tensor, slots: torch.Tensor, page_size: int) -> None:
     """Fold new keys into the summaries of their pages, in place.
 
     summary[p, h, 0] = min over the tokens of page p of k[token, h];  summary[p, h, 1] = the max.
-    A token at offset 0 opens its page: what the page's last owner left in the summary is dropped.
+    Both are rounded outwards, see `fp8`. A token at offset 0 opens its page: what the page's last owner left in the
+    summary is dropped.
 
     Parameters
     ----------
-    summary : model dtype, ``[num_host_pages, num_kv_heads, 2, head_dim]``, device
+    summary : uint8 (FP8), ``[num_host_pages, num_kv_heads, 2, head_dim]``, device
     k : model dtype, ``[num_tokens, num_kv_heads, head_dim]``, device
         Post-RoPE keys.
     slots : int64, ``[num_tokens]``, device
@@ -30,10 +33,10 @@ def summarize_pages(summary: torch.Tensor, k: torch.Tensor, slots: torch.Tensor,
     opened = pages.new_zeros(len(pages), dtype=torch.bool)
     opened[page_of_token[offsets == 0]] = True
 
-    known = summary[pages]  # [n, num_kv_heads, 2, head_dim]
+    known = decode_fp8(summary[pages])  # [n, num_kv_heads, 2, head_dim]
     known[opened, :, 0] = float("inf")
     known[opened, :, 1] = float("-inf")
     shape = (len(pages), page_size, *k.shape[1:])
     low = k.new_full(shape, float("inf")).index_put_((page_of_token, offsets), k).amin(1)
     high = k.new_full(shape, float("-inf")).index_put_((page_of_token, offsets), k).amax(1)
-    summary[pages] = torch.stack((torch.minimum(known[:, :, 0], low), torch.maximum(known[:, :, 1], high)), 2)
+    summary[pages] = encode_bounds(torch.minimum(known[:, :, 0], low), torch.maximum(known[:, :, 1], high))

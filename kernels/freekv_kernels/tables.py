@@ -79,7 +79,9 @@ class PageStore(NamedTuple):
     """Where one layer keeps its pages: the complete KV, what its pages are summarised by, and their blocks."""
 
     host_kv: torch.Tensor  # [num_host_pages, num_kv_heads, *record], CPU (pinned), a strided view; see `records`
-    summary: torch.Tensor | None  # [num_host_pages, num_kv_heads, 2, head_dim], minimum and maximum of a page's keys
+    summary: (
+        torch.Tensor | None
+    )  # uint8 [num_host_pages, num_kv_heads, 2, head_dim], bounds of a page's keys, see `fp8`
     block_kv: torch.Tensor  # model dtype [num_blocks, 2, page_size, head_dim]
     table: torch.Tensor  # int32 [num_host_pages, num_kv_heads], block of each pair, -1 where not resident
     codec: Codec = PLAIN  # of the records

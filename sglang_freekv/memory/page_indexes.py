@@ -6,6 +6,7 @@ import torch
 
 from freekv_kernels import Ops, PageStore
 from freekv_kernels.encode_pages import code_steps, unpack_codes
+from freekv_kernels.fp8 import LARGEST, encode_bounds
 from sglang_freekv.memory.geometry import Geometry
 from sglang_freekv.memory.page_index import PageIndex
 
@@ -14,23 +15,23 @@ _ROUNDING = 1e-6
 
 
 class MinMaxIndex(PageIndex):
-    """Minimum and maximum of each channel of a page's post-RoPE keys.
+    """Minimum and maximum of each channel of a page's post-RoPE keys, in FP8: see `fp8`.
 
     Attributes
     ----------
-    summaries : model dtype, ``[num_layers, num_host_pages, num_kv_heads, 2, head_dim]``, device
+    summaries : uint8, ``[num_layers, num_host_pages, num_kv_heads, 2, head_dim]``, device
     """
 
     def __init__(self, geometry: Geometry, num_host_pages: int, device: str) -> None:
         g = geometry
         self.geometry = g
         shape = (g.num_layers, num_host_pages, g.num_kv_heads, 2, g.head_dim)
-        self.summaries = torch.empty(shape, dtype=g.dtype, device=device)
+        self.summaries = torch.empty(shape, dtype=torch.uint8, device=device)
 
     @staticmethod
     def page_bytes(geometry: Geometry) -> int:
         g = geometry
-        return g.num_layers * g.num_kv_heads * 2 * g.head_dim * g.dtype.itemsize
+        return g.num_layers * g.num_kv_heads * 2 * g.head_dim
 
     def summary(self, number: int) -> torch.Tensor:
         return self.summaries[number]
@@ -44,7 +45,7 @@ class MinMaxIndex(PageIndex):
         keys = store.codec.decode_keys(store.host_kv, pages, self.geometry.dtype)
         low = keys.masked_fill(~is_written, float("inf")).amin(2)
         high = keys.masked_fill(~is_written, float("-inf")).amax(2)
-        is_wrong = (_of_pages(self.summaries[number], pages) != torch.stack((low, high), 2)).flatten(1).any(1)
+        is_wrong = (_of_pages(self.summaries[number], pages) != encode_bounds(low, high)).flatten(1).any(1)
         if is_wrong.any():
             raise RuntimeError(f"layer {number}: wrong summary of host page {int(pages[is_wrong][0])}")
 
@@ -86,7 +87,7 @@ class CodesIndex(MinMaxIndex):
         low, step = code_steps(_of_pages(self.summaries[number], full)[:, :, None], g.key_bits)
         values, units = unpack_codes(_of_pages(self.codes[number], full), g.key_bits)
         values = values.transpose(2, 3) * units + 0.5
-        keys = store.codec.decode_keys(store.host_kv, full, g.dtype).float()
+        keys = store.codec.decode_keys(store.host_kv, full, g.dtype).float().clamp_(-LARGEST, LARGEST)
         error = (low + values * step - keys).abs()
         is_wrong = (error > step / 2 + _ROUNDING * (low.abs() + step * 2**g.key_bits)).flatten(1).any(1)
         if is_wrong.any():

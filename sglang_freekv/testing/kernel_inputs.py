@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from freekv_kernels import Claim, FlagList, Half, MissList, PairList, pairs_of, window_pairs
+from freekv_kernels.fp8 import decode_fp8, encode_bounds
 from sglang_freekv.config import FreeKVConfig
 from sglang_freekv.memory.geometry import Geometry, num_pages_of
 from sglang_freekv.memory.kv_memory import KVMemory
@@ -223,11 +224,12 @@ class KernelInputs:
 
     def _fill_keys(self) -> None:
         store = self.layer.store
-        store.summary.copy_(store.summary.normal_().sort(2).values)
+        low, high = torch.randn(store.summary.shape, device=self.device).sort(2).values.unbind(2)
+        store.summary.copy_(encode_bounds(low, high))
         self.memory.index.codes[_LAYER].random_()
         self.layer.last_q.normal_()
         encoded = torch.cat((self._pages_of_chunk(), self.pages[:, -1]))
-        low, high = store.summary[encoded].cpu().float()[:, :, :, None].unbind(2)
+        low, high = decode_fp8(store.summary[encoded].cpu())[:, :, :, None].unbind(2)
         k = low.lerp(high, torch.rand((*low.shape[:2], self.geometry.page_size, low.shape[-1])))
         store.host_kv[encoded.cpu(), :, 0] = k.to(store.host_kv.dtype)
 

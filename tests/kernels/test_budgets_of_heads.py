@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from freekv_kernels import BlockTables, Count, Half, MissList, PageStore
+from tests.support import fp8
 from tests.support.op_tables import batch_of, flags_of
 
 LOW, HIGH, PAGES = 3, 6, 5  # a request of 5 pages is over the first budget and within the second
@@ -25,7 +26,7 @@ def by_row(mixed: torch.Tensor, low: torch.Tensor, high: torch.Tensor) -> list[t
 
 @pytest.mark.parametrize("half", Half)
 def test_scores_and_windows(impl, half):
-    queries, summary = torch.randn(3, 2, 3, 16), torch.randn(2 * PAGES, 2, 2, 16).sort(2).values
+    queries, summary = torch.randn(3, 2, 3, 16), fp8.bounds(torch.randn(2 * PAGES, 2, 2, 16).sort(2).values)
     found = []
     for batch in batches(impl):
         out = torch.full((4, 3, PAGES), -7.0, device=impl.device)
@@ -45,7 +46,7 @@ def test_appended_tokens_flag_the_rows_over_their_budgets(impl):
     for batch in batches(impl):
         store = PageStore(
             impl.host(torch.zeros(2 * PAGES, 2, 2, 16, 16)),
-            torch.zeros(2 * PAGES, 2, 2, 16, device=impl.device),
+            torch.zeros(2 * PAGES, 2, 2, 16, dtype=torch.uint8, device=impl.device),
             torch.zeros(1, 2, 16, 16, device=impl.device),
             torch.full((2 * PAGES, 2), -1, dtype=torch.int32, device=impl.device),
         )

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from freekv_kernels import REFERENCE
+from tests.support import fp8
 from tests.support.op_tables import decode_keys, store_of
 
 LAYERS, LAYER = 3, 1
@@ -20,7 +21,7 @@ def make(impl, bits, num_pages=8, heads=2, page_size=16, dim=16, dtype=torch.flo
     host[..., 2] = host[..., :1, 2]
     k = host[:, LAYER, :, 0]
     codes = torch.randint(256, (num_pages, heads, page_size, dim * bits // 8), dtype=torch.uint8)
-    summary = torch.stack((k.amin(2), k.amax(2)), 2)
+    summary = fp8.bounds(torch.stack((k.amin(2), k.amax(2)), 2))
     return SimpleNamespace(host=impl.host(host), summary=summary.to(impl.device), codes=codes.to(impl.device))
 
 
@@ -63,8 +64,8 @@ def test_a_key_of_a_full_page_is_half_a_step_away_at_most(impl, bits, heads, pag
 
 def test_a_page_of_one_key_over_and_over_is_decoded_exactly(impl):
     memory = make(impl, 2)
-    memory.host[3, LAYER, :, 0] = key = torch.randn(16)
-    memory.summary[3] = key.to(impl.device)
+    memory.host[3, LAYER, :, 0] = key = fp8.numbers(torch.randint(0x7F, (16,))).float()  # that FP8 has: no range
+    memory.summary[3] = fp8.below(key).to(impl.device)
     encode(impl.ops, [3 * 16 + 15], memory)
     decoded, _ = decode_keys(memory.summary[3], memory.codes[3])
     assert torch.equal(decoded.float(), key.expand_as(decoded))
@@ -77,13 +78,23 @@ def test_a_page_of_zeros_and_ones_has_the_least_and_the_largest_codes(impl, bits
     is_one = torch.rand(16, 16) < 0.5
     is_one[0], is_one[1] = False, True
     memory.host[1, LAYER, :, 0] = is_one.float()
-    memory.summary[1] = torch.tensor([0.0, 1.0], device=impl.device)[:, None]
+    memory.summary[1] = fp8.below(torch.tensor([0.0, 1.0]))[:, None].to(impl.device)
     encode(impl.ops, [31], memory)
     num_bytes = 2 * bits
     expected = torch.zeros(16, num_bytes, dtype=torch.uint8)
     for d in range(16):
         expected[:, d % num_bytes] += is_one[:, d] * (2**bits - 1 << d // num_bytes * bits)
     assert torch.equal(memory.codes[1].cpu(), expected.expand(2, -1, -1))
+
+
+def test_a_key_that_fp8_cannot_bound_has_the_outermost_code(impl):
+    memory = make(impl, 2)
+    memory.host[3, LAYER, :, 0, 0], memory.host[3, LAYER, :, 0, 1] = -1000, 1000
+    memory.summary[3] = fp8.below(torch.tensor([-448.0, 448.0]))[:, None].to(impl.device)
+    encode(impl.ops, [3 * 16 + 15], memory)
+    decoded, step = decode_keys(memory.summary[3], memory.codes[3])
+    assert (step == 224).all()
+    assert (decoded[:, 0] == -448 + 112).all() and (decoded[:, 1] == 448 - 112).all()
 
 
 def test_more_pages_than_programs_are_all_encoded(impl):
@@ -115,8 +126,8 @@ def test_pages_past_two_billion_elements_are_reached(impl):
     strides = (between, 2 * page_size * dim, page_size * dim, dim, 1)
     host = storage.as_strided((last + 1, heads, 2, page_size, dim), strides)
     host[last, :, 0] = k
-    summary = torch.empty(last + 1, heads, 2, dim, dtype=torch.float16)
-    summary[last] = torch.stack((k.amin(1), k.amax(1)), 1)
+    summary = torch.empty(last + 1, heads, 2, dim, dtype=torch.uint8)
+    summary[last] = fp8.bounds(torch.stack((k.amin(1), k.amax(1)), 1))
     codes = torch.empty(last + 1, heads, page_size, dim // 2, dtype=torch.uint8)
     impl.ops.encode_pages(torch.tensor([last * page_size + page_size - 1]), store_of(host, summary), codes)
     decoded, step = decode_keys(summary[last], codes[last])

@@ -62,7 +62,7 @@ def test_storing_then_filling_the_arena_gives_the_tokens_back(impl):
     host = host_store(impl)
     block_kv, table = no_blocks(impl, host)
     table[2, 1] = 3
-    summary = torch.zeros(7, 2, 2, 16, device=impl.device)
+    summary = torch.zeros(7, 2, 2, 16, dtype=torch.uint8, device=impl.device)
     k, v = torch.randn(2, 2 * PAGE, 2, 16, device=impl.device)
     slots = torch.cat((torch.arange(PAGE) + 4 * PAGE, torch.arange(PAGE) + 2 * PAGE)).to(impl.device)
     page_starts = torch.tensor([0, PAGE, 2 * PAGE], device=impl.device)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from freekv_kernels import Half, summarize_pages
+from tests.support import fp8
 from tests.support.op_tables import batch_of, decode_keys, flags_of, store_of
 
 FREE = -7.0  # what nobody may overwrite
@@ -15,8 +16,8 @@ def expected_scores(queries, summary, batch, num_kv_heads, codes=None, scale=Non
     """By the definition, for every row and each of its pages; FREE past them."""
     batch_size, max_pages = batch.page_table.shape
     expected = torch.full((batch_size, num_kv_heads, queries.shape[2], max_pages), FREE)
-    queries, summary = queries.double().cpu(), summary.double().cpu()
     keys = None if codes is None else decode_keys(summary, codes)[0]
+    queries, summary = queries.double().cpu(), fp8.numbers(summary)
     for b in range(batch_size):
         for h in range(num_kv_heads):
             for p in range(int(batch.num_pages[b])):
@@ -33,7 +34,7 @@ def expected_scores(queries, summary, batch, num_kv_heads, codes=None, scale=Non
 def inputs(impl, heads=2, group=3, dim=16, pages=9, store=11, batch=3, dtype=torch.float32):
     """Queries as a view, one layer of more."""
     queries = torch.randn(batch + 1, 2, heads, group, dim).to(impl.device, dtype)[:, 1]
-    summary = torch.randn(store, heads, 2, dim).sort(2).values.to(impl.device, dtype)
+    summary = fp8.bounds(torch.randn(store, heads, 2, dim).sort(2).values).to(impl.device)
     return queries, summary, torch.randint(0, store, (batch, pages)).to(impl.device)
 
 
@@ -99,7 +100,7 @@ def test_the_mass_of_far_logits_neither_overflows_nor_vanishes(impl):
 def test_with_codes_a_score_is_as_near_to_the_largest_logit_as_its_steps_are_short(impl, page_size):
     keys = torch.randn(4, 2, page_size, 32) + 5 * torch.randn(32)
     host = impl.host(torch.stack((keys, keys), 2))
-    summary = torch.stack((keys.amin(2), keys.amax(2)), 2).to(impl.device)
+    summary = fp8.bounds(torch.stack((keys.amin(2), keys.amax(2)), 2)).to(impl.device)
     q = torch.randn(2, 2, 4, 32)
     batch = batch_of(torch.arange(4, device=impl.device)[None], [4], [2])
     largest = torch.einsum("hgd,phtd->hgpt", q[1], keys).amax(-1)
@@ -109,7 +110,7 @@ def test_with_codes_a_score_is_as_near_to_the_largest_logit_as_its_steps_are_sho
         last_slots = torch.arange(4, device=impl.device) * page_size + page_size - 1
         impl.ops.encode_pages(last_slots, store_of(host, summary), codes)
         scores = impl.ops.score_pages(q.to(impl.device), summary, batch, Half.FRONT, codes=codes).cpu()
-        step = (summary[:, :, 1] - summary[:, :, 0]).cpu() / 2**bits
+        step = fp8.numbers(summary).diff(dim=2).squeeze(2).float() / 2**bits
         bound = torch.einsum("hgd,phd->hgp", q[1].abs(), step / 2)
         error = (scores.view_as(largest) - largest).abs()
         assert (error <= bound + 1e-4).all()
@@ -119,7 +120,7 @@ def test_with_codes_a_score_is_as_near_to_the_largest_logit_as_its_steps_are_sho
 
 def test_no_token_of_a_page_exceeds_the_pages_score(impl):
     keys = torch.randn(64, 2, 16)
-    summary = torch.empty(8, 2, 2, 16)
+    summary = torch.empty(8, 2, 2, 16, dtype=torch.uint8)
     summarize_pages(summary, keys, torch.arange(64), 8)
     q = torch.randn(2, 2, 4, 16)
     batch = batch_of(torch.arange(8, device=impl.device)[None], [8], [4])
@@ -208,10 +209,10 @@ def test_summaries_may_lie_more_than_2_to_the_31_elements_apart(impl):
     """Memory that nobody touches costs nothing on a CPU."""
     heads, dim = 8, 256
     num_pages = 2**31 // (heads * 2 * dim) + 2
-    summary = torch.empty(num_pages, heads, 2, dim, dtype=torch.float16, device=impl.device)
+    summary = torch.empty(num_pages, heads, 2, dim, dtype=torch.uint8, device=impl.device)
     pages = [0, num_pages - 1, num_pages - 2]
-    summary[pages] = torch.randn(3, heads, 2, dim).sort(2).values.to(summary)
-    queries = torch.randn(2, heads, 1, dim).to(summary)
+    summary[pages] = fp8.bounds(torch.randn(3, heads, 2, dim).sort(2).values).to(summary)
+    queries = torch.randn(2, heads, 1, dim, dtype=torch.float16).to(impl.device)
     batch = batch_of(torch.tensor([pages], device=impl.device), [3], [2], num_kv_heads=heads)
     scores = impl.ops.score_pages(queries, summary, batch, Half.FRONT).cpu()
     known = batch._replace(page_table=torch.tensor([[0, 1, 2]]))

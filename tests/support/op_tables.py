@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 
 from freekv_kernels import Batch, FlagList, PageStore
+from tests.support import fp8
 
 
 def batch_of(
@@ -49,7 +50,7 @@ def store_of(host: torch.Tensor, summary: torch.Tensor) -> PageStore:
 
 def decode_keys(summary: torch.Tensor, codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """What codes ``[..., page_size, bytes]`` stand for, and the steps: float64 ``[..., page_size or 1, head_dim]``."""
-    low, high = summary.double().cpu().unsqueeze(-3).unbind(-2)
+    low, high = fp8.numbers(summary).unsqueeze(-3).unbind(-2)
     num_bytes, channel = codes.shape[-1], torch.arange(low.shape[-1])
     bits = num_bytes * 8 // len(channel)
     code = (codes.cpu()[..., channel % num_bytes] >> (channel // num_bytes * bits)) & (2**bits - 1)

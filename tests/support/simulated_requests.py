@@ -23,6 +23,7 @@ from tests.support.random_traces import Trace
 from tests.support.reference_checks import DecodedToken, ReferenceChecks, Request
 
 PAGE = Geometry.page_size  # tokens, where a test does not say otherwise
+UNWRITTEN_BOUND = 0x7F  # FP8's NaN
 UNWRITTEN_CODE = 255  # every element is at its maximum
 
 
@@ -73,8 +74,9 @@ class SimulatedEngine:
             device=device,
             ops=ops,
         )
-        for tensor in (self.memory.host.kv, self.memory.index.summaries, self.memory.arena):
+        for tensor in (self.memory.host.kv, self.memory.arena):
             tensor.fill_(math.nan)  # what is read before it is written shows
+        self.memory.index.summaries.fill_(UNWRITTEN_BOUND)
         if g.key_bits:
             self.memory.index.codes.fill_(UNWRITTEN_CODE)
         self._build()

@@ -10,6 +10,7 @@ from pytest import MonkeyPatch
 from sglang.srt.mem_cache.base_prefix_cache import InsertResult
 from sglang.srt.mem_cache.radix_cache import RadixKey
 
+from freekv_kernels.fp8 import decode_fp8, encode_bounds
 from sglang_freekv.cpu.allocator import CpuPagedAllocator
 from sglang_freekv.memory.host_store import HostStore
 from sglang_freekv.serving.kv_pool import FreeKVReqToTokenPool
@@ -155,10 +156,11 @@ def the_padding_page_is_handed_out(patch: MonkeyPatch) -> None:
 @fault("wrong summary")
 def a_reused_page_keeps_its_summary(patch: MonkeyPatch) -> None:
     def summarize(original, summary, k, slots, page_size):
-        old = summary.clone()
-        original(summary, k, slots, page_size)
         pages = (slots // page_size).unique()
-        summary[pages, :, 1] = torch.maximum(summary[pages, :, 1], old[pages, :, 1])
+        old = decode_fp8(summary[pages])
+        original(summary, k, slots, page_size)
+        low, high = decode_fp8(summary[pages]).unbind(2)
+        summary[pages] = encode_bounds(low, torch.maximum(high, old[:, :, 1]))
 
     wrap(patch, sys.modules["freekv_kernels.store_pages"], "summarize_pages", summarize)
 

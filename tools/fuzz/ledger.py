@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from freekv_kernels.fp8 import encode_bounds
 from sglang_freekv.algorithm.audit import audit_index
 from sglang_freekv.memory.kv_memory import KVMemory
 from tools.fuzz.texts import Values
@@ -51,7 +52,8 @@ class Ledger:
         keys = self._copies["kv"][pages, :, :, 0]  # [n, num_layers, num_kv_heads, page_size, head_dim]
         is_written = (np.arange(self.page_size) < self.filled[pages, None])[:, None, None, :, None]
         low, high = (reduce(3, initial=x, where=is_written) for reduce, x in ((keys.min, np.inf), (keys.max, -np.inf)))
-        is_wrong = self._engine["summaries"][:, pages].swapaxes(0, 1) != np.stack((low, high), 3)
+        bounds = encode_bounds(torch.from_numpy(low), torch.from_numpy(high)).numpy()
+        is_wrong = self._engine["summaries"][:, pages].swapaxes(0, 1) != bounds
         assert not is_wrong.any(), f"host store: wrong summary of pages {np.unique(pages[is_wrong.nonzero()[0]])}"
 
     def check(self) -> None:
