@@ -29,6 +29,7 @@ from freekv_kernels.share_pages import share_pages
 from freekv_kernels.store_pages import store_pages
 from freekv_kernels.summarize_pages import summarize_pages
 from freekv_kernels.tables import (
+    GROUP_PAGES,
     Batch,
     BlockTables,
     Claim,
@@ -89,6 +90,7 @@ def triton_ops() -> Ops:
 
 __all__ = [
     "CODECS",
+    "GROUP_PAGES",
     "PLAIN",
     "REFERENCE",
     "Batch",

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import torch
 
-from freekv_kernels.fp8 import decode_fp8
+from freekv_kernels.fp8 import decode_fp8, encode_bounds
 from freekv_kernels.tables import PageStore
 
 LEAST_STEP = 1e-30  # where a channel is constant
 
 
-def encode_pages(slots: torch.Tensor, store: PageStore, codes: torch.Tensor) -> None:
+def encode_pages(
+    slots: torch.Tensor, store: PageStore, codes: torch.Tensor, groups: torch.Tensor | None = None
+) -> None:
     """Encode the pages that end with one of these slots; others are not full yet, and nobody scores them.
 
+    Before that, the summary of a page that ends a group becomes the bounds of the whole group:
+      summary[groups[i, -1], h] = the least lo and the largest hi of summary[groups[i], h]
     With lo, hi = summary[page, h] and step = (hi - lo) / 2 ** bits, in fp32:
       code[d] = floor((k[d] - lo[d]) / step[d]), 0 to 2 ** bits - 1;  k'[d] = lo[d] + (code[d] + 1/2) * step[d]
 
@@ -21,20 +25,30 @@ def encode_pages(slots: torch.Tensor, store: PageStore, codes: torch.Tensor) -> 
     slots : int64, ``[n]``, device
         Token slots that were just written, at most one of a page.
     store : PageStore
-        Of one layer, with summaries; the keys are read from the host store.
+        Of one layer, with summaries, written where groups are; the keys are read from the host store.
     codes : uint8, ``[num_host_pages, num_kv_heads, page_size, head_dim * bits // 8]``, device
         Written. Byte j of a token holds channels j, j + n, j + 2n ... from its lowest bits, n bytes per token.
+    groups : int64, ``[n, GROUP_PAGES]``, device, optional
+        Host pages of the group that ends with each slot's page, -1 where none does; all but the last one are full.
+        None: every page keeps the bounds of its own keys.
 
     Notes
     -----
+    The bounds of a group need no memory of their own, and belong to the page that ends it: requests that share it share
+    the pages before it too, and a new owner's first token starts its summary anew.
     A range per channel of a page, because keys have channels with values far from the others' (KIVI, arXiv
     2402.02750). Minimum and maximum alone bound every token of a page at once, and most of that bound is nobody's.
     Only keys that FP8 cannot bound, above 448 in magnitude, are not between lo and hi.
     """
     page_size, head_dim = store.block_kv.shape[2:]
-    pages = slots[slots % page_size == page_size - 1] // page_size
+    is_full = slots % page_size == page_size - 1
+    pages = slots[is_full] // page_size
     if len(pages) == 0:  # most steps of a decode
         return
+    if groups is not None:
+        groups = groups[is_full & (groups[:, -1] >= 0)]
+        low, high = decode_fp8(store.summary[groups]).unbind(3)  # [n, GROUP_PAGES, num_kv_heads, head_dim]
+        store.summary[groups[:, -1]] = encode_bounds(low.amin(1), high.amax(1))
     bits = codes.shape[-1] * 8 // head_dim
     low, step = code_steps(store.summary[pages], bits)
     k = store.codec.decode_keys(store.host_kv, pages, store.block_kv.dtype).float()

@@ -7,20 +7,22 @@ import triton
 import triton.language as tl
 
 from freekv_kernels.encode_pages import LEAST_STEP
-from freekv_kernels.fp8_triton import decode_fp8
+from freekv_kernels.fp8_triton import decode_fp8, encode_fp8
 from freekv_kernels.records_triton import load_elements, record_pointer
-from freekv_kernels.tables import PageStore
+from freekv_kernels.tables import GROUP_PAGES, PageStore
 
 _MAX_PROGRAMS = 128  # as many as of store_pages, which is as far from filling the link with one per SM
 _LEAST_STEP = tl.constexpr(LEAST_STEP)
+_GROUP_PAGES = tl.constexpr(GROUP_PAGES)
 
 
-@triton.jit(do_not_specialize=["num_slots"], do_not_specialize_on_alignment=["slots_ptr"])
+@triton.jit(do_not_specialize=["num_slots"], do_not_specialize_on_alignment=["slots_ptr", "groups_ptr"])
 def _encode_pages_kernel(
     slots_ptr,
     host_kv_ptr,
     summary_ptr,
     codes_ptr,
+    groups_ptr,
     host_page_stride,
     host_head_stride,
     num_slots,
@@ -47,6 +49,17 @@ def _encode_pages_kernel(
                 k = load_elements(record_ptr, i * HEAD_DIM + d[None, :], is_byte[None, :], CODEC).to(tl.float32)
                 low = decode_fp8(tl.load(low_ptrs + d, is_byte, other=0))
                 high = decode_fp8(tl.load(low_ptrs + HEAD_DIM + d, is_byte, other=0))
+                if groups_ptr is not None:
+                    group_ptr = groups_ptr + record // NUM_KV_HEADS * _GROUP_PAGES
+                    if tl.load(group_ptr + _GROUP_PAGES - 1) >= 0:
+                        # Full pages, whose summaries no other program writes; the page's own is above.
+                        for member in tl.static_range(_GROUP_PAGES - 1):
+                            member_head = tl.load(group_ptr + member) * NUM_KV_HEADS + head
+                            member_ptrs = summary_ptr + member_head * (2 * HEAD_DIM) + d
+                            low = tl.minimum(low, decode_fp8(tl.load(member_ptrs, is_byte, other=0)))
+                            high = tl.maximum(high, decode_fp8(tl.load(member_ptrs + HEAD_DIM, is_byte, other=0)))
+                        tl.store(low_ptrs + d, encode_fp8(low, False), is_byte)
+                        tl.store(low_ptrs + HEAD_DIM + d, encode_fp8(high, True), is_byte)
                 step = tl.maximum((high - low) * 2.0**-BITS, _LEAST_STEP)
                 value = tl.div_rn(k - low[None, :], tl.broadcast_to(step[None, :], k.shape))  # rounded as in torch
                 value = tl.minimum(tl.maximum(value, 0.0), 2**BITS - 1).to(tl.int32)  # so that truncation is floor
@@ -55,7 +68,9 @@ def _encode_pages_kernel(
             tl.store(code_ptrs, packed.to(tl.uint8), is_byte[None, :])
 
 
-def encode_pages(slots: torch.Tensor, store: PageStore, codes: torch.Tensor) -> None:
+def encode_pages(
+    slots: torch.Tensor, store: PageStore, codes: torch.Tensor, groups: torch.Tensor | None = None
+) -> None:
     """See `freekv_kernels.encode_pages`. The grid depends on shapes only: a CUDA graph can hold it.
 
     Which pages are full is read on the device, and their keys over the link, in place, once.
@@ -68,6 +83,7 @@ def encode_pages(slots: torch.Tensor, store: PageStore, codes: torch.Tensor) -> 
         store.host_kv,
         store.summary,
         codes,
+        groups,
         *store.host_kv.stride()[:2],
         len(slots),
         NUM_KV_HEADS=num_kv_heads,

@@ -13,6 +13,8 @@ import torch
 
 from freekv_kernels.records import PLAIN, Codec
 
+GROUP_PAGES = 4  # logical pages 4i to 4i + 3 of a request; the last one's summary can hold the bounds of all four
+
 
 class Half(IntEnum):
     """Which half of the windows' double buffer an op is about."""
@@ -69,6 +71,8 @@ class Batch(NamedTuple):
     num_pages_next: torch.Tensor  # int64 [batch_size], with one token more
     budget_pages: torch.Tensor  # int64 [batch_size, num_kv_heads]
     step: torch.Tensor  # int64 [1], number of the decode step; step % 2 is the front of the windows
+    # int64 [batch_size, GROUP_PAGES] (decode), host pages of the group that ends with the new token's page, else -1
+    groups: torch.Tensor | None = None
 
     def num_pages_at(self, half: Half) -> torch.Tensor:
         """Pages of each request at the step that reads the windows."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from freekv_kernels.tables import Batch, PairList, pairs_of
+from freekv_kernels.tables import GROUP_PAGES, Batch, PairList, pairs_of
 
 
 def write_tables(
@@ -24,6 +24,7 @@ def write_tables(
 
     batch.page_table[b, p] = req_to_token[rows[b], p * page_size] // page_size  for p < num_pages[b]
     batch.num_pages = ceil(seq_lens / page_size), num_pages_next = ceil((seq_lens + 1) / page_size), 0 for padding
+    batch.groups[b] = the host pages of logical pages 4i to 4i + 3, where the new token's page is 4i + 3, else -1
     last_page_len[b * num_kv_heads + h] = (seq_lens[b] - 1) % page_size + 1
     filled[slot // page_size] = slot % page_size + 1
     Where the new token starts a page: its pairs are listed in `opened`, and the page is added to the windows of the
@@ -69,6 +70,9 @@ def write_tables(
     known = batch.page_table[:, :width]
     is_page = torch.arange(width, device=rows.device) < batch.num_pages[:, None]
     known.copy_((req_to_token[rows, : width * page_size : page_size] // page_size).where(is_page, known))
+    members = last_page[:, None] - torch.arange(GROUP_PAGES - 1, -1, -1, device=rows.device)
+    ends_group = is_real & (last_page % GROUP_PAGES == GROUP_PAGES - 1)
+    batch.groups.copy_(batch.page_table.gather(1, members.clamp_(min=0)).where(ends_group[:, None], -1))
 
     pages = batch.slots // page_size  # a slot lies in its page as its token does
     filled[pages] = in_last_page

@@ -6,10 +6,11 @@ import torch
 import triton
 import triton.language as tl
 
-from freekv_kernels.tables import Batch, PairList
+from freekv_kernels.tables import GROUP_PAGES, Batch, PairList
 
 _BLOCK_PAGES = 1024  # 8 independent gathers in each of 128 threads
 _BLOCK_REQUESTS = 128
+_GROUP_PAGES = tl.constexpr(GROUP_PAGES)
 
 
 def write_tables(
@@ -35,6 +36,7 @@ def write_tables(
         req_to_token,
         budget_pages,
         *batch[:6],
+        batch.groups,
         last_page_len,
         windows,
         filled,
@@ -67,6 +69,7 @@ def _write_tables_kernel(
     num_pages_ptr,
     num_pages_next_ptr,
     batch_budgets_ptr,
+    groups_ptr,
     last_page_len_ptr,
     windows_ptr,
     filled_ptr,
@@ -102,6 +105,12 @@ def _write_tables_kernel(
         tl.store(batch_slots_ptr + request, new_slot)
         tl.store(num_pages_ptr + request, num_pages)
         tl.store(num_pages_next_ptr + request, tl.where(row > 0, seq_len // PAGE_SIZE + 1, 0))
+        member = tl.arange(0, _GROUP_PAGES)
+        is_group = (num_pages > 0) & (num_pages % _GROUP_PAGES == 0)
+        member_page = num_pages - _GROUP_PAGES + member
+        slot = tl.load(req_to_token_ptr + row * req_to_token_stride + member_page * PAGE_SIZE, is_group, other=0)
+        group = tl.where(is_group, slot.to(tl.int64) // PAGE_SIZE, -1)
+        tl.store(groups_ptr + request * _GROUP_PAGES + member, group)
         # Padding writes to page 0, all of it the same value.
         tl.store(filled_ptr + new_slot // PAGE_SIZE, (new_slot % PAGE_SIZE + 1).to(tl.int32))
         head = tl.arange(0, BLOCK_HEADS)

@@ -46,13 +46,22 @@ def audit_blocks(memory: KVMemory) -> None:
                 )
 
 
-def audit_index(memory: KVMemory, pages: torch.Tensor) -> None:
-    """Raise AuditError where the index of one of `pages` (int64) is not what its keys on the host say."""
-    pages, filled = pages.cpu(), memory.host.filled.cpu()
+def audit_index(memory: KVMemory, pages: torch.Tensor, groups: torch.Tensor) -> None:
+    """Raise AuditError where the index of a page is not what its keys on the host say.
+
+    Parameters
+    ----------
+    pages : int64
+    groups : int64, ``[n, GROUP_PAGES]``
+        As `KVMemory.seal` was told of those that end with one of `pages`; -1 for no group.
+    """
+    pages, groups, filled = pages.cpu(), groups.cpu(), memory.host.filled.cpu()
     pages = pages[filled[pages] > 0].unique()
+    last = groups[:, -1]
+    groups = groups[(last >= 0) & (filled[last] == memory.geometry.page_size)]
     for layer in memory.layers:
         try:
-            memory.index.audit(layer.number, layer.store, pages, filled[pages])
+            memory.index.audit(layer.number, layer.store, pages, filled[pages], groups)
         except RuntimeError as error:
             raise AuditError(str(error)) from error
 

@@ -146,7 +146,7 @@ class Decode:
         tau, counters = memory.config.min_cosine, memory.counters.values
         memory.ops.append_tokens(q, k, v, batch, tau, layer.store, layer.last_q, flags, counters)
         if self._plan.todo.seals:
-            memory.seal(layer, batch.slots)
+            memory.seal(layer, batch.slots, batch.groups)
         if selector is not None:
             selector.observe(layer, batch, scale)
             self._retrieve(layer, selector, attention, flags, scale)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from freekv_kernels import Batch, Claim, Half, PairList, pairs_of
+from freekv_kernels import GROUP_PAGES, Batch, Claim, Half, PairList, pairs_of
 from sglang_freekv.algorithm.inputs import ExtendInput
 from sglang_freekv.algorithm.residency import make_next_resident
 from sglang_freekv.algorithm.selector import Selector
@@ -29,6 +29,7 @@ class PrefillPlan:
     slots: torch.Tensor  # int64 [num_tokens], of the new tokens
     page_starts: torch.Tensor  # int64 [num_runs + 1], index of the first token of each page, and num_tokens
     last_slots: torch.Tensor  # int64 [num_runs], of the last token that the chunk writes to each page
+    ended_groups: torch.Tensor  # int64 [num_runs, GROUP_PAGES], host pages of the group that ends with each page, or -1
     opened: PairList  # of the pages whose first token the chunk writes, the newest pages first
     groups: list[list[PrefixPiece]]  # the pieces of a group fit the arena together
     group_pages: list[torch.Tensor]  # int64, the host pages of each group
@@ -74,6 +75,7 @@ class Prefill:
             slots=chunk.slots,
             page_starts=page_starts,
             last_slots=chunk.slots[page_starts[1:] - 1],
+            ended_groups=self._ended_groups(chunk, page_table),
             opened=self._opened(chunk, page_table),
             groups=groups,
             group_pages=[torch.cat([piece.pages for piece in group]) for group in groups],
@@ -96,6 +98,7 @@ class Prefill:
         self._num_fills = 0
         with self._stream.fork():
             self._stream.keep(plan.slots, plan.page_starts, plan.last_slots, plan.last_tokens, plan.num_last)
+            self._stream.keep(plan.ended_groups)
             self._stream.keep(*plan.opened, *plan.group_pages, *plan.completed)
             self._fill_next()
 
@@ -114,6 +117,19 @@ class Prefill:
             budget_pages=to_device(budgets, device).view(-1, memory.geometry.num_kv_heads),
             step=memory.blocks.step,
         )
+
+    def _ended_groups(self, chunk: ExtendInput, page_table: torch.Tensor) -> torch.Tensor:
+        """Of each page that the chunk writes to, which may be of a group whose first pages are there already."""
+        g, device = self.memory.geometry, self.memory.device
+        written = [
+            (request, page)
+            for request, (first, last) in enumerate(zip(chunk.prefix_lens, chunk.lens, strict=True))
+            for page in range(first // g.page_size, num_pages_of(last, g.page_size))
+        ]
+        request, page = to_device([x for place in written for x in place], device).view(-1, 2, 1).unbind(1)
+        members = page - torch.arange(GROUP_PAGES - 1, -1, -1, device=device)
+        groups = page_table[request, members.clamp(min=0)]
+        return groups.where(page % GROUP_PAGES == GROUP_PAGES - 1, -1)
 
     def _opened(self, chunk: ExtendInput, page_table: torch.Tensor) -> PairList:
         """Pairs of the pages whose first token the chunk writes, the newest pages first; padding has none."""
@@ -166,7 +182,7 @@ class Prefill:
         if layer.kind.is_cached:
             memory.ops.claim_blocks(plan.opened, layer.blocks, memory.blocks.step, Claim.AS_OLD)
         memory.ops.store_pages(k, v, plan.slots, plan.page_starts, layer.store)
-        memory.seal(layer, plan.last_slots)
+        memory.seal(layer, plan.last_slots, plan.ended_groups)
 
     def _start_windows(self, layer: Layer, q: torch.Tensor, scale: float) -> None:
         """Select the first windows with the last prompt token's query, or with as many as the selector observes."""

@@ -141,15 +141,17 @@ class KVMemory:
         budget_pages = self.sizes.budget if budget_tokens is None else budget_tokens // self.geometry.page_size
         self.budgets.admit(row, budget_pages)
 
-    def seal(self, layer: Layer, slots: torch.Tensor) -> None:
+    def seal(self, layer: Layer, slots: torch.Tensor, groups: torch.Tensor) -> None:
         """The pages that end with one of these token slots are full now: what hangs on full pages hears of it here.
 
         Parameters
         ----------
         slots : int64, ``[n]``, device
             Just written, at most one of a page; most do not end their page.
+        groups : int64, ``[n, GROUP_PAGES]``, device
+            Host pages of the group of pages that ends with the page of each slot, -1 where none does.
         """
-        self.index.seal(self.ops, layer.number, layer.store, slots)
+        self.index.seal(self.ops, layer.number, layer.store, slots, groups)
 
     def begin_step(self) -> None:
         """A decode step starts: the windows written for it come to the front."""

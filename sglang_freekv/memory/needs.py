@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from freekv_kernels import GROUP_PAGES
 from sglang_freekv.config import FreeKVConfig
 from sglang_freekv.memory.geometry import Geometry, num_pages_of
 from sglang_freekv.memory.layers import num_cached_layers
@@ -31,7 +32,7 @@ def workspace_bytes(geometry: Geometry, config: FreeKVConfig, max_context: int, 
     """
     g, width = geometry, WindowSizes.of(config, geometry.page_size).max_budget
     max_pages = num_pages_of(max_context, g.page_size)
-    batch = 8 * (max_pages + 4 + g.num_kv_heads)  # page table, row, slot, lengths, budgets
+    batch = 8 * (max_pages + 4 + g.num_kv_heads + GROUP_PAGES)  # page table, row, slot, lengths, budgets, group
     scores = 2 * 4 * g.num_qo_heads * max_pages  # of the main and of the side stream
     misses = 2 * (8 + 4 + 4) * g.num_kv_heads * width  # front and back: pair, entry, block
     flags, opened = (4 + 1) * g.num_kv_heads, 8 * g.num_kv_heads

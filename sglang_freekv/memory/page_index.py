@@ -23,11 +23,17 @@ class PageIndex(ABC):
         """What writes to a layer's pages keep up to date by themselves: see `PageStore.summary`; None: nothing."""
 
     @abstractmethod
-    def seal(self, ops: Ops, number: int, store: PageStore, slots: torch.Tensor) -> None:
-        """Pages that end with one of these slots (int64, device; others are not full yet) are full, in a layer."""
+    def seal(self, ops: Ops, number: int, store: PageStore, slots: torch.Tensor, groups: torch.Tensor) -> None:
+        """Pages that end with one of these slots (int64, device; others are not full yet) are full, in a layer.
+
+        `groups` (int64, ``[n, GROUP_PAGES]``, device) are the host pages of the group that ends with each slot's page,
+        -1 where none does.
+        """
 
     @abstractmethod
-    def audit(self, number: int, store: PageStore, pages: torch.Tensor, filled: torch.Tensor) -> None:
+    def audit(
+        self, number: int, store: PageStore, pages: torch.Tensor, filled: torch.Tensor, groups: torch.Tensor
+    ) -> None:
         """Raise RuntimeError where the index of one of these pages is not what its keys in the host store say.
 
         Parameters
@@ -38,6 +44,8 @@ class PageIndex(ABC):
             Host pages with at least one token.
         filled : int32, ``[n]``, CPU
             Their tokens.
+        groups : int64, ``[num_groups, GROUP_PAGES]``, CPU
+            Host pages of the groups that end with one of `pages`, when that is full.
         """
 
     @property

@@ -36,18 +36,27 @@ class MinMaxIndex(PageIndex):
     def summary(self, number: int) -> torch.Tensor:
         return self.summaries[number]
 
-    def seal(self, ops: Ops, number: int, store: PageStore, slots: torch.Tensor) -> None:
+    def seal(self, ops: Ops, number: int, store: PageStore, slots: torch.Tensor, groups: torch.Tensor) -> None:
         pass  # a summary is complete with every token
 
-    def audit(self, number: int, store: PageStore, pages: torch.Tensor, filled: torch.Tensor) -> None:
+    def audit(
+        self, number: int, store: PageStore, pages: torch.Tensor, filled: torch.Tensor, groups: torch.Tensor
+    ) -> None:
+        bounds = self._bounds(store, pages, filled, groups)
+        is_wrong = (_of_pages(self.summaries[number], pages) != bounds).flatten(1).any(1)
+        if is_wrong.any():
+            raise RuntimeError(f"layer {number}: wrong summary of host page {int(pages[is_wrong][0])}")
+
+    def _bounds(
+        self, store: PageStore, pages: torch.Tensor, filled: torch.Tensor, groups: torch.Tensor
+    ) -> torch.Tensor:
+        """What the summaries of pages must be: uint8, ``[n, num_kv_heads, 2, head_dim]``."""
         is_written = torch.arange(self.geometry.page_size) < filled[:, None]
         is_written = is_written[:, None, :, None]  # of [n, num_kv_heads, page_size, head_dim]
         keys = store.codec.decode_keys(store.host_kv, pages, self.geometry.dtype)
         low = keys.masked_fill(~is_written, float("inf")).amin(2)
         high = keys.masked_fill(~is_written, float("-inf")).amax(2)
-        is_wrong = (_of_pages(self.summaries[number], pages) != encode_bounds(low, high)).flatten(1).any(1)
-        if is_wrong.any():
-            raise RuntimeError(f"layer {number}: wrong summary of host page {int(pages[is_wrong][0])}")
+        return encode_bounds(low, high)
 
     @property
     def nbytes(self) -> int:
@@ -76,12 +85,14 @@ class CodesIndex(MinMaxIndex):
         codes = g.num_layers * g.num_kv_heads * g.page_size * g.head_dim * g.key_bits // 8
         return MinMaxIndex.page_bytes(g) + codes
 
-    def seal(self, ops: Ops, number: int, store: PageStore, slots: torch.Tensor) -> None:
+    def seal(self, ops: Ops, number: int, store: PageStore, slots: torch.Tensor, groups: torch.Tensor) -> None:
         ops.encode_pages(slots, store, self.codes[number])
 
-    def audit(self, number: int, store: PageStore, pages: torch.Tensor, filled: torch.Tensor) -> None:
+    def audit(
+        self, number: int, store: PageStore, pages: torch.Tensor, filled: torch.Tensor, groups: torch.Tensor
+    ) -> None:
         """Also where a full page's keys are not within half a step of what their codes stand for."""
-        super().audit(number, store, pages, filled)
+        super().audit(number, store, pages, filled, groups)
         g = self.geometry
         full = pages[filled == g.page_size]
         low, step = code_steps(_of_pages(self.summaries[number], full)[:, :, None], g.key_bits)
@@ -96,6 +107,23 @@ class CodesIndex(MinMaxIndex):
     @property
     def nbytes(self) -> int:
         return super().nbytes + self.codes.nbytes
+
+
+class GroupedCodesIndex(CodesIndex):
+    """The same, and the page that ends a group of `GROUP_PAGES` has the bounds of the group: what is scored first."""
+
+    def seal(self, ops: Ops, number: int, store: PageStore, slots: torch.Tensor, groups: torch.Tensor) -> None:
+        ops.encode_pages(slots, store, self.codes[number], groups)
+
+    def _bounds(
+        self, store: PageStore, pages: torch.Tensor, filled: torch.Tensor, groups: torch.Tensor
+    ) -> torch.Tensor:
+        bounds = super()._bounds(store, pages, filled, groups)
+        keys = store.codec.decode_keys(store.host_kv, groups.flatten(), self.geometry.dtype)
+        keys = keys.unflatten(0, groups.shape)  # [num_groups, GROUP_PAGES, num_kv_heads, page_size, head_dim]
+        last = (pages == groups[:, -1:]).int().argmax(1)
+        bounds[last] = encode_bounds(keys.amin((1, 3)), keys.amax((1, 3)))
+        return bounds
 
 
 class BallsIndex(MinMaxIndex):
@@ -120,7 +148,7 @@ class BallsIndex(MinMaxIndex):
         balls = g.num_layers * g.num_kv_heads * (g.head_dim * g.dtype.itemsize + 4)
         return MinMaxIndex.page_bytes(g) + balls
 
-    def seal(self, ops: Ops, number: int, store: PageStore, slots: torch.Tensor) -> None:
+    def seal(self, ops: Ops, number: int, store: PageStore, slots: torch.Tensor, groups: torch.Tensor) -> None:
         page_size = self.geometry.page_size
         pages = slots[slots % page_size == page_size - 1] // page_size
         if len(pages) == 0:
@@ -130,9 +158,11 @@ class BallsIndex(MinMaxIndex):
         self.centres[number, pages] = centres
         self.radii[number, pages] = (keys - centres.float()[:, :, None]).norm(dim=-1).amax(-1)
 
-    def audit(self, number: int, store: PageStore, pages: torch.Tensor, filled: torch.Tensor) -> None:
+    def audit(
+        self, number: int, store: PageStore, pages: torch.Tensor, filled: torch.Tensor, groups: torch.Tensor
+    ) -> None:
         """Also where a full page's ball is not around the mean of its keys, or does not just hold them."""
-        super().audit(number, store, pages, filled)
+        super().audit(number, store, pages, filled, groups)
         full = pages[filled == self.geometry.page_size]
         keys = store.codec.decode_keys(store.host_kv, full, self.geometry.dtype).float()
         centres, radii = (_of_pages(x[number], full).float() for x in (self.centres, self.radii))
@@ -154,7 +184,7 @@ def _of_pages(tensor: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
 
 # Name of a selector (`--freekv-selector`) -> the index that it reads.
 INDEXES: dict[str, type[PageIndex]] = {
-    "mass": CodesIndex,
+    "mass": GroupedCodesIndex,
     "codes": CodesIndex,
     "min-max": MinMaxIndex,
     "paper": MinMaxIndex,

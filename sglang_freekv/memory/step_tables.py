@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from freekv_kernels import Batch, FlagList, Half, MissList, PairList
+from freekv_kernels import GROUP_PAGES, Batch, FlagList, Half, MissList, PairList
 from sglang_freekv.memory.geometry import Geometry
 
 
@@ -48,7 +48,8 @@ class StepTables:
 
         rows, slots, num_pages, num_pages_next = (zeros(max_requests) for _ in range(4))
         page_table, budgets = zeros(max_requests, max_pages), zeros(max_requests, g.num_kv_heads)
-        self._batch = Batch(rows, slots, page_table, num_pages, num_pages_next, budgets, step)
+        groups = zeros(max_requests, GROUP_PAGES)
+        self._batch = Batch(rows, slots, page_table, num_pages, num_pages_next, budgets, step, groups)
         self._counts = zeros(3, g.num_layers, 1, dtype=torch.int32)  # of flags, front and back misses
         num_kept = g.num_layers if keeps_flags else 1
         self._flags = zeros(num_rows, dtype=torch.int32), zeros(num_kept, num_rows, dtype=torch.bool)
@@ -64,8 +65,8 @@ class StepTables:
 
     def batch(self, batch_size: int, max_pages: int | None = None) -> Batch:
         """The tables for a decode step of `batch_size` requests; of `max_pages` pages where no graph holds them."""
-        *tables, step = self._batch
-        batch = Batch(*(tensor[:batch_size] for tensor in tables), step)
+        *tables, step, groups = self._batch
+        batch = Batch(*(tensor[:batch_size] for tensor in tables), step, groups[:batch_size])
         return batch._replace(page_table=batch.page_table[:, :max_pages])
 
     def flags(self, batch_size: int) -> list[FlagList]:

@@ -71,16 +71,16 @@ class FreeKVAttentionBackend(AttentionBackend):
         is_decode = forward_mode.is_decode()
         if is_decode:
             plan = self.decode.last_plan
-            slots, requests = plan.batch.slots, (plan.batch, plan.flags)
+            slots, groups, requests = plan.batch.slots, plan.batch.groups, (plan.batch, plan.flags)
         else:
             plan = self.prefill.last_plan
-            slots, requests = plan.slots, (plan.completed,)
+            slots, groups, requests = plan.slots, plan.ended_groups, (plan.completed,)
         if self._dump is not None:
             self._dump.end_batch(*requests)
         if self.memory.config.audit:
             with audited(self.memory.counters, partial(self._save_evidence, requests)):
                 audit_blocks(self.memory)
-                audit_index(self.memory, slots // self.memory.geometry.page_size)
+                audit_index(self.memory, slots // self.memory.geometry.page_size, groups)
                 if is_decode:
                     audit_windows(self.decode)
 

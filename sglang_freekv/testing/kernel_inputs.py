@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from freekv_kernels import Claim, FlagList, Half, MissList, PairList, pairs_of, window_pairs
+from freekv_kernels import GROUP_PAGES, Claim, FlagList, Half, MissList, PairList, pairs_of, window_pairs
 from freekv_kernels.fp8 import decode_fp8, encode_bounds
 from sglang_freekv.config import FreeKVConfig
 from sglang_freekv.memory.geometry import Geometry, num_pages_of
@@ -192,9 +192,18 @@ class KernelInputs:
         return {"a chunk": Call((k, v, slots, page_starts, self.layer.store))}
 
     def encode_pages(self) -> dict[str, Call]:
-        last_slots = self._pages_of_chunk() * self.geometry.page_size + self.geometry.page_size - 1
+        pages, page_size = self._pages_of_chunk(), self.geometry.page_size
+        last_slots = pages * page_size + page_size - 1
+        groups = torch.full((len(pages), GROUP_PAGES), -1, device=self.device)
+        whole = pages[: len(pages) // GROUP_PAGES * GROUP_PAGES]
+        groups[GROUP_PAGES - 1 :: GROUP_PAGES] = whole.view(-1, GROUP_PAGES)
         written = (self.layer.store, self.memory.index.codes[_LAYER])
-        return {"one token each": Call((self.batch.slots, *written)), "a chunk": Call((last_slots, *written))}
+        return {
+            "one token each": Call((self.batch.slots, *written)),
+            "a chunk": Call((last_slots, *written)),
+            "one token each, with groups": Call((self.batch.slots, *written, self.batch.groups)),
+            "a chunk, with groups": Call((last_slots, *written, groups)),
+        }
 
     def fill_arena(self) -> dict[str, Call]:
         arena = self.memory.arena[0]

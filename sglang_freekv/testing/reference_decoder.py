@@ -175,8 +175,8 @@ class ReferenceRequest:
         group = q[kv_head * self.group_size : (kv_head + 1) * self.group_size].double()
         if self.rule.by_mass:
             return self.shares(layer, kv_head, group, candidates, known)
-        pages = [self.page_keys(layer, kv_head, page) for page in candidates]
-        raw = torch.stack([self.page_scores(group, keys) for keys in pages], dim=1)  # [group_size, candidates]
+        raw = [self.page_scores(layer, kv_head, group, page) for page in candidates]
+        raw = torch.stack(raw, dim=1)  # [group_size, candidates]
         if self.rule.pooling == "mean":
             pooled = raw.mean(dim=0)
         else:
@@ -191,15 +191,18 @@ class ReferenceRequest:
     ) -> dict[int, float]:
         """Logarithm of the candidates' mean share of the attention of `group [group_size, D]` to the `known` tokens."""
         last = (known - 1) // self.rule.page_size
-        masses = [self.page_scores(group, self.page_keys(layer, kv_head, page)) for page in range(last)]
+        masses = [self.page_scores(layer, kv_head, group, page) for page in range(last)]
         newest = self.keys[layer][last * self.rule.page_size : known, kv_head]
         masses.append((self.rule.scale * group @ newest.T).logsumexp(dim=1))
         pooled = torch.stack(masses, dim=1).log_softmax(dim=1).logsumexp(dim=0) - math.log(self.group_size)
         return {page: float(pooled[page]) for page in candidates}
 
-    def page_scores(self, group: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-        """Score of a page of keys `[tokens, D]` for each query of `group [group_size, D]`."""
-        low, high = outwards(keys.amin(dim=0), keys.amax(dim=0))
+    def page_scores(self, layer: int, kv_head: int, group: torch.Tensor, page: int) -> torch.Tensor:
+        """Score of a page for each query of `group [group_size, D]`."""
+        keys = known = self.page_keys(layer, kv_head, page)
+        if self.rule.by_mass and page % 4 == 3:  # its range is that of the four pages that it ends
+            known = torch.cat([self.page_keys(layer, kv_head, page - i) for i in range(4)])
+        low, high = outwards(known.amin(dim=0), known.amax(dim=0))
         if self.rule.key_bits == 0:
             return torch.maximum(group * low, group * high).sum(dim=1)
         assert len(keys) == self.rule.page_size, "a page that is not full is no candidate"

@@ -52,7 +52,7 @@ def decode(engine: SimulatedEngine, request: Request, num_tokens: int) -> list[W
         audit_windows(engine.decoder)
         found.append([window_of(engine.front(layer), request) for layer in range(GEOMETRY.num_layers)])
     audit_blocks(engine.memory)
-    audit_index(engine.memory, torch.tensor(request.pages))
+    audit_index(engine.memory, torch.tensor(request.pages), request.groups)
     assert engine.memory.counters[Count.ABSENT_PAGES] == 0
     return found
 
@@ -268,10 +268,10 @@ class TestArkVale:
         engine = make_engine("arkvale")
         request = enter(engine, 9 * PAGE - 3)
         pages = torch.tensor(request.pages)
-        audit_index(engine.memory, pages)
+        audit_index(engine.memory, pages, request.groups)
         getattr(engine.memory.index, wrong)[1, request.pages[2], 1] *= 1.01
         with pytest.raises(RuntimeError, match=f"layer 1: wrong ball of host page {request.pages[2]}"):
-            audit_index(engine.memory, pages)
+            audit_index(engine.memory, pages, request.groups)
 
 
 @pytest.mark.parametrize("selector", BASELINES)

@@ -26,7 +26,7 @@ def engine() -> SimulatedEngine:
 
 def audit(engine: SimulatedEngine) -> None:
     audit_blocks(engine.memory)
-    audit_index(engine.memory, torch.tensor(engine.requests[0].pages))
+    audit_index(engine.memory, torch.tensor(engine.requests[0].pages), engine.requests[0].groups)
     audit_windows(engine.decoder)
 
 
@@ -136,7 +136,7 @@ def test_codes_that_prefill_leaves_to_the_last_owner_of_a_page_are_noticed(
         engine.prefill_whole(newcomer)
     assert set(newcomer.pages) <= set(old.pages)
     with pytest.raises(AuditError, match="wrong codes"):
-        audit_index(engine.memory, torch.tensor(newcomer.pages))
+        audit_index(engine.memory, torch.tensor(newcomer.pages), newcomer.groups)
     monkeypatch.setattr(engine.checks, "host_pages", lambda request: None)
     with pytest.raises(AssertionError, match="worse by"):  # the windows alone give it away
         for _ in range(20):
@@ -151,7 +151,7 @@ def test_codes_that_no_step_writes_when_it_fills_a_page_are_noticed(engine: Simu
     with pytest.raises(AssertionError, match="codes of page"):
         engine.decode()
     with pytest.raises(AuditError, match="wrong codes"):
-        audit_index(engine.memory, torch.tensor(request.pages))
+        audit_index(engine.memory, torch.tensor(request.pages), request.groups)
 
 
 def test_the_audit_ignores_what_lies_behind_the_last_token(engine: SimulatedEngine) -> None:

@@ -57,7 +57,7 @@ def test_windows_over_the_budget_have_their_form_and_are_what_the_selector_selec
         engine.decode()
         audit_windows(engine.decoder)
         audit_blocks(engine.memory)
-    audit_index(engine.memory, torch.tensor(request.pages))
+    audit_index(engine.memory, torch.tensor(request.pages), request.groups)
     assert engine.memory.counters[Count.ROWS] > 0 and engine.memory.counters[Count.ABSENT_PAGES] == 0
 
 

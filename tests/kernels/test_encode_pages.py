@@ -25,9 +25,10 @@ def make(impl, bits, num_pages=8, heads=2, page_size=16, dim=16, dtype=torch.flo
     return SimpleNamespace(host=impl.host(host), summary=summary.to(impl.device), codes=codes.to(impl.device))
 
 
-def encode(ops, slots, memory):
+def encode(ops, slots, memory, groups=None):
     slots = torch.tensor(slots, device=memory.codes.device)
-    ops.encode_pages(slots, store_of(memory.host[:, LAYER], memory.summary), memory.codes)
+    groups = None if groups is None else torch.tensor(groups, device=slots.device)
+    ops.encode_pages(slots, store_of(memory.host[:, LAYER], memory.summary), memory.codes, groups)
     if slots.is_cuda:
         torch.cuda.synchronize()
 
@@ -97,6 +98,23 @@ def test_a_key_that_fp8_cannot_bound_has_the_outermost_code(impl):
     assert (decoded[:, 0] == -448 + 112).all() and (decoded[:, 1] == 448 - 112).all()
 
 
+@pytest.mark.parametrize("heads, dim, bits", [(2, 16, 2), (3, 40, 1), (1, 96, 4)], ids=str)
+def test_the_page_that_ends_a_group_takes_the_bounds_of_the_group_before_it_is_encoded(impl, heads, dim, bits):
+    memory = make(impl, bits, num_pages=12, heads=heads, dim=dim)
+    before = memory.summary.clone()
+    none, groups = [-1] * 4, [[9, 1, 6, 4], [3, 11, 2, 8]]
+    # The end of a group, the end of a page that ends none, of a group whose last page is not full, of another group.
+    slots = [4 * 16 + 15, 5 * 16 + 15, 10 * 16 + 3, 8 * 16 + 15]
+    encode(impl.ops, slots, memory, [groups[0], none, [7, 0, 5, 10], groups[1]])
+    expected = before.clone()
+    for group in groups:
+        keys = memory.host[group, LAYER, :, 0]  # [4, heads, page_size, dim]
+        expected[group[-1]] = fp8.bounds(torch.stack((keys.amin((0, 2)), keys.amax((0, 2))), 1)).to(impl.device)
+    assert torch.equal(memory.summary, expected)
+    assert not torch.equal(before[[4, 8]], expected[[4, 8]])
+    assert_encoded(memory, [4, 5, 8])
+
+
 def test_more_pages_than_programs_are_all_encoded(impl):
     memory = make(impl, 4, num_pages=150, heads=1)
     pages = torch.randperm(150)
@@ -108,10 +126,12 @@ def test_more_pages_than_programs_are_all_encoded(impl):
 def test_the_kernel_equals_the_reference(impl, bits):
     memory = make(impl, bits, dtype=torch.bfloat16)
     expected = SimpleNamespace(**{name: tensor.cpu().clone() for name, tensor in vars(memory).items()})
-    for slots in ([8, 16, 17], [31, 127, 50, 79]):
-        encode(impl.ops, slots, memory)
-        encode(REFERENCE, slots, expected)
+    ended = [[-1] * 4, [5, 0, 2, 7], [-1] * 4, [6, 3, 1, 4]]
+    for slots, groups in (([8, 16, 17], None), ([31, 127, 50, 79], ended)):
+        encode(impl.ops, slots, memory, groups)
+        encode(REFERENCE, slots, expected, groups)
         assert torch.equal(memory.codes.cpu(), expected.codes)
+        assert torch.equal(memory.summary.cpu(), expected.summary)
 
 
 def test_pages_past_two_billion_elements_are_reached(impl):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from freekv_kernels import Batch, PairList
+from freekv_kernels import GROUP_PAGES, Batch, PairList
 
 PAGE, LAYERS, HEADS, WIDTH = 8, 3, 2, 5
 MAX_REQUESTS, MAX_PAGES, HOST_PAGES = 7, 12, 40
@@ -47,8 +47,9 @@ class Step:
             *(stale(MAX_REQUESTS) for _ in range(2)),
             stale(MAX_REQUESTS, num_kv_heads),
             torch.zeros(1, dtype=torch.int64, device=impl.device),
+            stale(MAX_REQUESTS, GROUP_PAGES),
         )
-        self.batch = Batch(*(x[:size] for x in self.buffers[:6]), self.buffers.step)
+        self.batch = Batch(*(x[:size] for x in self.buffers[:6]), self.buffers.step, self.buffers.groups[:size])
         self.last_page_len = stale(MAX_REQUESTS * num_kv_heads, dtype=torch.int32)
         self.windows = stale(2, num_layers, MAX_REQUESTS + 1, num_kv_heads, WIDTH, dtype=torch.int32)
         self.filled = stale(HOST_PAGES, dtype=torch.int32)
@@ -79,6 +80,15 @@ def test_every_request_finds_its_host_pages_and_its_lengths(impl):
     for request, row in enumerate([4, 1, 6, 2]):
         num_pages = step.batch.num_pages[request]
         assert step.batch.page_table[request, :num_pages].tolist() == step.host_pages[row, :num_pages].tolist()
+
+
+def test_a_request_whose_token_lies_in_the_last_page_of_a_group_has_the_groups_host_pages(impl):
+    lens = [3 * PAGE + 1, 4 * PAGE, 4 * PAGE + 1, 11 * PAGE + 3, 2, 1]
+    step = Step(impl, rows=[4, 1, 6, 2, 3, 0], lens=lens)
+    none = [-1] * GROUP_PAGES
+    pages = step.host_pages.tolist()
+    assert step.batch.groups.tolist() == [pages[4][:4], pages[1][:4], none, pages[2][8:12], none, none]
+    assert (step.buffers.groups[6:] == STALE).all()
 
 
 def test_pages_that_a_request_does_not_have_keep_their_entries(impl):

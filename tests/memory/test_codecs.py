@@ -78,4 +78,4 @@ def test_a_block_is_what_its_record_reads_back_as_through_prefill_decode_and_rec
     counted = engine.memory.counters.as_dict()
     assert counted["recalled_bytes"] > 0 and counted["recalled_bytes"] % geometry.record_bytes == 0
     if geometry.codec is CODECS["plain"]:
-        audit_index(engine.memory, torch.tensor(request.pages))
+        audit_index(engine.memory, torch.tensor(request.pages), request.groups)

@@ -11,7 +11,7 @@ import torch
 from sglang.srt.managers.schedule_batch import ScheduleBatch
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-from freekv_kernels import Half
+from freekv_kernels import GROUP_PAGES, Half
 from tools.fuzz.attention import check_decode, check_prefill
 from tools.fuzz.setups import PAGE_SIZE
 
@@ -80,7 +80,17 @@ class Batch:
             out = forward(q[:, layer].flatten(1), k, v, attention, None)
             self._check_outputs(layer, out.view(q[:, layer].shape).numpy(), attention.scaling)
         self._backend.end_batch(self.mode)
-        self._ledger.write(self.slots, hashes)
+        self._ledger.write(self.slots, hashes, self._ended_groups())
+
+    def _ended_groups(self) -> np.ndarray:
+        """Host pages of the groups of pages whose last token the batch writes: ``[n, GROUP_PAGES]``."""
+        groups = [
+            pages[first : first + GROUP_PAGES]
+            for member, pages in zip(self.members, self.pages, strict=True)
+            for first in range(0, len(pages), GROUP_PAGES)
+            if member.first < (first + GROUP_PAGES) * PAGE_SIZE <= member.last
+        ]
+        return np.array(groups, dtype=np.int64).reshape(-1, GROUP_PAGES)
 
     def _check_outputs(self, layer: int, out: np.ndarray, scale: float) -> None:
         values, first = self._ledger.values, 0
