@@ -45,25 +45,30 @@ def attend_window(
     """
     page_size, head_dim = block_kv.shape[2:]
     halves = block_kv.view(-1, page_size * head_dim)  # rows: K of block 0, V of block 0, K of block 1, ...
-    num_blocks = [end - start for start, end in pairwise(kv_indptr.tolist())]
-    key_rows = kv_indices[: sum(num_blocks)] * 2
-    last_lens = last_page_len.tolist()
-    out, first = [], 0
-    for num_rows in _equal_runs(num_blocks, last_lens, num_kv_heads):
-        blocks = num_blocks[first]
-        taken, key_rows = key_rows.split([num_rows * blocks, len(key_rows) - num_rows * blocks])
-        shape, kv_len = (1, num_rows, blocks * page_size, head_dim), (blocks - 1) * page_size + last_lens[first]
-        k = halves.index_select(0, taken).view(shape)[:, :, :kv_len]
-        v = halves.index_select(0, taken + 1).view(shape)[:, :, :kv_len]
-        queries = q[first : first + num_rows][None]
-        out.append(torch.nn.functional.scaled_dot_product_attention(queries, k, v, scale=scale)[0])
-        first += num_rows
-    return torch.cat(out)
+    bounds, last_lens = kv_indptr.tolist(), last_page_len.tolist()
+    num_blocks = [end - start for start, end in pairwise(bounds)]
+    runs = list(_equal_runs(num_blocks, last_lens, num_kv_heads))
+    key_rows = kv_indices[: bounds[-1]] * 2
+    value_rows = key_rows + 1
+    # One run after the other is laid out in the same place, which stays in the core's cache.
+    most = max(bounds[run.stop] - bounds[run.start] for run in runs)
+    places = halves.new_empty(2, most, page_size * head_dim)
+    out = torch.empty_like(q)
+    for run in runs:
+        first, last = bounds[run.start], bounds[run.stop]
+        kv_len = (num_blocks[run.start] - 1) * page_size + last_lens[run.start]
+        for place, rows in zip(places, (key_rows, value_rows), strict=True):
+            torch.index_select(halves, 0, rows[first:last], out=place[: last - first])
+        kv = places[:, : last - first].view(2, 1, run.stop - run.start, -1, head_dim)[:, :, :, :kv_len]
+        out[run] = torch.nn.functional.scaled_dot_product_attention(q[None, run], *kv, scale=scale)[0]
+    return out
 
 
-def _equal_runs(num_blocks: list[int], last_lens: list[int], longest: int) -> Iterator[int]:
-    """Numbers of adjacent rows that read equally many tokens: of a request, unless its heads' budgets differ."""
+def _equal_runs(num_blocks: list[int], last_lens: list[int], longest: int) -> Iterator[slice]:
+    """Adjacent rows that read equally many tokens: those of a request, unless its heads' budgets differ."""
     lengths = list(zip(num_blocks, last_lens, strict=True))
     for first in range(0, len(lengths), longest):
         for _, run in groupby(lengths[first : first + longest]):
-            yield len(list(run))
+            last = first + len(list(run))
+            yield slice(first, last)
+            first = last
