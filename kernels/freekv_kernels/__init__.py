@@ -19,6 +19,7 @@ from freekv_kernels.correct_windows import correct_windows
 from freekv_kernels.encode_pages import encode_pages
 from freekv_kernels.fill_arena import fill_arena
 from freekv_kernels.forget_blocks import forget_blocks
+from freekv_kernels.list_candidates import list_candidates, list_width
 from freekv_kernels.list_pages import list_pages
 from freekv_kernels.lookup_blocks import lookup_blocks, lookup_pairs, window_pairs
 from freekv_kernels.recall_blocks import recall_blocks
@@ -51,6 +52,7 @@ class Ops(NamedTuple):
     forget_blocks: Callable[..., None]
     list_pages: Callable[..., None]
     append_tokens: Callable[..., None]
+    list_candidates: Callable[..., None]
     score_pages: Callable
     share_pages: Callable[..., None]
     correct_windows: Callable[..., None]
@@ -68,6 +70,7 @@ REFERENCE = Ops(
     forget_blocks,
     list_pages,
     append_tokens,
+    list_candidates,
     score_pages,
     share_pages,
     correct_windows,
@@ -113,7 +116,9 @@ __all__ = [
     "encode_pages",
     "fill_arena",
     "forget_blocks",
+    "list_candidates",
     "list_pages",
+    "list_width",
     "lookup_blocks",
     "lookup_pairs",
     "merge_states",

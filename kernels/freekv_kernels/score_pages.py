@@ -22,6 +22,7 @@ def score_pages(
     out: torch.Tensor | None = None,
     codes: torch.Tensor | None = None,
     scale: float | None = None,
+    pages: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Score each page for each query head, in the rows over their budget.
 
@@ -30,6 +31,7 @@ def score_pages(
       with codes     score[b, h, g, p] = max over the tokens of sum_d q[d] * k'[d], k' of `encode_pages`
       and a scale    score[b, h, g, p] = log of the sum over the tokens of exp(scale * sum_d q[d] * k'[d])
 
+    By default p is the column; of a list of pages, the page p = pages[row, c] of column c.
     As lo <= hi, the larger product takes hi where q > 0 and lo elsewhere: one matrix product.
 
     Parameters
@@ -43,13 +45,15 @@ def score_pages(
         A row is over its budget if its request's pages at that step are.
     flags : FlagList, optional
         Only these rows; by default every row.
-    out : float32, ``[batch_size * num_kv_heads, group_size, max_pages]``, device, optional
-        Where to write; entries of other rows, and past a request's pages, keep their values. `select_pages` may use the
-        scored rows as its workspace.
+    out : float32, ``[batch_size * num_kv_heads, group_size, max_pages or num_listed]``, device, optional
+        Where to write; entries of other rows, past a request's pages, and of columns without a page, keep their values.
+        `select_pages` may use the scored rows as its workspace.
     codes : uint8, ``[num_host_pages, num_kv_heads, page_size, head_dim * bits // 8]``, device, optional
         The score of a page that is not full is undefined with them, and may be NaN.
     scale : float, optional, only with codes
         Of attention's logits: the score is the logarithm of the page's estimated mass, before it is normalised.
+    pages : int32, ``[batch_size * num_kv_heads, num_listed]``, device, optional
+        Logical pages to score, of each row its own; -1 at the end of a row for none.
 
     Returns
     -------
@@ -61,33 +65,38 @@ def score_pages(
     Source: Quest's bound, FreeKV (arXiv 2505.13109); kept in fp32, where the authors' engine rounds scores to bf16.
     """
     num_kv_heads, _, head_dim = summary.shape[1:]
-    max_pages = batch.page_table.shape[1]
-    shape = (len(batch.rows) * num_kv_heads, queries.shape[2], max_pages)
+    num_columns = batch.page_table.shape[1] if pages is None else pages.shape[1]
+    shape = (len(batch.rows) * num_kv_heads, queries.shape[2], num_columns)
     scores = queries.new_empty(shape, dtype=torch.float32) if out is None else out
     rows = listed_rows(batch, half, flags)
     if len(rows) == 0:
         return scores
     request, head = rows // num_kv_heads, rows % num_kv_heads
     q = queries[batch.rows[request], head].float()
-    records = batch.page_table[request] * num_kv_heads + head[:, None]  # [n, max_pages]
-    is_page = torch.arange(max_pages, device=records.device) < batch.num_pages[request, None]
+    if pages is None:
+        host_pages = batch.page_table[request]
+        is_page = torch.arange(num_columns, device=rows.device) < batch.num_pages[request, None]
+    else:
+        listed = pages[rows].long()
+        host_pages, is_page = batch.page_table[request[:, None], listed.clamp(min=0)], listed >= 0
+    records = host_pages * num_kv_heads + head[:, None]  # [n, num_columns]
     summary = summary.view(-1, 2, head_dim)  # of records
     if codes is None:
         q = torch.cat((q.clamp(max=0), q.clamp(min=0)), -1)  # the halves meet lo and hi
         bounds = decode_fp8(summary.index_select(0, records.flatten())).view(*records.shape, -1)
         of_rows = q @ bounds.transpose(-1, -2)
         if out is not None:
-            of_rows = of_rows.where(is_page[:, None], out[rows, :, :max_pages])
-        scores[rows, :, :max_pages] = of_rows
+            of_rows = of_rows.where(is_page[:, None], out[rows, :, :num_columns])
+        scores[rows, :, :num_columns] = of_rows
         return scores
-    row, page = is_page.nonzero(as_tuple=True)
+    row, column = is_page.nonzero(as_tuple=True)
     record = records[is_page]
-    for users in _group_equal(record):  # requests that share a page have it decoded once
+    for users in group_equal(record):  # requests that share a page have it decoded once
         for pairs in users.split(max(1, _PIECE // codes.shape[2:].numel())):
             own = row[pairs]
             of_users = q.index_select(0, own.flatten()).view(len(pairs), -1, head_dim)
             of_pages = (x.index_select(0, record[pairs[:, 0]]) for x in (summary, codes.flatten(0, 1)))
-            scores[rows[own], :, page[pairs]] = _score_codes(of_users, *of_pages, scale).view(*own.shape, -1)
+            scores[rows[own], :, column[pairs]] = _score_codes(of_users, *of_pages, scale).view(*own.shape, -1)
     return scores
 
 
@@ -104,7 +113,7 @@ def _score_codes(q: torch.Tensor, summary: torch.Tensor, codes: torch.Tensor, sc
     return logits.amax(-1) + common if scale is None else (scale * logits).logsumexp(-1) + scale * common
 
 
-def _group_equal(values: torch.Tensor) -> Iterator[torch.Tensor]:
+def group_equal(values: torch.Tensor) -> Iterator[torch.Tensor]:
     """Indices of equal values as rows, int64 ``[num_values, times]``; those that occur equally often together."""
     order = values.argsort()
     _, times = values[order].unique_consecutive(return_counts=True)

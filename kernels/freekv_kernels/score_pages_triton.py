@@ -12,7 +12,16 @@ from freekv_kernels.tables import Batch, FlagList, Half
 NUM_PROGRAMS = 1024  # two waves of four per SM on a chip of 132 to 148, so that uneven requests even out
 
 
-@triton.jit(do_not_specialize=["page_table_stride", "out_row_stride", "out_group_stride", "num_rows"])
+@triton.jit(
+    do_not_specialize=[
+        "page_table_stride",
+        "pages_stride",
+        "out_row_stride",
+        "out_group_stride",
+        "num_rows",
+        "num_listed",
+    ]
+)
 def _score_pages_kernel(
     queries_ptr,
     summary_ptr,
@@ -25,6 +34,7 @@ def _score_pages_kernel(
     flag_count_ptr,
     out_ptr,
     codes_ptr,
+    pages_ptr,
     scale,
     query_row_stride,
     query_head_stride,
@@ -33,9 +43,11 @@ def _score_pages_kernel(
     summary_head_stride,
     summary_bound_stride,
     page_table_stride,
+    pages_stride,
     out_row_stride,
     out_group_stride,
     num_rows,
+    num_listed,
     NUM_KV_HEADS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -61,6 +73,10 @@ def _score_pages_kernel(
     if tl.load(half_pages_ptr + request) <= tl.load(budget_pages_ptr + row):
         return
     num_pages = tl.load(num_pages_ptr + request).to(tl.int32)
+    num_columns = num_pages
+    if pages_ptr is not None:
+        num_columns = tl.minimum(num_pages, num_listed)
+        pages_ptr += row.to(tl.int64) * pages_stride
 
     group = tl.arange(0, BLOCK_G)
     dim = tl.arange(0, BLOCK_D)
@@ -83,9 +99,12 @@ def _score_pages_kernel(
     page_table_ptr += request.to(tl.int64) * page_table_stride
     summary_ptr += head.to(tl.int64) * summary_head_stride
     out_ptr += row.to(tl.int64) * out_row_stride
-    for first in range(split * BLOCK_P, num_pages, num_splits * BLOCK_P):
-        logical = first + tl.arange(0, BLOCK_P)
-        is_page = logical < num_pages
+    for first in range(split * BLOCK_P, num_columns, num_splits * BLOCK_P):
+        column = first + tl.arange(0, BLOCK_P)
+        logical, is_page = column, column < num_columns
+        if pages_ptr is not None:
+            logical = tl.load(pages_ptr + column, mask=is_page, other=-1)
+            is_page = logical >= 0
         page = tl.load(page_table_ptr + logical, mask=is_page, other=0)
         bounds_ptr = summary_ptr + page[:, None] * summary_page_stride + dim[None, :]
         is_bound = is_page[:, None] & is_dim[None, :]
@@ -108,7 +127,7 @@ def _score_pages_kernel(
             if scale is not None:
                 scores = scale * scores + tl.log(tl.sum(tl.exp(scale * (logits - scores[:, :, None])), 2))
         tl.store(
-            out_ptr + group[:, None] * out_group_stride + logical[None, :],
+            out_ptr + group[:, None] * out_group_stride + column[None, :],
             scores,
             mask=is_head[:, None] & is_page[None, :],
         )
@@ -123,6 +142,7 @@ def score_pages(
     out: torch.Tensor | None = None,
     codes: torch.Tensor | None = None,
     scale: float | None = None,
+    pages: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `freekv_kernels.score_pages`.
 
@@ -130,13 +150,14 @@ def score_pages(
     """
     num_kv_heads, head_dim = summary.shape[1], summary.shape[3]
     group_size = queries.shape[2]
-    num_rows, max_pages = len(batch.rows) * num_kv_heads, batch.page_table.shape[1]
+    num_rows = len(batch.rows) * num_kv_heads
+    num_columns = batch.page_table.shape[1] if pages is None else pages.shape[1]
     if out is None:
-        out = queries.new_empty((num_rows, group_size, max_pages), dtype=torch.float32)
+        out = queries.new_empty((num_rows, group_size, num_columns), dtype=torch.float32)
     block_d = triton.next_power_of_2(head_dim)
     page_size, num_bytes = (1, 0) if codes is None else codes.shape[2:]
     block_p = max(1, 8192 // (page_size * block_d))  # 8 KiB of minima, or 32 KiB of keys
-    num_programs = min(num_rows * triton.cdiv(max_pages, block_p), max(num_rows, NUM_PROGRAMS))
+    num_programs = min(num_rows * triton.cdiv(num_columns, block_p), max(num_rows, NUM_PROGRAMS))
     _score_pages_kernel[(num_programs,)](
         queries,
         summary,
@@ -149,12 +170,15 @@ def score_pages(
         None if flags is None else flags.count,
         out,
         codes,
+        pages,
         scale,
         *queries.stride()[:3],
         *summary.stride()[:3],
         batch.page_table.stride(0),
+        0 if pages is None else pages.stride(0),
         *out.stride()[:2],
         num_rows,
+        num_columns,
         NUM_KV_HEADS=num_kv_heads,
         GROUP_SIZE=group_size,
         HEAD_DIM=head_dim,

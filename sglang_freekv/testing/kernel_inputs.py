@@ -6,13 +6,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from freekv_kernels import GROUP_PAGES, Claim, FlagList, Half, MissList, PairList, pairs_of, window_pairs
+from freekv_kernels import GROUP_PAGES, Claim, FlagList, Half, MissList, PairList, list_width, pairs_of, window_pairs
 from freekv_kernels.fp8 import decode_fp8, encode_bounds
 from sglang_freekv.config import FreeKVConfig
 from sglang_freekv.memory.geometry import Geometry, num_pages_of
 from sglang_freekv.memory.kv_memory import KVMemory
 
 _CHUNK_TOKENS = 8192  # of prefill
+_CANDIDATES = 5  # pages scored for each one selected, with two levels
 _LAYER = 1  # not the first: its counters are at addresses that are multiples of 4 bytes only, as in most layers
 
 
@@ -105,9 +106,17 @@ class KernelInputs:
         args = (q, k, v, self.batch, self.config.min_cosine, layer.store, layer.last_q, flags, counters)
         return {"one token each": Call(args, changed=(layer.last_q, flags.count))}
 
+    def list_candidates(self) -> dict[str, Call]:
+        pages, sizes = self._lists(), self.sizes
+        args = (self.layer.last_q, self.layer.store.summary, self.batch, Half.BACK, self.geometry.head_dim**-0.5)
+        return {"back": Call((*args, _CANDIDATES, sizes.sink, sizes.recent, pages, self._scores()))}
+
     def score_pages(self) -> dict[str, Call]:
         args = (self.layer.last_q, self.layer.store.summary, self.batch)
         flagged, codes = {"flags": self._flags(), "out": self._scores()}, {"codes": self.memory.index.codes[_LAYER]}
+        listed = self._lists()
+        for call in self.list_candidates().values():
+            self.memory.ops.list_candidates(*call.args[:8], listed)
         mass = codes | {"scale": self.geometry.head_dim**-0.5}
         return {
             "front, flagged rows": Call((*args, Half.FRONT), flagged),
@@ -117,6 +126,7 @@ class KernelInputs:
             "back, by codes": Call((*args, Half.BACK), {"out": self._scores()} | codes),
             "first, by codes": Call((*args, Half.BOTH), codes),
             "back, by mass": Call((*args, Half.BACK), {"out": self._scores()} | mass),
+            "back, by mass, of a list": Call((*args, Half.BACK), {"out": self._scores()} | mass | {"pages": listed}),
         }
 
     def share_pages(self) -> dict[str, Call]:
@@ -299,6 +309,11 @@ class KernelInputs:
     def _count(self, value: int) -> torch.Tensor:
         """A counter, between others, as the engine has them."""
         return torch.tensor([0, value], dtype=torch.int32, device=self.device)[1:]
+
+    def _lists(self) -> torch.Tensor:
+        sizes = self.sizes
+        width = list_width(_CANDIDATES, self.width - sizes.sink - sizes.recent, sizes.sink, sizes.recent)
+        return torch.full((self.num_rows, width), -1, dtype=torch.int32, device=self.device)
 
     def _scores(self) -> torch.Tensor:
         return torch.randn((self.num_rows, self.geometry.group_size, self.memory.max_pages), device=self.device)

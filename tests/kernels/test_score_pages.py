@@ -188,6 +188,51 @@ def test_a_wider_output_is_written_up_to_the_pages_of_the_table(impl, bits):
     assert (out[:, :, 7:] == FREE).all()
 
 
+def lists_of(rows, width):
+    """Lists of pages, with -1 behind."""
+    return torch.tensor([row + [-1] * (width - len(row)) for row in rows], dtype=torch.int32)
+
+
+def of_columns(expected, pages):
+    """Scores of the pages of a list, FREE where none is, from those of all pages."""
+    scores = expected.gather(2, pages.cpu().long().clamp(min=0)[:, None].expand(-1, expected.shape[1], -1))
+    return scores.where((pages.cpu() >= 0)[:, None], FREE)
+
+
+@pytest.mark.parametrize("bits, scale", [(0, None), (2, None), (2, 0.3), (4, 0.3)])
+def test_of_a_list_of_pages_each_column_has_the_score_of_its_page(impl, bits, scale):
+    """Rows list pages of their own; two requests share some."""
+    queries, summary, table = inputs(impl, group=5, dim=64)
+    table[1, :4] = table[0, :4]
+    codes = codes_for(summary, bits)
+    batch = batch_of(table, [9, 7, 6], [4, 4, 6], num_pages_next=[9, 7, 6])
+    rows = [[0, 3, 4, 8], [1, 2, 3], [], [0, 1, 2, 3, 4, 5, 6], [0, 5], [5]]
+    pages = lists_of(rows, 8).to(impl.device)
+    out = free(6, 5, 11, impl.device)
+    found = impl.ops.score_pages(queries, summary, batch, Half.BACK, None, out, codes, scale, pages)
+    assert found is out and (out[:, :, 8:] == FREE).all()
+    expected = of_columns(expected_scores(queries, summary, batch, 2, codes, scale), pages)
+    expected[4:] = FREE  # within the budget
+    torch.testing.assert_close(out[:, :, :8].cpu(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("num_programs", [1, 7, 1000])
+def test_programs_share_the_columns_of_long_lists(impl, monkeypatch, num_programs):
+    monkeypatch.setattr("freekv_kernels.score_pages_triton.NUM_PROGRAMS", num_programs)
+    queries, summary, table = inputs(impl, heads=1, group=2, pages=300, batch=2)
+    codes, batch = codes_for(summary, 2), batch_of(table, [300, 9], [4, 4], num_kv_heads=1)
+    long = torch.randperm(300)[:130].sort().values.tolist()
+    pages = lists_of([long, list(range(9))], 140).to(impl.device)
+    flags = flags_of([0], 2, impl.device)
+    expected = of_columns(expected_scores(queries, summary, batch, 1, codes, 0.2), pages)
+    for listed in (None, flags):
+        out = free(2, 2, 140, impl.device)
+        impl.ops.score_pages(queries, summary, batch, Half.FRONT, listed, out, codes, 0.2, pages)
+        if listed is not None:
+            expected[1] = FREE
+        torch.testing.assert_close(out.cpu(), expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("bits", [0, 2])
 @pytest.mark.parametrize("num_programs", [1, 7, 1000])
 @pytest.mark.parametrize("listed", [None, [2, 1]], ids=str)
