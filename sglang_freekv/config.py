@@ -21,7 +21,7 @@ GROUP_POOLINGS = ("softmax", "scaled", "max", "mean")
 _DEFAULT_POOLING = "softmax"  # the paper's
 _DEFAULT_KEY_BITS = 2  # of these
 _DEFAULT_TAU, _PAPER_TAU, _DEFAULT_GATE = 0.9, 0.8, 0.01
-_DEFAULT_HYSTERESIS = 1.0
+_DEFAULT_HYSTERESIS, _DEFAULT_CANDIDATES = 1.0, 5
 _MAX_GIB = 1 << 20
 
 
@@ -180,6 +180,16 @@ class FreeKVConfig:
         _between(0, 20),
         metavar="NATS",
     )
+    candidates: int | None = _flag(
+        "candidates",
+        None,
+        "pages that are scored by their keys for each page that is selected, those of the groups whose bounds promise "
+        "most, at least 2; 0: every page "
+        f"(default: {_DEFAULT_CANDIDATES} with the selector mass, else 0)",
+        int,
+        Check(lambda value: is_int(value) and (value == 0 or 2 <= value <= 1000), "0, or 2 to 1000"),
+        metavar="TIMES",
+    )
     # After construction an int: None means what the selector needs.
     key_bits: int | None = _flag(
         "key-bits",
@@ -243,6 +253,8 @@ class FreeKVConfig:
         _require(self.gate is None or self.tau is None, "--freekv-gate", self.gate, one)
         by_mass = "it with --freekv-selector mass only, or --freekv-tau"
         _require(self.gate is None or self.selector_name == "mass", "--freekv-gate", self.gate, by_mass)
+        none = "0 with another selector than mass"
+        _require(not self.candidates or self.selector_name == "mass", "--freekv-candidates", self.candidates, none)
         no_choice = "none with the selector mass, or --freekv-selector codes"
         by_shares = self.selector_name == "mass"
         _require(not by_shares or self.group_pooling is None, "--freekv-group-pooling", self.group_pooling, no_choice)
@@ -277,6 +289,12 @@ class FreeKVConfig:
         """Nats that a page of the present window scores more."""
         default = _DEFAULT_HYSTERESIS if self.selector_name == "mass" else 0.0
         return default if self.hysteresis is None else self.hysteresis
+
+    @property
+    def num_candidates(self) -> int:
+        """Pages that are scored by their keys for each that is selected; 0: every page is."""
+        default = _DEFAULT_CANDIDATES if self.selector_name == "mass" else 0
+        return default if self.candidates is None else self.candidates
 
     @property
     def pooling(self) -> str:

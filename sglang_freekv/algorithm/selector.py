@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -12,6 +12,15 @@ from sglang_freekv.memory.layers import Layer
 
 if TYPE_CHECKING:
     from sglang_freekv.memory.kv_memory import KVMemory
+
+
+class Scores(NamedTuple):
+    """How pages are scored, in the rows over their budget, or only in flagged rows; undefined in others."""
+
+    values: torch.Tensor  # float32 [batch_size * num_kv_heads, group_size or 1, columns], undefined past the pages
+    pages: torch.Tensor | None = (
+        None  # int32 [batch_size * num_kv_heads, columns]: see `select_pages`; None: every page
+    )
 
 
 class Selector(ABC):
@@ -63,20 +72,12 @@ class Selector(ABC):
         """A decode step's tokens are written and its queries are in `layer.last_q`; once per step and layer, first."""
 
     @abstractmethod
-    def score(
-        self, layer: Layer, batch: Batch, half: Half, scale: float, flags: FlagList | None = None
-    ) -> torch.Tensor:
-        """Score every page for every query head, in the rows over their budget; only in flagged rows if given.
+    def score(self, layer: Layer, batch: Batch, half: Half, scale: float, flags: FlagList | None = None) -> Scores:
+        """Score pages for every query head, or for the group, in rows over their budget; only in flagged rows if given.
 
         Parameters
         ----------
         scale : float, of the logits
-
-        Returns
-        -------
-        float32, ``[batch_size * num_kv_heads, group_size, max_pages]``, device
-            One head instead of the group where the selector pools it. Undefined in other rows, and past a request's
-            pages.
         """
 
     def write_windows(
@@ -86,7 +87,7 @@ class Selector(ABC):
         half: Half,
         scale: float,
         flags: FlagList | None = None,
-        scores: torch.Tensor | None = None,
+        scores: Scores | None = None,
     ) -> None:
         """Select the windows of rows over their budget; only of flagged rows if given.
 
@@ -106,4 +107,5 @@ class Selector(ABC):
             scores = self.score(layer, batch, half, scale, flags)
         config, sizes = memory.config, memory.sizes
         rule = (sizes.sink, sizes.recent, "mean" if self.pools_group else config.pooling)
-        memory.ops.select_pages(scores, batch, half, *rule, layer.windows, flags, scale, config.bonus)
+        written = (layer.windows, flags)
+        memory.ops.select_pages(scores.values, batch, half, *rule, *written, scale, config.bonus, scores.pages)

@@ -10,17 +10,15 @@ from sglang_freekv.algorithm.baselines.corm import CORMSelector
 from sglang_freekv.algorithm.baselines.one_time import OneTimeSelector
 from sglang_freekv.algorithm.baselines.r_kv import RKVSelector
 from sglang_freekv.algorithm.baselines.streaming_llm import StreamingLLMSelector
-from sglang_freekv.algorithm.selector import Selector
+from sglang_freekv.algorithm.selector import Scores, Selector
 from sglang_freekv.memory.layers import Layer
 
 
 class MinMaxSelector(Selector):
     """By the bound on a page's logits that the minimum and maximum of its keys give (Quest; the paper's)."""
 
-    def score(
-        self, layer: Layer, batch: Batch, half: Half, scale: float, flags: FlagList | None = None
-    ) -> torch.Tensor:
-        return self._score(layer, batch, half, flags)
+    def score(self, layer: Layer, batch: Batch, half: Half, scale: float, flags: FlagList | None = None) -> Scores:
+        return Scores(self._score(layer, batch, half, flags))
 
     def _score(
         self,
@@ -30,21 +28,22 @@ class MinMaxSelector(Selector):
         flags: FlagList | None,
         codes: torch.Tensor | None = None,
         scale: float | None = None,
+        pages: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See the op `score_pages`."""
         memory = self.memory
         workspace = memory.tables.scores(half, len(batch.rows) * memory.geometry.num_kv_heads)
+        if pages is not None and workspace is not None:
+            workspace = workspace[:, :, : pages.shape[1]]
         summary = memory.index.summary(layer.number)
-        return memory.ops.score_pages(layer.last_q, summary, batch, half, flags, workspace, codes, scale)
+        return memory.ops.score_pages(layer.last_q, summary, batch, half, flags, workspace, codes, scale, pages)
 
 
 class CodesSelector(MinMaxSelector):
     """By the largest logit of a page's tokens, as their keys in a few bits give it."""
 
-    def score(
-        self, layer: Layer, batch: Batch, half: Half, scale: float, flags: FlagList | None = None
-    ) -> torch.Tensor:
-        return self._score(layer, batch, half, flags, self.memory.index.codes[layer.number])
+    def score(self, layer: Layer, batch: Batch, half: Half, scale: float, flags: FlagList | None = None) -> Scores:
+        return Scores(self._score(layer, batch, half, flags, self.memory.index.codes[layer.number]))
 
 
 class MassSelector(MinMaxSelector):
@@ -52,14 +51,24 @@ class MassSelector(MinMaxSelector):
 
     pools_group = True
 
-    def score(
-        self, layer: Layer, batch: Batch, half: Half, scale: float, flags: FlagList | None = None
-    ) -> torch.Tensor:
-        scores = self._score(layer, batch, half, flags, self.memory.index.codes[layer.number], scale)
-        self.memory.ops.share_pages(scores, layer.last_q, layer.store, batch, half, scale, flags)
-        return scores[:, :1]
+    def score(self, layer: Layer, batch: Batch, half: Half, scale: float, flags: FlagList | None = None) -> Scores:
+        codes, pages = self.memory.index.codes[layer.number], self._candidates(layer, batch, half, scale)
+        scores = self._score(layer, batch, half, flags, codes, scale, pages)
+        self.memory.ops.share_pages(scores, layer.last_q, layer.store, batch, half, scale, flags, pages)
+        return Scores(scores[:, :1], pages)
 
-    def correct_windows(self, layer: Layer, batch: Batch, shares: torch.Tensor, gate: float, flags: FlagList) -> None:
+    def _candidates(self, layer: Layer, batch: Batch, half: Half, scale: float) -> torch.Tensor | None:
+        """List the pages of the groups whose bounds promise most; None: every page is scored."""
+        memory, sizes = self.memory, self.memory.sizes
+        pages = memory.tables.list_of_pages(half, batch)
+        if pages is not None:
+            rule = (memory.config.num_candidates, sizes.sink, sizes.recent)
+            written = (pages, memory.tables.scores(half, len(pages)))
+            summary = memory.index.summary(layer.number)
+            memory.ops.list_candidates(layer.last_q, summary, batch, half, scale, *rule, *written)
+        return pages
+
+    def correct_windows(self, layer: Layer, batch: Batch, shares: Scores, gate: float, flags: FlagList) -> None:
         """Select again where the front window would lose more of the attention than `gate`, and flag these rows.
 
         Parameters
@@ -71,7 +80,7 @@ class MassSelector(MinMaxSelector):
         memory, sizes = self.memory, self.memory.sizes
         rule = (gate, sizes.sink, sizes.recent)
         written = (layer.windows, flags, memory.counters.values)
-        memory.ops.correct_windows(shares, batch, *rule, *written, memory.config.bonus)
+        memory.ops.correct_windows(shares.values, batch, *rule, *written, memory.config.bonus, shares.pages)
 
 
 # Name (`--freekv-selector`) -> selector; what it reads of a page: `page_indexes.INDEXES`.

@@ -112,6 +112,7 @@ class KVMemory:
             max_requests=self.max_requests,
             max_pages=self.max_pages,
             step=self.blocks.step,
+            num_listed=self.sizes.num_listed(self.config.num_candidates, self.max_pages),
             keeps_flags=self.config.debug_dump is not None,  # a dump tells those of every layer
             device=self.device,
         )

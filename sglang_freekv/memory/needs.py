@@ -30,10 +30,12 @@ def workspace_bytes(geometry: Geometry, config: FreeKVConfig, max_context: int, 
     max_requests : int
         Rows of the largest batch.
     """
-    g, width = geometry, WindowSizes.of(config, geometry.page_size).max_budget
-    max_pages = num_pages_of(max_context, g.page_size)
+    g, sizes = geometry, WindowSizes.of(config, geometry.page_size)
+    width, max_pages = sizes.max_budget, num_pages_of(max_context, g.page_size)
+    num_listed = sizes.num_listed(config.num_candidates, max_pages)
+    num_scored = max_pages if num_listed is None else max(num_listed, max_pages // GROUP_PAGES)
     batch = 8 * (max_pages + 4 + g.num_kv_heads + GROUP_PAGES)  # page table, row, slot, lengths, budgets, group
-    scores = 2 * 4 * g.num_qo_heads * max_pages  # of the main and of the side stream
+    scores = 2 * 4 * (g.num_qo_heads * num_scored + g.num_kv_heads * (num_listed or 0))  # of the main and side stream
     misses = 2 * (8 + 4 + 4) * g.num_kv_heads * width  # front and back: pair, entry, block
     flags, opened = (4 + 1) * g.num_kv_heads, 8 * g.num_kv_heads
     window_attention = 4 * g.num_kv_heads * (width + 2)  # kv_indices, kv_indptr, last_page_len

@@ -19,6 +19,8 @@ class StepTables:
         Of one request.
     step : int64, ``[1]``, device
         Number of the decode step.
+    num_listed : int or None
+        Pages that a row scores one by one, at most; None: all.
     keeps_flags : bool
         Whether every layer's flags are kept until the next step; otherwise one after the other uses the same memory.
 
@@ -36,6 +38,7 @@ class StepTables:
         max_requests: int,
         max_pages: int,
         step: torch.Tensor,
+        num_listed: int | None,
         keeps_flags: bool,
         device: str,
     ) -> None:
@@ -60,8 +63,10 @@ class StepTables:
         self.opened = PairList(zeros(num_rows), zeros(1, dtype=torch.int32))
         # Correction runs beside the speculation of an earlier layer, so each has its own. A CPU runs one after the
         # other, and takes memory for the scores that it needs.
-        shape = (num_rows, g.group_size, max_pages)
-        self._scores = [None if device == "cpu" else zeros(*shape, dtype=torch.float32) for _ in ("front", "back")]
+        self._num_listed, halves = num_listed, ("front", "back")
+        shape = (num_rows, g.group_size, max_pages if num_listed is None else max(num_listed, max_pages // GROUP_PAGES))
+        self._scores = [None if device == "cpu" else zeros(*shape, dtype=torch.float32) for _ in halves]
+        self._lists = [None if device == "cpu" else zeros(num_rows, num_listed or 0, dtype=torch.int32) for _ in halves]
 
     def batch(self, batch_size: int, max_pages: int | None = None) -> Batch:
         """The tables for a decode step of `batch_size` requests; of `max_pages` pages where no graph holds them."""
@@ -84,10 +89,20 @@ class StepTables:
     def scores(self, half: Half, num_rows: int) -> torch.Tensor | None:
         """Workspace for the scores of so many rows: float32, ``[num_rows, group_size, max_pages]``.
 
-        None on a CPU, and for BOTH, whose scores prefill allocates: take what is needed.
+        Where pages are listed, at least as wide as the list, and as there are groups. None on a CPU, and for BOTH,
+        whose scores prefill allocates: take what is needed.
         """
         workspace = None if half == Half.BOTH else self._scores[half]
         return None if workspace is None else workspace[:num_rows]
+
+    def list_of_pages(self, half: Half, batch: Batch) -> torch.Tensor | None:
+        """Where the pages are listed that are scored one by one: int32, ``[num_rows, num_listed]``; None: all pages are."""
+        if self._num_listed is None or self._num_listed >= batch.page_table.shape[1]:
+            return None
+        num_rows, workspace = batch.budget_pages.numel(), None if half == Half.BOTH else self._lists[half]
+        if workspace is None:
+            return torch.empty((num_rows, self._num_listed), dtype=torch.int32, device=batch.rows.device)
+        return workspace[:num_rows]
 
     def clear(self) -> None:
         """Empty the lists of all layers."""
@@ -97,4 +112,5 @@ class StepTables:
     def nbytes(self) -> int:
         scores = sum(tensor.nbytes for tensor in self._scores if tensor is not None)
         lists = sum(tensor.nbytes for lists in self._misses for tensor in lists)
-        return scores + lists + self._batch.page_table.nbytes
+        listed = sum(tensor.nbytes for tensor in self._lists if tensor is not None)
+        return scores + listed + lists + self._batch.page_table.nbytes

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from freekv_kernels import list_width
 from sglang_freekv.config import FreeKVConfig
 from sglang_freekv.memory.geometry import Geometry
 
@@ -22,6 +23,14 @@ class WindowSizes(NamedTuple):
     def of(cls, config: FreeKVConfig, page_size: int) -> WindowSizes:
         tokens = (config.sink_tokens, config.recent_tokens, config.budget_tokens, config.max_budget_tokens)
         return cls(*(n // page_size for n in tokens))
+
+    def num_listed(self, candidates: int, max_pages: int) -> int | None:
+        """Columns of a list of the pages that are scored one by one, with so many `candidates` for each page selected.
+
+        None where every page is scored: without a first level, or as all of a request's pages would be listed.
+        """
+        width = list_width(candidates, self.max_budget - self.sink - self.recent, self.sink, self.recent)
+        return width if candidates and width < max_pages else None
 
 
 class Windows:

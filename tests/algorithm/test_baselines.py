@@ -237,7 +237,7 @@ class TestArkVale:
     def scores(self, engine: SimulatedEngine, request: Request) -> torch.Tensor:
         """Of layer 1, ``[num_kv_heads, group_size, full pages]``, by the latest query."""
         batch, layer = engine.decoder.last_plan.batch, engine.memory.layers[1]
-        scores = engine.decoder.selectors[layer.kind].score(layer, batch, Half.BACK, engine.scale)
+        scores = engine.decoder.selectors[layer.kind].score(layer, batch, Half.BACK, engine.scale).values
         return scores.unflatten(0, (-1, GEOMETRY.num_kv_heads))[0, :, :, : request.length // PAGE]
 
     def test_a_page_scores_the_largest_logit_of_the_ball_around_its_mean_key(self):

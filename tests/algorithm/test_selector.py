@@ -79,7 +79,8 @@ def test_scores_of_a_flagged_row_are_those_of_all_rows(selector):
     flags.rows[0], flags.count[0] = 1, 1
     own = decode.selectors[layer.kind]
     full_pages = int(batch.num_pages[0]) - 1  # only full pages have a score by codes
-    every, one = (own.score(layer, batch, Half.FRONT, engine.scale, x)[1, :, :full_pages] for x in (None, flags))
+    scores = [own.score(layer, batch, Half.FRONT, engine.scale, x).values for x in (None, flags)]
+    every, one = (values[1, :, :full_pages] for values in scores)
     torch.testing.assert_close(one, every)
 
 

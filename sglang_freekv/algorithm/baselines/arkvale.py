@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 
 from freekv_kernels import Batch, FlagList, Half
-from sglang_freekv.algorithm.selector import Selector
+from sglang_freekv.algorithm.selector import Scores, Selector
 from sglang_freekv.memory.layers import Layer
 
 
@@ -24,12 +24,10 @@ class ArkValeSelector(Selector):
     baseline = "ArkVale (NeurIPS 2024)"
     runs_on_gpu = False
 
-    def score(
-        self, layer: Layer, batch: Batch, half: Half, scale: float, flags: FlagList | None = None
-    ) -> torch.Tensor:
+    def score(self, layer: Layer, batch: Batch, half: Half, scale: float, flags: FlagList | None = None) -> Scores:
         index = self.memory.index
         centres, radii = (x[layer.number, batch.page_table].float() for x in (index.centres, index.radii))
         q = layer.last_q[batch.rows].float()
         scores = torch.einsum("bhgd,bphd->bhgp", q, centres)
         scores += q.norm(dim=-1)[..., None] * radii.transpose(1, 2)[:, :, None]
-        return scores.flatten(0, 1)
+        return Scores(scores.flatten(0, 1))

@@ -9,7 +9,7 @@ import torch
 
 from freekv_kernels import Batch, FlagList, Half
 from sglang_freekv.algorithm.baselines.page_attention import page_shares
-from sglang_freekv.algorithm.selector import Selector
+from sglang_freekv.algorithm.selector import Scores, Selector
 from sglang_freekv.memory.layers import Layer
 
 if TYPE_CHECKING:
@@ -96,9 +96,7 @@ class EvictionSelector(Selector):
         state.scatter_(-1, column, self.next(state.gather(-1, column), shares, batch))
         self.state[layer.number, batch.rows] = state
 
-    def score(
-        self, layer: Layer, batch: Batch, half: Half, scale: float, flags: FlagList | None = None
-    ) -> torch.Tensor:
+    def score(self, layer: Layer, batch: Batch, half: Half, scale: float, flags: FlagList | None = None) -> Scores:
         pages = self._candidates(layer, batch, half)
         state, column = self.state[layer.number, batch.rows], self._columns(pages)
         worth = torch.zeros(pages.shape)
@@ -106,7 +104,7 @@ class EvictionSelector(Selector):
             worth = self.worth(layer, batch, pages, state.gather(-1, column))
         scores = torch.full_like(state, float("-inf")).scatter_(-1, column, worth)
         scores = scores[..., : batch.page_table.shape[1]].flatten(0, 1)
-        return scores[:, None].expand(-1, self.memory.geometry.group_size, -1)
+        return Scores(scores[:, None].expand(-1, self.memory.geometry.group_size, -1))
 
     def _candidates(self, layer: Layer, batch: Batch, half: Half) -> torch.Tensor:
         """Pages of the present windows, of which there are none yet before a first window: then every page."""

@@ -17,7 +17,7 @@ import torch
 
 from freekv_kernels import Batch, FlagList, Half
 from sglang_freekv.algorithm.baselines.page_attention import page_shares
-from sglang_freekv.algorithm.selector import Selector
+from sglang_freekv.algorithm.selector import Scores, Selector
 from sglang_freekv.memory.layers import Layer
 
 if TYPE_CHECKING:
@@ -54,8 +54,6 @@ class OneTimeSelector(Selector):
             scores[:, : len(page)] = shares[0].flatten(1, 2).logsumexp(1).masked_fill_(~is_prompt, float("-inf"))
             ranks[row] = scores.argsort(stable=True).argsort().float()
 
-    def score(
-        self, layer: Layer, batch: Batch, half: Half, scale: float, flags: FlagList | None = None
-    ) -> torch.Tensor:
+    def score(self, layer: Layer, batch: Batch, half: Half, scale: float, flags: FlagList | None = None) -> Scores:
         ranks = self.ranks[layer.number, batch.rows, :, : batch.page_table.shape[1]]
-        return ranks.flatten(0, 1)[:, None].expand(-1, self.memory.geometry.group_size, -1)
+        return Scores(ranks.flatten(0, 1)[:, None].expand(-1, self.memory.geometry.group_size, -1))

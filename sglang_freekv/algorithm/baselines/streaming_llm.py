@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 
 from freekv_kernels import Batch, FlagList, Half
-from sglang_freekv.algorithm.selector import Selector
+from sglang_freekv.algorithm.selector import Scores, Selector
 from sglang_freekv.memory.layers import Layer
 
 
@@ -21,12 +21,10 @@ class StreamingLLMSelector(Selector):
 
     baseline = "StreamingLLM (arXiv 2309.17453)"
 
-    def score(
-        self, layer: Layer, batch: Batch, half: Half, scale: float, flags: FlagList | None = None
-    ) -> torch.Tensor:
+    def score(self, layer: Layer, batch: Batch, half: Half, scale: float, flags: FlagList | None = None) -> Scores:
         g, max_pages = self.memory.geometry, batch.page_table.shape[1]
         num_rows = len(batch.rows) * g.num_kv_heads
         scores = self.memory.tables.scores(half, num_rows)
         if scores is None:
             scores = torch.empty((num_rows, g.group_size, max_pages), device=batch.rows.device)
-        return scores.copy_(torch.arange(scores.shape[-1], device=scores.device))
+        return Scores(scores.copy_(torch.arange(scores.shape[-1], device=scores.device)))
