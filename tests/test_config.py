@@ -57,6 +57,8 @@ def parse(*argv: str) -> dict:
         ({"gate": 0.1, "tau": 0.5}, "--freekv-gate"),
         ({"gate": 0.1, "selector": "codes"}, "--freekv-gate"),
         ({"gate": 0.1, "key_bits": 0}, "--freekv-gate"),
+        ({"candidates": 1}, "--freekv-candidates"),
+        ({"candidates": 4, "selector": "codes"}, "--freekv-candidates"),
         ({"group_pooling": "mean"}, "--freekv-group-pooling"),
         ({"key_bits": 3}, "--freekv-key-bits"),
         ({"key_bits": 2.0}, "--freekv-key-bits"),
@@ -150,9 +152,9 @@ SETTINGS = {  # flags, keywords, fields; the second have what excludes one of th
         ),
     ),
     "by-mass": (
-        "--kv-retrieval freekv --freekv-gate 0.05",
-        {"kv_retrieval": "freekv", "freekv_gate": 0.05},
-        FreeKVConfig(gate=0.05),
+        "--kv-retrieval freekv --freekv-gate 0.05 --freekv-candidates 7",
+        {"kv_retrieval": "freekv", "freekv_gate": 0.05, "freekv_candidates": 7},
+        FreeKVConfig(gate=0.05, candidates=7),
     ),
 }
 

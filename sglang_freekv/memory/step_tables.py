@@ -96,7 +96,7 @@ class StepTables:
         return None if workspace is None else workspace[:num_rows]
 
     def list_of_pages(self, half: Half, batch: Batch) -> torch.Tensor | None:
-        """Where the pages are listed that are scored one by one: int32, ``[num_rows, num_listed]``; None: all pages are."""
+        """Where the pages are listed that are scored one by one: int32, ``[num_rows, num_listed]``; None: all are."""
         if self._num_listed is None or self._num_listed >= batch.page_table.shape[1]:
             return None
         num_rows, workspace = batch.budget_pages.numel(), None if half == Half.BOTH else self._lists[half]

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from sglang_freekv.testing.reference_codes import coarse, outwards
+
 if TYPE_CHECKING:
     from sglang_freekv.memory.kv_memory import KVMemory
 
@@ -35,6 +37,8 @@ class Rule:
     key_bits: int  # pages are scored by their keys in this many bits; 0: by their minimum and maximum
     by_mass: bool  # by what all tokens of a page get, instead of by its best one
     hysteresis: float  # what a page of the present window scores more
+    candidates: int  # pages whose keys are read for each one that is selected; 0: all
+    num_listed: int | None  # pages up to which the keys of all are read; None: always
     dense_layers: tuple[int, ...] = ()
 
     @classmethod
@@ -55,6 +59,8 @@ class Rule:
             key_bits=g.key_bits,
             by_mass=config.selector_name == "mass",
             hysteresis=config.bonus,
+            candidates=config.num_candidates,
+            num_listed=sizes.num_listed(config.num_candidates, memory.max_pages),
             dense_layers=config.dense_layers,
         )
 
@@ -191,11 +197,33 @@ class ReferenceRequest:
     ) -> dict[int, float]:
         """Logarithm of the candidates' mean share of the attention of `group [group_size, D]` to the `known` tokens."""
         last = (known - 1) // self.rule.page_size
-        masses = [self.page_scores(layer, kv_head, group, page) for page in range(last)]
+        listed = self.listed_pages(layer, kv_head, group, last + 1)
+        masses = [self.page_scores(layer, kv_head, group, page) for page in listed if page != last]
         newest = self.keys[layer][last * self.rule.page_size : known, kv_head]
         masses.append((self.rule.scale * group @ newest.T).logsumexp(dim=1))
         pooled = torch.stack(masses, dim=1).log_softmax(dim=1).logsumexp(dim=0) - math.log(self.group_size)
-        return {page: float(pooled[page]) for page in candidates}
+        shares = dict(zip(listed, pooled.tolist(), strict=True))
+        return {page: shares[page] for page in candidates if page in shares}
+
+    def listed_pages(self, layer: int, kv_head: int, group: torch.Tensor, num_pages: int) -> list[int]:
+        """The pages with whose keys `group [group_size, D]` is compared: those of the best groups of four, by bounds."""
+        sink, recent, most = self.rule.sink_pages, self.rule.recent_pages, self.rule.num_listed
+        if most is None or num_pages <= most:
+            return list(range(num_pages))
+        between = range(math.ceil(sink / 4), (num_pages - recent) // 4)
+        scores = torch.stack([self.group_scores(layer, kv_head, group, number) for number in between], dim=1)
+        pooled = scores.log_softmax(dim=1).logsumexp(dim=0)
+        wanted = math.ceil(self.rule.candidates * (self.budget_pages - sink - recent) / 4)
+        fitting = (most - num_pages + 4 * len(between)) // 4
+        best = [between[i] for i in pooled.topk(min(wanted, fitting)).indices]
+        best = [*range(between.start), *sorted(best), *range(between.stop, math.ceil(num_pages / 4))]
+        return [page for number in best for page in range(4 * number, 4 * number + 4) if page < num_pages]
+
+    def group_scores(self, layer: int, kv_head: int, group: torch.Tensor, number: int) -> torch.Tensor:
+        """Score of four pages for each query of `group [group_size, D]`: the middle of their bounds, and half of the rest."""
+        keys = torch.cat([self.page_keys(layer, kv_head, 4 * number + i) for i in range(4)])
+        low, high = outwards(keys.amin(dim=0), keys.amax(dim=0))
+        return self.rule.scale * (group @ (low + high) / 2 + group.abs() @ (high - low) / 4)
 
     def page_scores(self, layer: int, kv_head: int, group: torch.Tensor, page: int) -> torch.Tensor:
         """Score of a page for each query of `group [group_size, D]`."""
@@ -232,25 +260,6 @@ class ReferenceRequest:
     def group_size(self) -> int:
         """Query heads per KV head."""
         return self.rule.num_qo_heads // self.rule.num_kv_heads
-
-
-def outwards(low: torch.Tensor, high: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The nearest numbers of FP8 (e4m3) not above `low` and not below `high`, of those up to 448 in magnitude."""
-    numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double()
-    numbers = numbers[numbers.isfinite()].unique()
-    below = torch.searchsorted(numbers, low, right=True) - 1
-    above = torch.searchsorted(numbers, high)
-    return numbers[below.clamp(min=0)], numbers[above.clamp(max=len(numbers) - 1)]
-
-
-def coarse(keys: torch.Tensor, low: torch.Tensor, high: torch.Tensor, num_levels: int) -> torch.Tensor:
-    """Keys `[tokens, D]` moved to the middle of their interval, of `num_levels` between `low` and `high` `[D]`.
-
-    Which interval is defined in float32: a key on the border of two would be in either, if it were computed otherwise.
-    """
-    step = (high.float() - low.float()) / num_levels
-    level = torch.where(step > 0, (keys.float() - low.float()) / step, 0.0).floor().clamp(0, num_levels - 1)
-    return low + (level.double() + 0.5) * (high - low) / num_levels
 
 
 def explain_difference(

@@ -61,6 +61,10 @@ CASES = {
         make_config(selector="mass", key_bits=1, hysteresis=0.05, recent_tokens=PAGE),
     ),
     "gated": (make_geometry(group_size=3), make_config(selector="mass", key_bits=2, tau=None, gate=0.02)),
+    "two-levels": (
+        make_geometry(group_size=3),
+        make_config(selector="mass", key_bits=2, tau=None, gate=0.02, sink_tokens=0, recent_tokens=PAGE, candidates=2),
+    ),
     "gated-hysteresis-no-sink": (
         make_geometry(group_size=4),
         make_config(selector="mass", key_bits=2, tau=None, gate=0.01, hysteresis=0.3, sink_tokens=0),

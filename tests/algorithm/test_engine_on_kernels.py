@@ -42,7 +42,7 @@ CASES = {
         **{"tau": -1.0, "sink_tokens": 0, "page_size": 16},
         **{"selector": "codes", "group_pooling": "scaled", "key_bits": 1},
     },
-    "by-mass-gated-hysteresis": {"selector": "mass", "key_bits": 2, "hysteresis": 0.05, "gate": 0.01},
+    "by-mass-gated-hysteresis": {"selector": "mass", "key_bits": 2, "hysteresis": 0.05, "gate": 0.01, "candidates": 2},
     "exact-dense-layer-every-page-fetched": {
         **{"tau": 1.01, "dense_layers": (0,), "refetch": True},
         **{"group_pooling": "mean"},
