@@ -127,8 +127,8 @@ def _list_candidates_kernel(
     behind = (BEGIN + k) * _GROUP_PAGES  # column of the first page behind
     latest = column - behind + end * _GROUP_PAGES
     page = tl.where(column < BEGIN * _GROUP_PAGES, column, tl.where(latest < num_pages, latest, -1))
-    is_best = (column >= BEGIN * _GROUP_PAGES) & (column < behind)
-    tl.store(pages_ptr + column, page, (column < num_columns) & ~is_best)
+    is_between = (column >= BEGIN * _GROUP_PAGES) & (column < behind)
+    tl.store(pages_ptr + column, page, (column < num_columns) & ~is_between)
     if k == 0:
         return
 

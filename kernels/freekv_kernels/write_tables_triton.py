@@ -108,8 +108,8 @@ def _write_tables_kernel(
         member = tl.arange(0, _GROUP_PAGES)
         is_group = (num_pages > 0) & (num_pages % _GROUP_PAGES == 0)
         member_page = num_pages - _GROUP_PAGES + member
-        slot = tl.load(req_to_token_ptr + row * req_to_token_stride + member_page * PAGE_SIZE, is_group, other=0)
-        group = tl.where(is_group, slot.to(tl.int64) // PAGE_SIZE, -1)
+        member_ptrs = req_to_token_ptr + row * req_to_token_stride + member_page * PAGE_SIZE
+        group = tl.where(is_group, tl.load(member_ptrs, is_group, other=0).to(tl.int64) // PAGE_SIZE, -1)
         tl.store(groups_ptr + request * _GROUP_PAGES + member, group)
         # Padding writes to page 0, all of it the same value.
         tl.store(filled_ptr + new_slot // PAGE_SIZE, (new_slot % PAGE_SIZE + 1).to(tl.int32))
