@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from freekv_kernels.select_pages_triton import columns_of, select_pages
+from freekv_kernels.select_pages_triton import columns_of, num_below, select_pages
 from freekv_kernels.tables import Batch, Count, FlagList, Half
 
 _FLAGGED_ROWS = tl.constexpr(int(Count.FLAGGED_ROWS))
@@ -47,6 +47,7 @@ def _judge_windows_kernel(
     SINK: tl.constexpr,
     RECENT: tl.constexpr,
     NUM_LOOKS: tl.constexpr,
+    BLOCK: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
     row = tl.program_id(0)
@@ -69,9 +70,8 @@ def _judge_windows_kernel(
     end = num_pages - RECENT
     if pages_ptr is not None:
         pages_ptr += row.to(tl.int64) * pages_stride
-        # Columns: recent pages are behind those that may be selected, and no window has selected one.
-        end = num_columns
-    held_share = _share_of(tl.where(held < num_pages - RECENT, held, -1), shares_ptr, pages_ptr, SINK, end, NUM_LOOKS)
+        end = num_below(pages_ptr, num_pages - RECENT, num_columns, BLOCK)
+    held_share = _share_of(held, shares_ptr, pages_ptr, SINK, end, NUM_LOOKS)
     best_share = _share_of(tl.where(is_selected, best, -1), shares_ptr, pages_ptr, SINK, end, NUM_LOOKS)
     is_flagged = best_share - held_share > gate
     tl.store(is_flagged_ptr + row, is_flagged)
@@ -119,6 +119,7 @@ def correct_windows(
         SINK=sink_pages,
         RECENT=recent_pages,
         NUM_LOOKS=num_columns.bit_length(),
+        BLOCK=min(1024, triton.next_power_of_2(num_columns)),
         BLOCK_W=triton.next_power_of_2(windows.shape[3]),
         num_warps=1,
     )

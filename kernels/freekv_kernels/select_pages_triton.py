@@ -66,7 +66,7 @@ def _kth_largest(pooled_ptr, lowest, highest, k, begin, end, readable_end, BLOCK
 
 
 @triton.jit
-def _num_below(pages_ptr, bound, num_columns, BLOCK: tl.constexpr):
+def num_below(pages_ptr, bound, num_columns, BLOCK: tl.constexpr):
     """How many columns list a page below the bound; the list ascends, and -1 follows."""
     count = tl.full((), 0, tl.int32)
     for first in range(0, num_columns, BLOCK):
@@ -153,7 +153,7 @@ def _select_pages_kernel(
     begin, end, k = SINK, num_pages - RECENT, budget - SINK - RECENT  # columns, which are pages where none are listed
     if pages_ptr is not None:
         pages_ptr += row.to(tl.int64) * pages_stride
-        end = _num_below(pages_ptr, num_pages - RECENT, num_columns, BLOCK)
+        end = num_below(pages_ptr, num_pages - RECENT, num_columns, BLOCK)
     if HAS_HYSTERESIS:
         # Those among the candidates; sink and recent pages are written already, and are none.
         held = tl.load(

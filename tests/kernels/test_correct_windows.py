@@ -62,7 +62,8 @@ def listed_pages(num_pages, num_listed):
     pages = torch.full((len(num_pages) * HEADS, num_listed), -1, dtype=torch.int32)
     for row, own in enumerate(pages):
         n = num_pages[row // HEADS]
-        some = sorted((SINK + torch.randperm(n - SINK - RECENT)[: num_listed - 5]).tolist())
+        num_others = [num_listed - 5, 9][row % 2]  # the list of every second row ends early
+        some = sorted((SINK + torch.randperm(n - SINK - RECENT)[:num_others]).tolist())
         some = [*range(SINK), *some, *range(n - RECENT, n)]
         own[: len(some)] = torch.tensor(some)
     return pages
