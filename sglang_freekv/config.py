@@ -20,7 +20,7 @@ SELECTORS = ("mass", "codes", "min-max", "paper", *BASELINES)
 GROUP_POOLINGS = ("softmax", "scaled", "max", "mean")
 _DEFAULT_POOLING = "softmax"  # the paper's
 _DEFAULT_KEY_BITS = 2  # of these
-_DEFAULT_TAU, _PAPER_TAU, _DEFAULT_GATE = 0.9, 0.8, 0.01
+_DEFAULT_TAU, _PAPER_TAU, _DEFAULT_GATE = 0.9, 0.8, 0.02
 _DEFAULT_HYSTERESIS, _DEFAULT_CANDIDATES = 1.0, 5
 _MAX_GIB = 1 << 20
 
