@@ -48,6 +48,7 @@ def shortcuts(memory: KVMemory, batch: Batch, step: DecodeInput, num_pages: list
 
 
 def _every_pair(memory: KVMemory, batch: Batch, num_pages: list[int]) -> torch.Tensor:
-    """The pairs of every page of every request, in the order of the window attention's lists."""
-    pairs = pairs_of(batch.page_table, memory.geometry.num_kv_heads).transpose(1, 2)
-    return torch.cat([own[:, :n].flatten() for own, n in zip(pairs, num_pages, strict=True)])
+    """The pairs of every page of every request, in the order of the window attention's lists; on a CPU."""
+    pairs = pairs_of(batch.page_table[:, : max(num_pages)], memory.geometry.num_kv_heads).transpose(1, 2)
+    is_page = torch.arange(pairs.shape[-1]) < batch.num_pages[:, None, None]
+    return pairs[is_page.expand_as(pairs)]
