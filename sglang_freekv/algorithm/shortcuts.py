@@ -24,19 +24,26 @@ class Shortcuts(NamedTuple):
     every_pair: torch.Tensor | None  # int64, what each layer reads, in order, where that is every page of every request
 
 
-def shortcuts(memory: KVMemory, batch: Batch, step: DecodeInput, num_pages: list[int], in_graph: bool) -> Shortcuts:
+def shortcuts(
+    memory: KVMemory,
+    batch: Batch,
+    step: DecodeInput,
+    num_pages: list[int],
+    budgets: list[list[int]],
+    in_graph: bool,
+) -> Shortcuts:
     """Find them for a step whose tables are written.
 
     Parameters
     ----------
     num_pages : list of int, ``[num_requests]``
         Of the requests, without padding.
+    budgets : list of list of int, ``[num_requests][num_kv_heads]``, pages
     in_graph : bool
         Whether the step is captured in, or replayed from, a CUDA graph.
     """
     page_size, may_skip = memory.geometry.page_size, memory.runs_references
-    budgets = [min(memory.budgets.of(row)) for row in step.rows_cpu]
-    is_over = any(n // page_size >= budget for n, budget in zip(step.seq_lens_cpu, budgets, strict=True))
+    is_over = any(n // page_size >= min(own) for n, own in zip(step.seq_lens_cpu, budgets, strict=True))
     runs_everything = in_graph or not step.seq_lens_cpu  # a warm-up, which has no requests, compiles for a graph
     reads_every_page = may_skip and not (is_over or runs_everything)
     return Shortcuts(
