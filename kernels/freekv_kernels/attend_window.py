@@ -48,27 +48,26 @@ def attend_window(
     bounds, last_lens = kv_indptr.tolist(), last_page_len.tolist()
     num_blocks = [end - start for start, end in pairwise(bounds)]
     runs = list(_equal_runs(num_blocks, last_lens, num_kv_heads))
+    sizes = [num_rows * blocks for num_rows, blocks, _ in runs]
     key_rows = kv_indices[: bounds[-1]] * 2
-    value_rows = key_rows + 1
     # One run after the other is laid out in the same place, which stays in the core's cache.
-    most = max(bounds[run.stop] - bounds[run.start] for run in runs)
-    places = halves.new_empty(2, most, page_size * head_dim)
-    out = torch.empty_like(q)
-    for run in runs:
-        first, last = bounds[run.start], bounds[run.stop]
-        kv_len = (num_blocks[run.start] - 1) * page_size + last_lens[run.start]
-        for place, rows in zip(places, (key_rows, value_rows), strict=True):
-            torch.index_select(halves, 0, rows[first:last], out=place[: last - first])
-        kv = places[:, : last - first].view(2, 1, run.stop - run.start, -1, head_dim)[:, :, :, :kv_len]
-        out[run] = torch.nn.functional.scaled_dot_product_attention(q[None, run], *kv, scale=scale)[0]
-    return out
+    place = halves.new_empty(2 * max(sizes), page_size * head_dim)
+    out = []
+    inputs = zip(q.split([run[0] for run in runs]), key_rows.split(sizes), (key_rows + 1).split(sizes), strict=True)
+    for (num_rows, blocks, last_len), (queries, *rows) in zip(runs, inputs, strict=True):
+        kv = torch.index_select(halves, 0, torch.cat(rows), out=place[: 2 * num_rows * blocks])
+        kv_len = (blocks - 1) * page_size + last_len
+        k, v = kv.view(2, 1, num_rows, -1, head_dim)[:, :, :, :kv_len]
+        out.append(torch.nn.functional.scaled_dot_product_attention(queries[None], k, v, scale=scale)[0])
+    return torch.cat(out)
 
 
-def _equal_runs(num_blocks: list[int], last_lens: list[int], longest: int) -> Iterator[slice]:
-    """Adjacent rows that read equally many tokens: those of a request, unless its heads' budgets differ."""
+def _equal_runs(num_blocks: list[int], last_lens: list[int], longest: int) -> Iterator[tuple[int, int, int]]:
+    """Adjacent rows that read equally many tokens: those of a request, unless its heads' budgets differ.
+
+    How many rows, blocks of each, and tokens in its last block.
+    """
     lengths = list(zip(num_blocks, last_lens, strict=True))
     for first in range(0, len(lengths), longest):
-        for _, run in groupby(lengths[first : first + longest]):
-            last = first + len(list(run))
-            yield slice(first, last)
-            first = last
+        for length, run in groupby(lengths[first : first + longest]):
+            yield len(list(run)), *length

@@ -28,15 +28,15 @@ def summarize_pages(summary: torch.Tensor, k: torch.Tensor, slots: torch.Tensor,
     A page may be filled by several calls (a chunk may end inside a page), so summaries are updated, not set.
     Source: Quest's min/max digest, as in FreeKV (arXiv 2505.13109).
     """
-    pages, page_of_token = torch.unique_consecutive(slots // page_size, return_inverse=True)
-    offsets = slots % page_size
-    opened = pages.new_zeros(len(pages), dtype=torch.bool)
-    opened[page_of_token[offsets == 0]] = True
-
-    known = decode_fp8(summary[pages])  # [n, num_kv_heads, 2, head_dim]
-    known[opened, :, 0] = float("inf")
-    known[opened, :, 1] = float("-inf")
-    shape = (len(pages), page_size, *k.shape[1:])
-    low = k.new_full(shape, float("inf")).index_put_((page_of_token, offsets), k).amin(1)
-    high = k.new_full(shape, float("-inf")).index_put_((page_of_token, offsets), k).amax(1)
-    summary[pages] = encode_bounds(torch.minimum(known[:, :, 0], low), torch.maximum(known[:, :, 1], high))
+    pages, counts = torch.unique_consecutive(slots // page_size, return_counts=True)
+    last = counts.cumsum(0) - 1
+    first = last + 1 - counts
+    # The last token stands in for those that the page does not have: it changes no minimum.
+    tokens = torch.minimum(first[:, None] + torch.arange(page_size, device=slots.device), last[:, None])
+    keys = k.index_select(0, tokens.flatten()).view(len(pages), page_size, *k.shape[1:])
+    low, high = keys.amin(1), keys.amax(1)
+    known_low, known_high = decode_fp8(summary[pages]).unbind(2)  # [n, num_kv_heads, head_dim] each
+    is_opened = (slots[first] % page_size == 0)[:, None, None]
+    low = low.where(is_opened, torch.minimum(low, known_low))
+    high = high.where(is_opened, torch.maximum(high, known_high))
+    summary[pages] = encode_bounds(low, high)

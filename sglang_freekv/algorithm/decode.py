@@ -72,13 +72,14 @@ class Decode:
         """
         memory = self.memory
         num_pages = [num_pages_of(n, memory.geometry.page_size) for n in step.seq_lens_cpu]
+        budgets = [memory.budgets.of(row) for row in step.rows_cpu]
         batch = self._write_tables(step, num_pages, in_graph)
         memory.tables.clear()
         if step.seq_lens_cpu:  # a warm-up has padding only: the windows of running requests stay where they are
             memory.begin_step()
-        memory.count_tokens(step.rows_cpu, step.seq_lens_cpu, num_pages)
-        self._plan_attention(batch, step, num_pages)
-        todo = shortcuts(memory, batch, step, num_pages, in_graph)
+        memory.count_tokens(step.seq_lens_cpu, num_pages, budgets)
+        self._plan_attention(batch, step, num_pages, budgets)
+        todo = shortcuts(memory, batch, step, num_pages, budgets, in_graph)
         self._plan = DecodePlan(batch, memory.tables.flags(len(step.rows)), todo)
         return self._plan
 
@@ -107,9 +108,8 @@ class Decode:
             memory.blocks.open(memory.tables.opened)
         return batch
 
-    def _plan_attention(self, batch: Batch, step: DecodeInput, num_pages: list[int]) -> None:
+    def _plan_attention(self, batch: Batch, step: DecodeInput, num_pages: list[int], budgets: list[list[int]]) -> None:
         memory, num_kv_heads = self.memory, self.memory.geometry.num_kv_heads
-        budgets = [memory.budgets.of(row) for row in step.rows_cpu]
         padding = [1] * ((len(step.rows) - len(num_pages)) * num_kv_heads)
         in_windows = [min(n, budget) for n, own in zip(num_pages, budgets, strict=True) for budget in own]
         windowed, dense = self.attentions[WINDOWED], self.attentions.get(DENSE)

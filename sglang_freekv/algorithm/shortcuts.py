@@ -24,19 +24,26 @@ class Shortcuts(NamedTuple):
     every_pair: torch.Tensor | None  # int64, what each layer reads, in order, where that is every page of every request
 
 
-def shortcuts(memory: KVMemory, batch: Batch, step: DecodeInput, num_pages: list[int], in_graph: bool) -> Shortcuts:
+def shortcuts(
+    memory: KVMemory,
+    batch: Batch,
+    step: DecodeInput,
+    num_pages: list[int],
+    budgets: list[list[int]],
+    in_graph: bool,
+) -> Shortcuts:
     """Find them for a step whose tables are written.
 
     Parameters
     ----------
     num_pages : list of int, ``[num_requests]``
         Of the requests, without padding.
+    budgets : list of list of int, ``[num_requests][num_kv_heads]``, pages
     in_graph : bool
         Whether the step is captured in, or replayed from, a CUDA graph.
     """
     page_size, may_skip = memory.geometry.page_size, memory.runs_references
-    budgets = [min(memory.budgets.of(row)) for row in step.rows_cpu]
-    is_over = any(n // page_size >= budget for n, budget in zip(step.seq_lens_cpu, budgets, strict=True))
+    is_over = any(n // page_size >= min(own) for n, own in zip(step.seq_lens_cpu, budgets, strict=True))
     runs_everything = in_graph or not step.seq_lens_cpu  # a warm-up, which has no requests, compiles for a graph
     reads_every_page = may_skip and not (is_over or runs_everything)
     return Shortcuts(
@@ -48,6 +55,7 @@ def shortcuts(memory: KVMemory, batch: Batch, step: DecodeInput, num_pages: list
 
 
 def _every_pair(memory: KVMemory, batch: Batch, num_pages: list[int]) -> torch.Tensor:
-    """The pairs of every page of every request, in the order of the window attention's lists."""
-    pairs = pairs_of(batch.page_table, memory.geometry.num_kv_heads).transpose(1, 2)
-    return torch.cat([own[:, :n].flatten() for own, n in zip(pairs, num_pages, strict=True)])
+    """The pairs of every page of every request, in the order of the window attention's lists; on a CPU."""
+    pairs = pairs_of(batch.page_table[:, : max(num_pages)], memory.geometry.num_kv_heads).transpose(1, 2)
+    is_page = torch.arange(pairs.shape[-1]) < batch.num_pages[:, None, None]
+    return pairs[is_page.expand_as(pairs)]

@@ -159,12 +159,12 @@ class KVMemory:
         self.counters.steps += 1
         self.blocks.advance(self.counters.steps)
 
-    def count_tokens(self, rows: list[int], lens: list[int], num_pages: list[int]) -> None:
-        """A decode step has these requests: rows of the request table, their tokens with the new one, their pages."""
+    def count_tokens(self, lens: list[int], num_pages: list[int], budgets: list[list[int]]) -> None:
+        """A decode step has these requests: their tokens with the new one, their pages, and pages that a head reads."""
         counters = self.counters
-        counters.decoded_tokens += len(rows)
+        counters.decoded_tokens += len(lens)
         counters.host_token_steps += sum(lens)
-        counters.device_token_steps += self._footprint.tokens(num_pages, [self.budgets.of(row) for row in rows])
+        counters.device_token_steps += self._footprint.tokens(num_pages, budgets)
 
     def device_bytes(self) -> dict[str, int]:
         """Device memory by purpose, measured from the tensors."""
