@@ -38,6 +38,8 @@ def parse(*argv: str) -> dict:
         ({"recent_tokens": True}, "--freekv-recent"),
         ({"arena_tokens": 0}, "--freekv-arena"),
         ({"arena_tokens": 100}, "--freekv-arena"),
+        ({"windows": 1.5}, "--freekv-windows"),
+        ({"windows": 5}, "--freekv-windows"),
         ({"tau": 2.1}, "--freekv-tau"),
         ({"tau": -1.1}, "--freekv-tau"),
         ({"tau": float("nan")}, "--freekv-tau"),
@@ -103,7 +105,7 @@ def test_flags_and_keywords_give_the_same_config():
     argv = shlex.split(
         "--kv-retrieval freekv --freekv-budget 1024 --freekv-max-budget 4096 --freekv-sink 64 "
         "--freekv-recent 96 --freekv-tau 0.5 --freekv-host-memory 2.5 --freekv-device-blocks-memory 0.5 "
-        "--freekv-arena 4096 --freekv-dense-layers 0,1 --freekv-group-pooling mean --freekv-selector codes "
+        "--freekv-windows 2.5 --freekv-arena 4096 --freekv-dense-layers 0,1 --freekv-group-pooling mean --freekv-selector codes "
         "--freekv-key-bits 4 --freekv-hysteresis 0.25 --freekv-refetch --freekv-audit --freekv-debug-dump dumps"
     )
     expected = FreeKVConfig(
@@ -114,6 +116,7 @@ def test_flags_and_keywords_give_the_same_config():
         tau=0.5,
         host_memory_gib=2.5,
         device_blocks_memory_gib=0.5,
+        windows=2.5,
         arena_tokens=4096,
         dense_layers=(0, 1),
         group_pooling="mean",
@@ -136,6 +139,7 @@ def test_flags_and_keywords_give_the_same_config():
         "freekv_tau": 0.5,
         "freekv_host_memory": 2.5,
         "freekv_device_blocks_memory": 0.5,
+        "freekv_windows": 2.5,
         "freekv_arena": 4096,
         "freekv_dense_layers": [0, 1],
         "freekv_group_pooling": "mean",
@@ -174,7 +178,7 @@ def test_every_flag_has_a_help_text_that_names_its_default():
     parser = argparse.ArgumentParser()
     add_cli_args(parser)
     flags = [action for action in parser._actions if action.dest != "help"]
-    assert len(flags) == 17
+    assert len(flags) == 18
     assert all("(default: " in action.help for action in flags)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from sglang_freekv.config import FreeKVConfig
@@ -98,7 +99,8 @@ class Needs:
 
     @property
     def blocks_per_request(self) -> int:
-        return 2 * self.window_pages * self.geometry.num_kv_heads
+        """In each layer that has windows. Two windows is what a step can claim, more is cache."""
+        return math.ceil(self.config.windows * self.window_pages) * self.geometry.num_kv_heads
 
     @property
     def fixed_bytes(self) -> int:

@@ -69,7 +69,7 @@ class MemoryPlan:
         lines = [f"  {name:<17}{in_words(size):>10}  {what}" for name, (size, what) in pools.items()]
         lines.append(
             f"  running requests {self.max_requests:>10,}  at most, each with up to {c.max_budget_tokens:,} tokens on "
-            f"the device (front and back window: {in_words(self.request_bytes)})"
+            f"the device ({c.windows:g} windows: {in_words(self.request_bytes)})"
         )
         if on_gpu:
             lines.append(
@@ -166,7 +166,7 @@ def _plan_pages(
 
 
 def _plan_blocks(needs: Needs, left: int, max_requests: int) -> tuple[int, int]:
-    """Device blocks of a layer, and running requests: each has two windows of them, or everything is resident."""
+    """Device blocks of a layer, and running requests: each has its windows of them, or everything is resident."""
     asked = needs.asked_blocks_bytes()
     if needs.max_context is not None:
         # SGLang proposes thousands; buffers of requests that could never run would take the blocks' memory.
@@ -180,11 +180,11 @@ def _plan_blocks(needs: Needs, left: int, max_requests: int) -> tuple[int, int]:
         config, g = needs.config, needs.geometry
         share = bytes_by_page(g, config) / g.page_bytes
         raise UnsupportedConfiguration(
-            f"FreeKV: {in_words(max(blocks_bytes, 0))} of device blocks cannot hold one request, whose front and "
-            f"back window take {in_words(needs.blocks_per_request * per_layer)} at a budget of "
+            f"FreeKV: {in_words(max(blocks_bytes, 0))} of device blocks cannot hold one request, whose "
+            f"{config.windows:g} windows take {in_words(needs.blocks_per_request * per_layer)} at a budget of "
             f"{config.max_budget_tokens:,} tokens; raise --freekv-device-blocks-memory or --mem-fraction-static, or "
-            f"lower --freekv-max-budget, --freekv-budget or --freekv-host-memory (page summaries take "
-            f"{share:.1%} of it)"
+            f"lower --freekv-windows, --freekv-max-budget, --freekv-budget or --freekv-host-memory (page summaries "
+            f"take {share:.1%} of it)"
         )
     return num_blocks, max_requests
 

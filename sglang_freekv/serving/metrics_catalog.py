@@ -55,7 +55,7 @@ METRICS = {
     "max_running_requests": Metric(
         "gauge",
         "requests",
-        "Requests that can run at the same time, two windows of device blocks each",
+        "Requests that can run at the same time, --freekv-windows of device blocks each",
         "Where as many run and others wait: lower --freekv-max-budget, or raise --freekv-device-blocks-memory.",
     ),
     "steps": Metric(

@@ -46,12 +46,14 @@ def device_total(plan) -> int:
 @pytest.mark.parametrize("max_requests", [1, 8, 64, 4096])
 @pytest.mark.parametrize("device_gib", [16, 50, 110])
 @pytest.mark.parametrize("host_gib", [4, 32, 200])
-def test_everything_on_a_gpu_fits_and_every_request_has_its_two_windows(device_gib, host_gib, max_requests):
-    plan = gpu_plan(device_gib=device_gib, host_gib=host_gib, max_requests=max_requests)
+@pytest.mark.parametrize("windows", [2, 2.5, 4])
+def test_everything_on_a_gpu_fits_and_every_request_has_its_windows(windows, device_gib, host_gib, max_requests):
+    config = FreeKVConfig(windows=windows)
+    plan = gpu_plan(config, device_gib=device_gib, host_gib=host_gib, max_requests=max_requests)
     assert device_total(plan) <= device_gib * GIB
     assert 1 <= plan.max_requests <= max_requests
     num_pairs = (plan.num_pages + 1) * LLAMA_8B.num_kv_heads
-    own = 2 * WINDOW * LLAMA_8B.num_kv_heads * plan.max_requests
+    own = windows * WINDOW * LLAMA_8B.num_kv_heads * plan.max_requests
     assert plan.num_blocks == num_pairs or plan.num_blocks >= own
 
 
@@ -66,6 +68,19 @@ def test_no_memory_is_left_that_one_more_request_would_need(dense_layers):
     blocks_of_requests = 2 * WINDOW * LLAMA_8B.num_kv_heads * plan.max_requests
     spare = (plan.num_blocks - blocks_of_requests) * (LLAMA_8B.num_layers - len(dense_layers)) * LLAMA_8B.block_bytes
     assert 50 * GIB - device_total(plan) + spare < one_more
+
+
+def test_with_twice_the_windows_half_the_requests_run_in_blocks_of_a_given_size():
+    few, many = (gpu_plan(FreeKVConfig(windows=windows, device_blocks_memory_gib=20)) for windows in (4, 2))
+    assert few.num_blocks == many.num_blocks
+    assert few.max_requests == many.max_requests // 2
+
+
+def test_a_part_of_a_window_is_whole_blocks_of_every_head():
+    config = FreeKVConfig(budget_tokens=1056, windows=2.5)  # 33 pages
+    window_bytes = [gpu_plan(dataclasses.replace(config, windows=windows)).request_bytes for windows in (2, 2.5)]
+    more = window_bytes[1] - window_bytes[0]
+    assert more == (83 - 66) * LLAMA_8B.num_kv_heads * LLAMA_8B.num_layers * LLAMA_8B.block_bytes
 
 
 def test_thousands_of_requests_that_cannot_run_cost_no_blocks():
