@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from freekv_kernels.tables import BlockTables, Claim, MissList, PairList
+from freekv_kernels.tables import BlockTables, Claim, Count, MissList, PairList
 
 # Blocks looked at first beyond a few per victim: most of what the hand meets may be taken.
 _SEARCH_MARGIN = 64
 
 
-def claim_blocks(wanted: PairList | MissList, blocks: BlockTables, step: torch.Tensor, claim: Claim) -> None:
+def claim_blocks(
+    wanted: PairList | MissList, blocks: BlockTables, step: torch.Tensor, claim: Claim, counters: torch.Tensor
+) -> None:
     """Give each pair without a block a block: free blocks first, then the next victims after the clock hand.
 
     A victim is a block with ``last_used < 2 * step + claim.protect_back``. Its owner loses its entry in the block
@@ -28,6 +30,8 @@ def claim_blocks(wanted: PairList | MissList, blocks: BlockTables, step: torch.T
         Updated; claimed blocks are stamped ``2 * step + claim.stamp_back``.
     step : int64, ``[1]``, device
     claim : Claim
+    counters : int64, ``[len(Count)]``, device
+        EVICTIONS is advanced by the victims, LOOKS by the blocks that were looked at for them.
     """
     count = int(wanted.count)
     if count == 0:
@@ -36,12 +40,14 @@ def claim_blocks(wanted: PairList | MissList, blocks: BlockTables, step: torch.T
     pairs = wanted.pairs[:count]
     for layer in range(len(blocks.owner)):
         of_layer = BlockTables(*(x[layer] for x in blocks))
-        claimed = _claim(pairs, of_layer, stamp + claim.protect_back, stamp + claim.stamp_back)
+        claimed = _claim(pairs, of_layer, stamp + claim.protect_back, stamp + claim.stamp_back, counters)
         if isinstance(wanted, MissList):
             wanted.blocks[:count] = claimed
 
 
-def _claim(pairs: torch.Tensor, blocks: BlockTables, protect_from: int, stamp: int) -> torch.Tensor:
+def _claim(
+    pairs: torch.Tensor, blocks: BlockTables, protect_from: int, stamp: int, counters: torch.Tensor
+) -> torch.Tensor:
     """Claim in one layer; int32 ``[num_pairs]``, the blocks to fill."""
     table, owner, last_used = blocks.table.view(-1), blocks.owner, blocks.last_used
     new, first_entry = _first_entries(pairs)
@@ -53,7 +59,9 @@ def _claim(pairs: torch.Tensor, blocks: BlockTables, protect_from: int, stamp: i
     claimed = blocks.free_blocks[left:free].flip(0).long()
     blocks.num_free.fill_(left)
     if len(claimed) < len(new):
-        victims = _next_victims(len(new) - len(claimed), last_used, blocks.hand, protect_from)
+        victims, num_looks = _next_victims(len(new) - len(claimed), last_used, blocks.hand, protect_from)
+        counters[Count.EVICTIONS] += len(victims)
+        counters[Count.LOOKS] += num_looks
         table[owner[victims].long()] = -1
         claimed = torch.cat((claimed, victims))
 
@@ -74,17 +82,19 @@ def _first_entries(pairs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return pairs[first], first
 
 
-def _next_victims(count: int, last_used: torch.Tensor, hand: torch.Tensor, protect_from: int) -> torch.Tensor:
-    """Up to `count` used blocks (int64) that may go, from the hand on; moves the hand."""
+def _next_victims(
+    count: int, last_used: torch.Tensor, hand: torch.Tensor, protect_from: int
+) -> tuple[torch.Tensor, int]:
+    """Up to `count` used blocks (int64) that may go, from the hand on, and how many it passed; moves the hand."""
     num_blocks = len(last_used)
     span = min(4 * count + _SEARCH_MARGIN, num_blocks)
     while True:
         seen = (torch.arange(span, device=hand.device) + hand) % num_blocks
         stamps = last_used[seen]
-        victims = seen[(stamps >= 0) & (stamps < protect_from)][:count]
-        if len(victims) == count or span == num_blocks:
+        found = ((stamps >= 0) & (stamps < protect_from)).nonzero().flatten()[:count]
+        if len(found) == count or span == num_blocks:
             break
         span = min(2 * span, num_blocks)
-    if len(victims):
-        hand.fill_((int(victims[-1]) + 1) % num_blocks)
-    return victims
+    if len(found):
+        hand.fill_((int(seen[found[-1]]) + 1) % num_blocks)
+    return seen[found], int(found[-1]) + 1 if len(found) == count else num_blocks

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from freekv_kernels.tables import BlockTables, Claim, MissList, PairList
+from freekv_kernels.tables import BlockTables, Claim, Count, MissList, PairList
 
 _NUM_PROGRAMS = 64  # per layer, of 2 warps: 16K pairs are 4 rounds of some 10 us each, on a fraction of the GPU
 _PAIRS, _CANDIDATES = 64, 64  # per round, one per thread: one look at the clock serves a small claim
@@ -14,6 +14,7 @@ _PAIRS, _CANDIDATES = 64, 64  # per round, one per thread: one look at the clock
 # Values that the tables hold only during a claim.
 _CLAIMING = tl.constexpr(-2)  # in the block table: a program is finding a block for the pair
 _CLAIMED = tl.constexpr(2**31 - 1)  # as a stamp: claimed by this call
+_EVICTIONS, _LOOKS = tl.constexpr(int(Count.EVICTIONS)), tl.constexpr(int(Count.LOOKS))
 _NEVER = tl.constexpr(-3)  # held by no table: lanes that have nothing to swap compare with it
 
 
@@ -40,6 +41,7 @@ def _claim_blocks_kernel(
     num_free_ptr,
     hand_ptr,
     claimed_ptr,
+    counters_ptr,
     table_stride,
     owner_stride,
     last_used_stride,
@@ -68,6 +70,7 @@ def _claim_blocks_kernel(
     lane, stamps = tl.arange(0, CANDIDATES), tl.full((CANDIDATES,), stamp, tl.int32)
     num_looks = tl.cdiv(num_blocks, CANDIDATES)  # once round the clock
     max_looks = 2 * num_looks
+    num_evicted, num_looked_at = 0, 0
 
     for first in range(tl.program_id(0) * PAIRS, count, tl.num_programs(0) * PAIRS):
         entry = first + tl.arange(0, PAIRS)
@@ -121,6 +124,8 @@ def _claim_blocks_kernel(
                 block += tl.sum(tl.where(is_match, candidate[:, None] + 1, 0), 0)
                 num_won = tl.sum(is_won.to(tl.int32))
                 num_served += num_won
+                num_evicted += num_won
+                num_looked_at += tl.minimum(CANDIDATES, num_blocks)
                 if (num_served == num_wanted) & (look < num_looks):
                     # The hand stops behind the last victim, unless somebody has had a turn since.
                     after = (start + tl.max(tl.where(is_won, lane, -1)) + 1) % num_blocks
@@ -134,6 +139,9 @@ def _claim_blocks_kernel(
             tl.store(table_ptr + pair, block, mask=is_ours)
         if claimed_ptr is not None:
             tl.store(claimed_ptr + entry, block, mask=is_entry)
+    if num_looked_at > 0:
+        tl.atomic_add(counters_ptr + _EVICTIONS, num_evicted.to(tl.int64), sem="relaxed")
+        tl.atomic_add(counters_ptr + _LOOKS, num_looked_at.to(tl.int64), sem="relaxed")
 
 
 @triton.jit(do_not_specialize_on_alignment=["count_ptr", "table_ptr", "last_used_ptr"])
@@ -159,7 +167,9 @@ def _stamp_blocks_kernel(
         tl.store(last_used_ptr + block, stamp, mask=last_used == _CLAIMED)
 
 
-def claim_blocks(wanted: PairList | MissList, blocks: BlockTables, step: torch.Tensor, claim: Claim) -> None:
+def claim_blocks(
+    wanted: PairList | MissList, blocks: BlockTables, step: torch.Tensor, claim: Claim, counters: torch.Tensor
+) -> None:
     """See `freekv_kernels.claim_blocks`. The grid depends on shapes only: a CUDA graph can hold it.
 
     Which blocks are taken, for which pairs, and which pairs go without if victims run out, is left to chance.
@@ -178,6 +188,7 @@ def claim_blocks(wanted: PairList | MissList, blocks: BlockTables, step: torch.T
         blocks.num_free,
         blocks.hand,
         wanted.blocks if isinstance(wanted, MissList) else None,
+        counters,
         blocks.table.stride(0),
         blocks.owner.stride(0),
         blocks.last_used.stride(0),

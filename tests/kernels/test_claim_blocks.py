@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from freekv_kernels import BlockTables, Claim, MissList, PairList
+from freekv_kernels import BlockTables, Claim, Count, MissList, PairList
 
 STALE = 77
 STEP = 5
@@ -21,6 +21,7 @@ class Blocks:
 
     def __init__(self, impl: SimpleNamespace, num_blocks: int, num_pairs: int = 100, layers: int = 1) -> None:
         self.impl = impl
+        self.counters = torch.zeros(len(Count), dtype=torch.int64, device=impl.device)
         per_block = {"size": (layers, num_blocks), "dtype": torch.int32, "device": impl.device}
         free = torch.arange(num_blocks, dtype=torch.int32, device=impl.device).flip(0)
         self.tables = BlockTables(
@@ -50,7 +51,7 @@ class Blocks:
     def _claim(self, wanted, layers, step, claim) -> None:
         before = [tensor.clone() for tensor in wanted[:2]]
         step = torch.tensor([step], device=self.impl.device)
-        self.impl.ops.claim_blocks(wanted, self.tables.layers(*layers), step, claim)
+        self.impl.ops.claim_blocks(wanted, self.tables.layers(*layers), step, claim, self.counters)
         assert all(torch.equal(x, y) for x, y in zip(before, wanted, strict=False))
         self.check()
 
@@ -166,7 +167,8 @@ def test_an_empty_list_changes_nothing(impl):
     blocks.claim([])
     assert blocks.claim_misses([]) == []
     no_pairs = PairList(torch.empty(0, dtype=torch.int64, device=impl.device), torch.zeros_like(blocks.tables.hand[:1]))
-    impl.ops.claim_blocks(no_pairs, blocks.tables, torch.tensor([STEP], device=impl.device), Claim.AS_OLD)
+    step = torch.tensor([STEP], device=impl.device)
+    impl.ops.claim_blocks(no_pairs, blocks.tables, step, Claim.AS_OLD, blocks.counters)
     assert all(torch.equal(x, y) for x, y in zip(before, blocks.tables, strict=True))
 
 
@@ -262,7 +264,8 @@ def test_block_tables_may_be_larger_than_2_gib(impl):
     table.view(2, -1)[:, pairs] = -1
     wanted = PairList(torch.tensor(pairs, device=impl.device), torch.tensor([3], dtype=torch.int32, device=impl.device))
     blocks.tables = blocks.tables._replace(table=table)
-    impl.ops.claim_blocks(wanted, blocks.tables, torch.tensor([STEP], device=impl.device), Claim.BETWEEN_STEPS)
+    step = torch.tensor([STEP], device=impl.device)
+    impl.ops.claim_blocks(wanted, blocks.tables, step, Claim.BETWEEN_STEPS, blocks.counters)
     for layer in (0, 1):
         held = blocks.blocks_of(pairs, layer)
         assert blocks.tables.owner[layer, held].tolist() == pairs
