@@ -105,8 +105,9 @@ def test_flags_and_keywords_give_the_same_config():
     argv = shlex.split(
         "--kv-retrieval freekv --freekv-budget 1024 --freekv-max-budget 4096 --freekv-sink 64 "
         "--freekv-recent 96 --freekv-tau 0.5 --freekv-host-memory 2.5 --freekv-device-blocks-memory 0.5 "
-        "--freekv-windows 2.5 --freekv-arena 4096 --freekv-dense-layers 0,1 --freekv-group-pooling mean --freekv-selector codes "
-        "--freekv-key-bits 4 --freekv-hysteresis 0.25 --freekv-refetch --freekv-audit --freekv-debug-dump dumps"
+        "--freekv-windows 2.5 --freekv-arena 4096 --freekv-dense-layers 0,1 --freekv-group-pooling mean "
+        "--freekv-selector codes --freekv-key-bits 4 --freekv-hysteresis 0.25 --freekv-refetch --freekv-audit "
+        "--freekv-debug-dump dumps"
     )
     expected = FreeKVConfig(
         budget_tokens=1024,

@@ -81,7 +81,7 @@ def short_rounds(impl, monkeypatch) -> None:
     if impl.name == "triton":
         from freekv_kernels import claim_blocks_triton
 
-        for name, value in {"_NUM_PROGRAMS": 3, "_PAIRS": 4, "_CANDIDATES": 8}.items():
+        for name, value in {"_NUM_PROGRAMS": 3, "_PAIRS": 4, "_CANDIDATES": 8, "_WIDE": 16}.items():
             monkeypatch.setattr(claim_blocks_triton, name, value)
 
 
