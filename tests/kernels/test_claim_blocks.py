@@ -61,6 +61,18 @@ class Blocks:
     def _count(self, pairs) -> torch.Tensor:
         return torch.tensor([len(pairs)], dtype=torch.int32, device=self.impl.device)
 
+    def fill(self, stamps: torch.Tensor) -> None:
+        """Block i of layer 0 goes to pair i, with stamp i."""
+        number = torch.arange(len(stamps), dtype=torch.int32, device=self.impl.device)
+        self.tables.table.view(-1)[: len(stamps)] = number
+        self.tables.owner[0] = number
+        self.tables.last_used[0] = stamps
+        self.tables.num_free.zero_()
+
+    def counted(self) -> tuple[int, int]:
+        """Blocks that were taken, and blocks that were looked at."""
+        return self.counters[Count.EVICTIONS].item(), self.counters[Count.LOOKS].item()
+
     def blocks_of(self, pairs, layer: int = 0) -> list[int]:
         return self.tables.table[layer].flatten()[pairs].tolist()
 
@@ -146,14 +158,50 @@ def test_the_hand_moves_on_so_that_victims_take_turns(impl, hand):
     assert sorted(taken) == [0, 1, 2, 3, 4, 5]
 
 
+def test_the_oldest_that_the_hand_passes_go_first(impl):
+    blocks = Blocks(impl, 64)
+    stamps = torch.randperm(64).int()
+    blocks.fill(stamps)
+    claimed = blocks.claim_misses(list(range(70, 86)), step=100)
+    assert sorted(claimed) == sorted(stamps.argsort()[:16].tolist())
+
+
+def test_where_a_quarter_of_the_blocks_may_go_a_claim_takes_four_looks(impl):
+    blocks = Blocks(impl, 1024, num_pairs=2000)
+    blocks.fill(torch.where(torch.arange(1024) % 4 == 0, 3, 2 * STEP))
+    blocks.claim_misses(list(range(1100, 1164)), claim=Claim.IN_STEP)
+    assert blocks.counted() == (64, 4 * 64)
+
+
+@pytest.mark.parametrize("victim", [0, 1500, 4095])
+def test_however_few_blocks_may_go_no_block_is_looked_at_more_than_twice(impl, victim):
+    blocks = Blocks(impl, 4096, num_pairs=5000)
+    blocks.fill(torch.full((4096,), 2 * STEP))
+    blocks.tables.last_used[0, victim] = 3
+    assert blocks.claim_misses([4500], claim=Claim.IN_STEP) == [victim]
+    num_taken, num_looks = blocks.counted()
+    assert num_taken == 1 and num_looks <= 2 * 4096
+
+
+def test_free_blocks_need_no_look(impl):
+    blocks = Blocks(impl, 40)
+    blocks.claim(list(range(40)))
+    assert blocks.counted() == (0, 0)
+
+
+def test_blocks_that_are_taken_from_pairs_are_counted(impl):
+    blocks = Blocks(impl, 40)
+    blocks.claim(list(range(30)), step=1)
+    blocks.claim(list(range(50, 75)))
+    num_lost = sum(block < 0 for block in blocks.blocks_of(list(range(30))))
+    assert blocks.counted()[0] == num_lost == 15
+
+
 @pytest.mark.usefixtures("short_rounds")
 @pytest.mark.parametrize(("victim", "hand"), [(0, 1), (25, 26), (49, 0), (7, 2**31 - 1)])
 def test_the_search_goes_all_the_way_round_for_the_one_block_that_may_go(impl, victim, hand):
     blocks = Blocks(impl, 50)
-    blocks.tables.table.view(-1)[:50] = torch.arange(50, device=impl.device)
-    blocks.tables.owner.copy_(torch.arange(50))
-    blocks.tables.num_free.zero_()
-    blocks.tables.last_used.fill_(2 * STEP)
+    blocks.fill(torch.full((50,), 2 * STEP))
     blocks.tables.last_used[0, victim] = 3
     blocks.tables.hand.fill_(hand)
     assert sorted(blocks.claim_misses([70, 71], claim=Claim.IN_STEP)) == [-1, victim]
