@@ -18,6 +18,12 @@ def bytes_by_page(geometry: Geometry, config: FreeKVConfig) -> int:
     return INDEXES[config.selector_name].page_bytes(geometry) + 4 * geometry.num_layers * geometry.num_kv_heads
 
 
+def blocks_of_request(geometry: Geometry, config: FreeKVConfig) -> int:
+    """In each layer that has windows. Two windows are what a step may claim for a request; more are cache."""
+    width = WindowSizes.of(config, geometry.page_size).max_budget
+    return math.ceil(config.windows * width) * geometry.num_kv_heads
+
+
 def workspace_bytes(geometry: Geometry, config: FreeKVConfig, max_context: int, max_requests: int) -> int:
     """Device bytes of the tables and lists of a decode step, at fixed addresses for CUDA graphs.
 
@@ -99,8 +105,7 @@ class Needs:
 
     @property
     def blocks_per_request(self) -> int:
-        """In each layer that has windows. Two windows is what a step can claim, more is cache."""
-        return math.ceil(self.config.windows * self.window_pages) * self.geometry.num_kv_heads
+        return blocks_of_request(self.geometry, self.config)
 
     @property
     def fixed_bytes(self) -> int:

@@ -10,6 +10,7 @@ import types
 import pytest
 import torch
 
+from benchmarks.records import RESULTS, read_records
 from sglang_freekv.attention.cpu import TorchWindowAttention
 from sglang_freekv.config import KEY_BITS, PAGE_SIZES, FreeKVConfig, UnsupportedConfiguration
 from sglang_freekv.flags import take_options
@@ -18,6 +19,7 @@ from sglang_freekv.memory.kv_memory import KVMemory
 from sglang_freekv.memory.needs import workspace_bytes
 from sglang_freekv.memory.page_indexes import INDEXES
 from sglang_freekv.memory.plan import plan_memory
+from sglang_freekv.memory.recalls import RECALLS
 from sglang_freekv.memory.units import GIB, in_words
 from sglang_freekv.memory.windows import WindowSizes
 from sglang_freekv.serving import pool_sizes
@@ -74,6 +76,33 @@ def test_with_twice_the_windows_half_the_requests_run_in_blocks_of_a_given_size(
     few, many = (gpu_plan(FreeKVConfig(windows=windows, device_blocks_memory_gib=20)) for windows in (4, 2))
     assert few.num_blocks == many.num_blocks
     assert few.max_requests == many.max_requests // 2
+
+
+def test_the_printed_plan_says_what_more_windows_buy():
+    plan = gpu_plan(host_gib=64, device_gib=24)
+    offered = dict(re.findall(r"--freekv-windows (\d) +([\d,]+) requests at most", plan.describe()))
+    assert list(offered) == ["3", "4"]
+    for windows, number in offered.items():
+        run = gpu_plan(FreeKVConfig(windows=int(windows)), host_gib=64, device_gib=24).max_requests
+        assert run - 1 <= int(number) <= run < plan.max_requests  # fewer requests leave memory for more blocks
+    assert "--freekv-windows" not in gpu_plan(FreeKVConfig(windows=4), host_gib=64, device_gib=24).describe()
+
+
+def test_where_everything_is_resident_more_windows_buy_nothing():
+    assert "--freekv-windows" not in gpu_plan(host_gib=2, max_requests=200).describe()
+
+
+def test_what_more_windows_save_is_what_was_measured():
+    records = read_records(RESULTS / "device_cache_replay.jsonl")
+    missed = {
+        (record.params["churn"], record.params["windows"]): 1 - record.value
+        for record in records
+        if record.metric == "hit_share" and record.params["rule"] == "oldest of four"
+    }
+    churns = {churn for churn, _ in missed}
+    for windows, recalls in RECALLS.items():
+        shares = [missed[churn, windows] / missed[churn, 2] for churn in churns]
+        assert recalls == pytest.approx(sum(shares) / len(shares), abs=0.005)
 
 
 def test_a_part_of_a_window_is_whole_blocks_of_every_head():
