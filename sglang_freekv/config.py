@@ -141,6 +141,14 @@ class FreeKVConfig:
         _GIB,
         metavar="GIB",
     )
+    windows: float = _flag(
+        "windows",
+        2.0,
+        "windows of device blocks planned for each running request, 2 to 4: more recall less, and fewer requests run",
+        float,
+        _between(2, 4),
+        metavar="WINDOWS",
+    )
     arena_tokens: int = _flag("arena", 32768, "tokens of prefix that prefill lays out at a time, per layer")
     dense_layers: tuple[int, ...] = _flag(
         "dense-layers",

@@ -43,6 +43,8 @@ def parse(*argv: str) -> dict:
         ({"tau": -1.1}, "--freekv-tau"),
         ({"tau": float("nan")}, "--freekv-tau"),
         ({"host_memory_gib": 0}, "--freekv-host-memory"),
+        ({"windows": 1.5}, "--freekv-windows"),
+        ({"windows": 5}, "--freekv-windows"),
         ({"device_blocks_memory_gib": -1.0}, "--freekv-device-blocks-memory"),
         ({"dense_layers": (-1,)}, "--freekv-dense-layers"),
         ({"dense_layers": (1, 1)}, "--freekv-dense-layers"),
@@ -110,7 +112,7 @@ def test_a_config_survives_pickling():
 SETTINGS = {  # flags, keywords, fields; the second have what excludes one of the first
     "by-codes": (
         "--kv-retrieval freekv --freekv-budget 1024 --freekv-max-budget 4096 --freekv-sink 64 "
-        "--freekv-recent 96 --freekv-tau 0.5 --freekv-host-memory 2.5 --freekv-device-blocks-memory 0.5 "
+        "--freekv-recent 96 --freekv-tau 0.5 --freekv-host-memory 2.5 --freekv-device-blocks-memory 0.5 --freekv-windows 3 "
         "--freekv-arena 4096 --freekv-dense-layers 0,1 --freekv-group-pooling mean --freekv-selector codes "
         "--freekv-key-bits 4 --freekv-hysteresis 0.25 --freekv-refetch --freekv-audit --freekv-debug-dump dumps",
         {
@@ -122,6 +124,7 @@ SETTINGS = {  # flags, keywords, fields; the second have what excludes one of th
             "freekv_tau": 0.5,
             "freekv_host_memory": 2.5,
             "freekv_device_blocks_memory": 0.5,
+            "freekv_windows": 3.0,
             "freekv_arena": 4096,
             "freekv_dense_layers": [0, 1],
             "freekv_group_pooling": "mean",
@@ -140,6 +143,7 @@ SETTINGS = {  # flags, keywords, fields; the second have what excludes one of th
             tau=0.5,
             host_memory_gib=2.5,
             device_blocks_memory_gib=0.5,
+            windows=3.0,
             arena_tokens=4096,
             dense_layers=(0, 1),
             group_pooling="mean",

@@ -24,7 +24,7 @@ from sglang_freekv.memory.page_indexes import INDEXES
 
 def read_full(job: Job) -> Iterator[Work]:
     """Decode with plain SGLang and keep its log-probabilities; yields the work done since the last time."""
-    runner, reading = _start(job)
+    runner, reading = start(job)
     yield from reading.prefill()
     vocabulary = runner.model_config.vocab_size
     for context in job.contexts:
@@ -43,11 +43,11 @@ def read_methods(job: Job, cells: Sequence[Cell]) -> Iterator[Work | Comparison]
     """
     configs = [config_of(cell) for cell in cells]
     widest = max(config.budget_tokens for config in configs)
-    runner, reading = _start(job, kv_retrieval="freekv", freekv_budget=widest, freekv_selector=configs[0].selector_name)
+    runner, reading = start(job, kv_retrieval="freekv", freekv_budget=widest, freekv_selector=configs[0].selector_name)
     yield from reading.prefill()
     for (method, context, _), config in zip(cells, configs, strict=True):
         full = np.load(job.log_probabilities(context), mmap_mode="r")
-        memory, probe = _start_method(runner, config, job), Probe(runner.attn_backend.decode, job.every)
+        memory, probe = start_method(runner, config, job), Probe(runner.attn_backend.decode, job.every)
         predictions = []
         for step, logits in enumerate(reading.decode(context)):
             predictions.append(compare(torch.from_numpy(full[step].copy()), logits, reading.targets(context, step)))
@@ -78,7 +78,7 @@ def share_processes(cells: Sequence[Cell]) -> list[list[Cell]]:
     return shared
 
 
-def _start(job: Job, **keywords: object):
+def start(job: Job, **keywords: object):
     """A runner whose pool holds the texts, and the texts."""
     # SGLang is loaded in the processes that need it, after what it prints is redirected.
     from benchmarks.real_model.reading import Reading
@@ -97,7 +97,7 @@ def _start(job: Job, **keywords: object):
     return runner, Reading(runner, job)
 
 
-def _start_method(runner, config: FreeKVConfig, job: Job) -> KVMemory:
+def start_method(runner, config: FreeKVConfig, job: Job) -> KVMemory:
     """A memory and an engine as at the start of a server, over the host store and index as they are."""
     memory = runner.attn_backend.memory
     num_texts, num_kv_heads = len(job.texts), memory.geometry.num_kv_heads

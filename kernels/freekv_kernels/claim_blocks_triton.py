@@ -6,15 +6,34 @@ import torch
 import triton
 import triton.language as tl
 
-from freekv_kernels.tables import BlockTables, Claim, MissList, PairList
+from freekv_kernels.claim_blocks import OLDEST_OF
+from freekv_kernels.tables import BlockTables, Claim, Count, MissList, PairList
 
-_NUM_PROGRAMS = 64  # per layer, of 2 warps: 16K pairs are 4 rounds of some 10 us each, on a fraction of the GPU
-_PAIRS, _CANDIDATES = 64, 64  # per round, one per thread: one look at the clock serves a small claim
+_NUM_PROGRAMS = 64  # per layer, of 2 warps: a fraction of the GPU
+_PAIRS, _CANDIDATES = 16, 64  # per round: where a quarter of the blocks may go, one turn at the clock serves the round
+_MAX_TURNS, _WIDE = 16, 256  # then every block, so many at a time, as registers allow
 
 # Values that the tables hold only during a claim.
 _CLAIMING = tl.constexpr(-2)  # in the block table: a program is finding a block for the pair
 _CLAIMED = tl.constexpr(2**31 - 1)  # as a stamp: claimed by this call
+_SHARE = tl.constexpr(OLDEST_OF)
+_EVICTIONS, _LOOKS = tl.constexpr(int(Count.EVICTIONS)), tl.constexpr(int(Count.LOOKS))
 _NEVER = tl.constexpr(-3)  # held by no table: lanes that have nothing to swap compare with it
+
+
+@triton.jit
+def _evict(candidate, is_victim, last_used, stamp, rank, block, num_served, table_ptr, owner_ptr, last_used_ptr):
+    # The pairs that wait have the ranks after num_served; their blocks are -1. The blocks then, victims won and lost.
+    old_pair = tl.load(owner_ptr + candidate, mask=is_victim, other=-1)
+    expected = tl.where(is_victim, last_used, _NEVER)
+    stamps = tl.zeros_like(last_used) + stamp
+    is_won = is_victim & (tl.atomic_cas(last_used_ptr + candidate, expected, stamps, sem="relaxed") == last_used)
+    tl.store(table_ptr + old_pair, -1, mask=is_won)
+    won_rank = tl.where(is_won, num_served + tl.cumsum(is_won.to(tl.int32)), 0)
+    is_match = rank[None, :] == won_rank[:, None]
+    block += tl.sum(tl.where(is_match, candidate[:, None] + 1, 0), 0)
+    num_won = tl.sum(is_won.to(tl.int32))
+    return block, num_won, tl.sum(is_victim.to(tl.int32)) - num_won
 
 
 @triton.jit(
@@ -40,6 +59,7 @@ def _claim_blocks_kernel(
     num_free_ptr,
     hand_ptr,
     claimed_ptr,
+    counters_ptr,
     table_stride,
     owner_stride,
     last_used_stride,
@@ -49,6 +69,8 @@ def _claim_blocks_kernel(
     STAMP_BACK: tl.constexpr,
     PAIRS: tl.constexpr,
     CANDIDATES: tl.constexpr,
+    MAX_TURNS: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     # A claimed block's stamp is no victim's, and during a claim stamps only rise: a block is claimed once in a launch,
     # so `owner` is as the launch found it where the swap of the stamp succeeds. Programs tell each other nothing but
@@ -65,9 +87,9 @@ def _claim_blocks_kernel(
     protect_from, stamp = 2 * step + PROTECT_BACK, 2 * step + STAMP_BACK
     if PROTECT_BACK and not STAMP_BACK:
         stamp = _CLAIMED  # with 2 * step it would be a victim again
-    lane, stamps = tl.arange(0, CANDIDATES), tl.full((CANDIDATES,), stamp, tl.int32)
-    num_looks = tl.cdiv(num_blocks, CANDIDATES)  # once round the clock
-    max_looks = 2 * num_looks
+    lane, wide_lane = tl.arange(0, CANDIDATES), tl.arange(0, WIDE)
+    max_turns, max_seen = tl.minimum(MAX_TURNS, tl.cdiv(num_blocks, CANDIDATES)), num_blocks
+    num_evicted, num_looks = 0, 0
 
     for first in range(tl.program_id(0) * PAIRS, count, tl.num_programs(0) * PAIRS):
         entry = first + tl.arange(0, PAIRS)
@@ -93,47 +115,53 @@ def _claim_blocks_kernel(
             block = tl.load(free_blocks_ptr + num_free - rank, mask=is_ours & (rank <= num_served), other=-1)
             tl.store(last_used_ptr + block, stamp, mask=block >= 0)
 
-            look = 0
-            while (num_served < num_wanted) & (look < max_looks):
-                # The first time round, programs take turns at one clock, and a victim that one has seen and not needed
-                # may escape the others. The second time, a program looks at every block itself: no victim escapes it.
-                # Turns wrap at 2**32, which does no more than move the hand.
-                turn = tl.full((), 0, tl.uint32)
-                start = (look - num_looks) * CANDIDATES
-                if look < num_looks:
-                    turn = tl.atomic_add(hand_ptr, CANDIDATES, sem="relaxed").to(tl.uint32)
-                    start = (turn % num_blocks.to(tl.uint32)).to(tl.int32)
-                candidate = (start + lane) % num_blocks
-                is_candidate = lane < num_blocks
-                # Not from L1: a stale stamp would be looked at, and fail to be swapped, for ever.
+            # Programs take turns at one clock, so each turn sees other blocks. Turns wrap at 2**32, which does no more
+            # than move the hand.
+            num_turns = 0
+            while (num_served < num_wanted) & (num_turns < max_turns):
+                turn = tl.atomic_add(hand_ptr, CANDIDATES, sem="relaxed").to(tl.uint32)
+                candidate = ((turn % num_blocks.to(tl.uint32)).to(tl.int32) + lane) % num_blocks
+                # Not from L1: a stale stamp would be looked at, and fail to be swapped.
+                last_used = tl.load(last_used_ptr + candidate, mask=lane < num_blocks, other=-1, cache_modifier=".cg")
+                is_old = (last_used >= 0) & (last_used < protect_from)
+                is_older = (last_used[None, :] < last_used[:, None]) | (
+                    (last_used[None, :] == last_used[:, None]) & (lane[None, :] < lane[:, None])
+                )
+                place = tl.sum((is_older & is_old[None, :]).to(tl.int32), 1)
+                is_victim = is_old & (place < tl.minimum(CANDIDATES // _SHARE, num_wanted - num_served))
+                block, num_won, _ = _evict(
+                    candidate, is_victim, last_used, stamp, rank, block, num_served, table_ptr, owner_ptr, last_used_ptr
+                )
+                num_served += num_won
+                num_evicted += num_won
+                num_looks += tl.minimum(CANDIDATES, num_blocks)
+                num_turns += 1
+            # Hardly a block may go, or other turns have passed those that may: look at every block, many at a time.
+            seen = 0
+            while (num_served < num_wanted) & (seen < max_seen):
+                candidate = (seen + tl.program_id(0) * WIDE + wide_lane) % num_blocks
+                is_candidate = seen + wide_lane < num_blocks
                 last_used = tl.load(last_used_ptr + candidate, mask=is_candidate, other=-1, cache_modifier=".cg")
-                old_pair = tl.load(owner_ptr + candidate, mask=is_candidate, other=-1)
                 is_victim = (last_used >= 0) & (last_used < protect_from)
                 is_victim &= num_served + tl.cumsum(is_victim.to(tl.int32)) <= num_wanted
-                expected = tl.where(is_victim, last_used, _NEVER)
-                seen = tl.atomic_cas(last_used_ptr + candidate, expected, stamps, sem="relaxed")
-                is_won = is_victim & (seen == last_used)
-                tl.store(table_ptr + old_pair, -1, mask=is_won)
-
-                # The pairs that still wait have the next ranks; their blocks are -1.
-                won_rank = tl.where(is_won, num_served + tl.cumsum(is_won.to(tl.int32)), 0)
-                is_match = rank[None, :] == won_rank[:, None]
-                block += tl.sum(tl.where(is_match, candidate[:, None] + 1, 0), 0)
-                num_won = tl.sum(is_won.to(tl.int32))
+                block, num_won, num_lost = _evict(
+                    candidate, is_victim, last_used, stamp, rank, block, num_served, table_ptr, owner_ptr, last_used_ptr
+                )
                 num_served += num_won
-                if (num_served == num_wanted) & (look < num_looks):
-                    # The hand stops behind the last victim, unless somebody has had a turn since.
-                    after = (start + tl.max(tl.where(is_won, lane, -1)) + 1) % num_blocks
-                    tl.atomic_cas(hand_ptr, (turn + CANDIDATES).to(tl.int32), after, sem="relaxed")
+                num_evicted += num_won
+                num_looks += tl.minimum(WIDE, num_blocks - seen)
                 # Where a victim was lost, others may have been left: look again. Losses end, as each is another's gain.
-                look += (num_won == tl.sum(is_victim.to(tl.int32))).to(tl.int32)
+                seen += tl.where(num_lost == 0, WIDE, 0)
             if num_served < num_wanted:
-                max_looks = 0  # no victim is left for the rest of the launch
+                max_turns, max_seen = 0, 0  # no victim is left for the rest of the launch
 
             tl.store(owner_ptr + block, pair.to(tl.int32), mask=block >= 0)
             tl.store(table_ptr + pair, block, mask=is_ours)
         if claimed_ptr is not None:
             tl.store(claimed_ptr + entry, block, mask=is_entry)
+    if num_looks > 0:
+        tl.atomic_add(counters_ptr + _EVICTIONS, num_evicted.to(tl.int64), sem="relaxed")
+        tl.atomic_add(counters_ptr + _LOOKS, num_looks.to(tl.int64), sem="relaxed")
 
 
 @triton.jit(do_not_specialize_on_alignment=["count_ptr", "table_ptr", "last_used_ptr"])
@@ -159,7 +187,9 @@ def _stamp_blocks_kernel(
         tl.store(last_used_ptr + block, stamp, mask=last_used == _CLAIMED)
 
 
-def claim_blocks(wanted: PairList | MissList, blocks: BlockTables, step: torch.Tensor, claim: Claim) -> None:
+def claim_blocks(
+    wanted: PairList | MissList, blocks: BlockTables, step: torch.Tensor, claim: Claim, counters: torch.Tensor
+) -> None:
     """See `freekv_kernels.claim_blocks`. The grid depends on shapes only: a CUDA graph can hold it.
 
     Which blocks are taken, for which pairs, and which pairs go without if victims run out, is left to chance.
@@ -178,6 +208,7 @@ def claim_blocks(wanted: PairList | MissList, blocks: BlockTables, step: torch.T
         blocks.num_free,
         blocks.hand,
         wanted.blocks if isinstance(wanted, MissList) else None,
+        counters,
         blocks.table.stride(0),
         blocks.owner.stride(0),
         blocks.last_used.stride(0),
@@ -187,6 +218,8 @@ def claim_blocks(wanted: PairList | MissList, blocks: BlockTables, step: torch.T
         STAMP_BACK=claim.stamp_back,
         PAIRS=_PAIRS,
         CANDIDATES=_CANDIDATES,
+        MAX_TURNS=_MAX_TURNS,
+        WIDE=_WIDE,
         num_warps=2,
     )
     if claim == Claim.AS_OLD:

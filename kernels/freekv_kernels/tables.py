@@ -59,6 +59,8 @@ class Count(IntEnum):
     DEMAND_MISSES = 4  # pairs of a front window that had lost their block since they were selected
     RECALLS = 5  # copies of a (page, head) from the host store to its block
     ABSENT_PAGES = 6  # window entries without a block when attention ran: must stay 0
+    EVICTIONS = 7  # blocks that were taken from a pair for another
+    LOOKS = 8  # blocks that were looked at for these
 
 
 class Batch(NamedTuple):

@@ -180,7 +180,7 @@ class Prefill:
         """Write the chunk to the host store, to summaries, and to blocks as far as no running request loses one."""
         plan, memory = self._plan, self.memory
         if layer.kind.is_cached:
-            memory.ops.claim_blocks(plan.opened, layer.blocks, memory.blocks.step, Claim.AS_OLD)
+            memory.ops.claim_blocks(plan.opened, layer.blocks, memory.blocks.step, Claim.AS_OLD, memory.counters.values)
         memory.ops.store_pages(k, v, plan.slots, plan.page_starts, layer.store)
         memory.seal(layer, plan.last_slots, plan.ended_groups)
 

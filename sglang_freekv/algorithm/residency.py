@@ -17,7 +17,7 @@ def make_front_resident(
     lists = (attention.kv_indptr[: len(flags.rows) + 1], attention.kv_indices)
     ops.lookup_blocks(layer.windows, batch, Half.FRONT, layer.blocks, layer.front, counters, flags, *lists)
     # Stamped for the next step too: a request within its budget reads them again.
-    ops.claim_blocks(layer.front, layer.blocks, batch.step, Claim.IN_STEP)
+    ops.claim_blocks(layer.front, layer.blocks, batch.step, Claim.IN_STEP, counters)
     ops.recall_blocks(layer.store, layer.front, counters, attention.kv_indices)
 
 
@@ -26,7 +26,7 @@ def make_next_resident(memory: KVMemory, layer: Layer, batch: Batch, half: Half)
     ops, counters = memory.ops, memory.counters.values
     ops.lookup_blocks(layer.windows, batch, half, layer.blocks, layer.back, counters)
     claim = Claim.BETWEEN_STEPS if half == Half.BOTH else Claim.IN_STEP
-    ops.claim_blocks(layer.back, layer.blocks, batch.step, claim)
+    ops.claim_blocks(layer.back, layer.blocks, batch.step, claim, counters)
     if memory.config.refetch and half == Half.BACK:
         list_selected(layer, batch)
     ops.recall_blocks(layer.store, layer.back, counters)

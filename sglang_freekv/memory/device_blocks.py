@@ -23,6 +23,11 @@ class DeviceBlocks:
 
     A layer whose kind is not cached has a block for every pair, at the block number of the pair: it never misses.
 
+    Parameters
+    ----------
+    counters : int64, ``[len(Count)]``, device
+        Advanced by what is claimed between steps.
+
     Attributes
     ----------
     kv : list over layers of model dtype ``[num_blocks, 2, page_size, head_dim]``, device
@@ -40,10 +45,11 @@ class DeviceBlocks:
         num_host_pages: int,
         num_blocks: int,
         kinds: tuple[LayerKind, ...],
+        counters: torch.Tensor,
         device: str,
     ) -> None:
         g = geometry
-        self.geometry, self._ops = g, ops
+        self.geometry, self._ops, self._counters = g, ops, counters
         self._num_pairs = num_host_pages * g.num_kv_heads
         self._cached = [number for number, kind in enumerate(kinds) if kind.is_cached]
         self.num_blocks = [num_blocks if kind.is_cached else self._num_pairs for kind in kinds]
@@ -84,7 +90,7 @@ class DeviceBlocks:
     def open(self, pairs: PairList) -> None:
         """Claim blocks for the pages that the next decode step starts; nothing to copy yet."""
         for layers in self._runs:
-            self._ops.claim_blocks(pairs, layers, self.step, Claim.BETWEEN_STEPS)
+            self._ops.claim_blocks(pairs, layers, self.step, Claim.BETWEEN_STEPS, self._counters)
 
     def owner(self, layer: int) -> torch.Tensor:
         """Pair of each block of a layer, int64 ``[num_blocks]``, -1 where free."""

@@ -104,6 +104,7 @@ class KVMemory:
             num_host_pages=self.host.num_host_pages,
             num_blocks=num_blocks,
             kinds=self.kinds,
+            counters=self.counters.values,
             device=self.device,
         )
         self.tables = StepTables(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from freekv_kernels import GROUP_PAGES
@@ -16,6 +17,12 @@ from sglang_freekv.memory.windows import WindowSizes
 def bytes_by_page(geometry: Geometry, config: FreeKVConfig) -> int:
     """Of one page of the host store, on the device: what pages are chosen by, and entries of the block table."""
     return INDEXES[config.selector_name].page_bytes(geometry) + 4 * geometry.num_layers * geometry.num_kv_heads
+
+
+def blocks_of_request(geometry: Geometry, config: FreeKVConfig) -> int:
+    """In each layer that has windows. Two windows are what a step may claim for a request; more are cache."""
+    width = WindowSizes.of(config, geometry.page_size).max_budget
+    return math.ceil(config.windows * width) * geometry.num_kv_heads
 
 
 def workspace_bytes(geometry: Geometry, config: FreeKVConfig, max_context: int, max_requests: int) -> int:
@@ -101,7 +108,7 @@ class Needs:
 
     @property
     def blocks_per_request(self) -> int:
-        return 2 * self.window_pages * self.geometry.num_kv_heads
+        return blocks_of_request(self.geometry, self.config)
 
     @property
     def fixed_bytes(self) -> int:

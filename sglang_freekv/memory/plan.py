@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from sglang_freekv.config import FreeKVConfig, UnsupportedConfiguration
 from sglang_freekv.memory.geometry import Geometry
 from sglang_freekv.memory.layers import num_cached_layers
-from sglang_freekv.memory.needs import Needs, bytes_by_page
+from sglang_freekv.memory.needs import Needs, blocks_of_request, bytes_by_page
+from sglang_freekv.memory.recalls import RECALLS
 from sglang_freekv.memory.units import GIB, in_words
 
 # Of the device memory, where the user does not size the host store: the rest is for device blocks.
@@ -69,14 +70,30 @@ class MemoryPlan:
         lines = [f"  {name:<17}{in_words(size):>10}  {what}" for name, (size, what) in pools.items()]
         lines.append(
             f"  running requests {self.max_requests:>10,}  at most, each with up to {c.max_budget_tokens:,} tokens on "
-            f"the device (front and back window: {in_words(self.request_bytes)})"
+            f"the device ({c.windows:g} windows: {in_words(self.request_bytes)})"
         )
+        lines += [f"  --freekv-windows {offer}" for offer in self._offers()]
         if on_gpu:
             lines.append(
                 f"  {resident:,} of the {self.num_tokens:,} tokens fit on the device, in all heads; as long as no more "
                 f"are in use, nothing is recalled from CPU memory"
             )
         return "\n".join(["FreeKV memory plan", *lines])
+
+    def _offers(self) -> list[str]:
+        """What more windows for each request would buy; nothing where everything is resident."""
+        g, c = self.geometry, self.config
+        if self.num_blocks >= (self.num_pages + 1) * g.num_kv_heads:
+            return []
+        offers = []
+        for windows, recalls in RECALLS.items():
+            fitting = self.num_blocks // blocks_of_request(g, replace(c, windows=windows))
+            if windows > c.windows and fitting:
+                offers.append(
+                    f"{windows} {min(fitting, self.max_requests):>9,} requests at most, "
+                    f"which recall {recalls:.2f} times what they do with 2 windows"
+                )
+        return offers
 
     def report(self) -> dict[str, Any]:
         """The settings as resolved, by keyword, and the sizes of the plan, for `/server_info`: JSON only."""
@@ -166,7 +183,7 @@ def _plan_pages(
 
 
 def _plan_blocks(needs: Needs, left: int, max_requests: int) -> tuple[int, int]:
-    """Device blocks of a layer, and running requests: each has two windows of them, or everything is resident."""
+    """Device blocks of a layer, and running requests: each has its windows of them, or everything is resident."""
     asked = needs.asked_blocks_bytes()
     if needs.max_context is not None:
         # SGLang proposes thousands; buffers of requests that could never run would take the blocks' memory.
@@ -180,11 +197,11 @@ def _plan_blocks(needs: Needs, left: int, max_requests: int) -> tuple[int, int]:
         config, g = needs.config, needs.geometry
         share = bytes_by_page(g, config) / g.page_bytes
         raise UnsupportedConfiguration(
-            f"FreeKV: {in_words(max(blocks_bytes, 0))} of device blocks cannot hold one request, whose front and "
-            f"back window take {in_words(needs.blocks_per_request * per_layer)} at a budget of "
+            f"FreeKV: {in_words(max(blocks_bytes, 0))} of device blocks cannot hold one request, whose "
+            f"{config.windows:g} windows take {in_words(needs.blocks_per_request * per_layer)} at a budget of "
             f"{config.max_budget_tokens:,} tokens; raise --freekv-device-blocks-memory or --mem-fraction-static, or "
-            f"lower --freekv-max-budget, --freekv-budget or --freekv-host-memory (page summaries take "
-            f"{share:.1%} of it)"
+            f"lower --freekv-windows, --freekv-max-budget, --freekv-budget or --freekv-host-memory (page summaries "
+            f"take {share:.1%} of it)"
         )
     return num_blocks, max_requests
 

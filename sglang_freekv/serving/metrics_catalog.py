@@ -55,7 +55,7 @@ METRICS = {
     "max_running_requests": Metric(
         "gauge",
         "requests",
-        "Requests that can run at the same time, two windows of device blocks each",
+        "Requests that can run at the same time, --freekv-windows of device blocks each",
         "Where as many run and others wait: lower --freekv-max-budget, or raise --freekv-device-blocks-memory.",
     ),
     "steps": Metric(
@@ -107,6 +107,19 @@ METRICS = {
         "pairs",
         "Pairs of a window that had lost their block before attention read them",
         "Each is a recall that attention waits for. More than a few per step: raise --freekv-device-blocks-memory.",
+    ),
+    "evictions": Metric(
+        "counter",
+        "blocks",
+        "Blocks that were taken from a page for another",
+        "0 while everything that is in use fits the device.",
+    ),
+    "looks": Metric(
+        "counter",
+        "blocks",
+        "Blocks that were looked at for one that may be taken",
+        "Divided by evictions: the looks that a claim takes, 1 to 3. Many: nearly all blocks are in windows; raise "
+        "--freekv-windows.",
     ),
     "rows": Metric(
         "counter",

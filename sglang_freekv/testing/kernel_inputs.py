@@ -172,14 +172,17 @@ class KernelInputs:
 
     def claim_blocks(self) -> dict[str, Call]:
         tables, one, step = self.memory.blocks.tables, self.layer.blocks, self.batch.step
+        counters = self.memory.counters.values
         front, back = self._misses(self.front_pairs), self._misses(self.back_pairs)
         in_step, in_chunk = (self._pairs_of(self.pages_by_residency[:n]) for n in (self.batch_size, self.num_pages))
         return {
-            "pages opened by a step, all layers": Call((in_step, tables, step, Claim.BETWEEN_STEPS), {}, tables),
-            "pages opened by a chunk": Call((in_chunk, one, step, Claim.AS_OLD), {}, one),
-            "front": Call((front, one, step, Claim.IN_STEP), {}, (*one, front.blocks)),
-            "back": Call((back, one, step, Claim.IN_STEP), {}, (*one, back.blocks)),
-            "first": Call((back, one, step, Claim.BETWEEN_STEPS), {}, (*one, back.blocks)),
+            "pages opened by a step, all layers": Call(
+                (in_step, tables, step, Claim.BETWEEN_STEPS, counters), {}, tables
+            ),
+            "pages opened by a chunk": Call((in_chunk, one, step, Claim.AS_OLD, counters), {}, one),
+            "front": Call((front, one, step, Claim.IN_STEP, counters), {}, (*one, front.blocks)),
+            "back": Call((back, one, step, Claim.IN_STEP, counters), {}, (*one, back.blocks)),
+            "first": Call((back, one, step, Claim.BETWEEN_STEPS, counters), {}, (*one, back.blocks)),
         }
 
     def recall_blocks(self) -> dict[str, Call]:

@@ -206,7 +206,7 @@ class ReferenceRequest:
         return {page: shares[page] for page in candidates if page in shares}
 
     def listed_pages(self, layer: int, kv_head: int, group: torch.Tensor, num_pages: int) -> list[int]:
-        """The pages with whose keys `group [group_size, D]` is compared: of the best groups of four, by their bounds."""
+        """The pages with whose keys those of `group [group_size, D]` are compared: of the best groups of four."""
         sink, recent, most = self.rule.sink_pages, self.rule.recent_pages, self.rule.num_listed
         if most is None or num_pages <= most:
             return list(range(num_pages))

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from freekv_kernels import BlockTables, Claim, MissList, PairList
+from freekv_kernels import BlockTables, Claim, Count, MissList, PairList
 
 STALE = 77
 STEP = 5
@@ -21,6 +21,7 @@ class Blocks:
 
     def __init__(self, impl: SimpleNamespace, num_blocks: int, num_pairs: int = 100, layers: int = 1) -> None:
         self.impl = impl
+        self.counters = torch.zeros(len(Count), dtype=torch.int64, device=impl.device)
         per_block = {"size": (layers, num_blocks), "dtype": torch.int32, "device": impl.device}
         free = torch.arange(num_blocks, dtype=torch.int32, device=impl.device).flip(0)
         self.tables = BlockTables(
@@ -50,7 +51,7 @@ class Blocks:
     def _claim(self, wanted, layers, step, claim) -> None:
         before = [tensor.clone() for tensor in wanted[:2]]
         step = torch.tensor([step], device=self.impl.device)
-        self.impl.ops.claim_blocks(wanted, self.tables.layers(*layers), step, claim)
+        self.impl.ops.claim_blocks(wanted, self.tables.layers(*layers), step, claim, self.counters)
         assert all(torch.equal(x, y) for x, y in zip(before, wanted, strict=False))
         self.check()
 
@@ -59,6 +60,18 @@ class Blocks:
 
     def _count(self, pairs) -> torch.Tensor:
         return torch.tensor([len(pairs)], dtype=torch.int32, device=self.impl.device)
+
+    def fill(self, stamps: torch.Tensor) -> None:
+        """Block i of layer 0 goes to pair i, with stamp i."""
+        number = torch.arange(len(stamps), dtype=torch.int32, device=self.impl.device)
+        self.tables.table.view(-1)[: len(stamps)] = number
+        self.tables.owner[0] = number
+        self.tables.last_used[0] = stamps
+        self.tables.num_free.zero_()
+
+    def counted(self) -> tuple[int, int]:
+        """Blocks that were taken, and blocks that were looked at."""
+        return self.counters[Count.EVICTIONS].item(), self.counters[Count.LOOKS].item()
 
     def blocks_of(self, pairs, layer: int = 0) -> list[int]:
         return self.tables.table[layer].flatten()[pairs].tolist()
@@ -80,7 +93,7 @@ def short_rounds(impl, monkeypatch) -> None:
     if impl.name == "triton":
         from freekv_kernels import claim_blocks_triton
 
-        for name, value in {"_NUM_PROGRAMS": 3, "_PAIRS": 4, "_CANDIDATES": 8}.items():
+        for name, value in {"_NUM_PROGRAMS": 3, "_PAIRS": 4, "_CANDIDATES": 8, "_WIDE": 16}.items():
             monkeypatch.setattr(claim_blocks_triton, name, value)
 
 
@@ -145,14 +158,50 @@ def test_the_hand_moves_on_so_that_victims_take_turns(impl, hand):
     assert sorted(taken) == [0, 1, 2, 3, 4, 5]
 
 
+def test_the_oldest_that_the_hand_passes_go_first(impl):
+    blocks = Blocks(impl, 64)
+    stamps = torch.randperm(64).int()
+    blocks.fill(stamps)
+    claimed = blocks.claim_misses(list(range(70, 86)), step=100)
+    assert sorted(claimed) == sorted(stamps.argsort()[:16].tolist())
+
+
+def test_where_a_quarter_of_the_blocks_may_go_a_claim_takes_four_looks(impl):
+    blocks = Blocks(impl, 1024, num_pairs=2000)
+    blocks.fill(torch.where(torch.arange(1024) % 4 == 0, 3, 2 * STEP))
+    blocks.claim_misses(list(range(1100, 1164)), claim=Claim.IN_STEP)
+    assert blocks.counted() == (64, 4 * 64)
+
+
+@pytest.mark.parametrize("victim", [0, 1500, 4095])
+def test_however_few_blocks_may_go_no_block_is_looked_at_more_than_twice(impl, victim):
+    blocks = Blocks(impl, 4096, num_pairs=5000)
+    blocks.fill(torch.full((4096,), 2 * STEP))
+    blocks.tables.last_used[0, victim] = 3
+    assert blocks.claim_misses([4500], claim=Claim.IN_STEP) == [victim]
+    num_taken, num_looks = blocks.counted()
+    assert num_taken == 1 and num_looks <= 2 * 4096
+
+
+def test_free_blocks_need_no_look(impl):
+    blocks = Blocks(impl, 40)
+    blocks.claim(list(range(40)))
+    assert blocks.counted() == (0, 0)
+
+
+def test_blocks_that_are_taken_from_pairs_are_counted(impl):
+    blocks = Blocks(impl, 40)
+    blocks.claim(list(range(30)), step=1)
+    blocks.claim(list(range(50, 75)))
+    num_lost = sum(block < 0 for block in blocks.blocks_of(list(range(30))))
+    assert blocks.counted()[0] == num_lost == 15
+
+
 @pytest.mark.usefixtures("short_rounds")
 @pytest.mark.parametrize(("victim", "hand"), [(0, 1), (25, 26), (49, 0), (7, 2**31 - 1)])
 def test_the_search_goes_all_the_way_round_for_the_one_block_that_may_go(impl, victim, hand):
     blocks = Blocks(impl, 50)
-    blocks.tables.table.view(-1)[:50] = torch.arange(50, device=impl.device)
-    blocks.tables.owner.copy_(torch.arange(50))
-    blocks.tables.num_free.zero_()
-    blocks.tables.last_used.fill_(2 * STEP)
+    blocks.fill(torch.full((50,), 2 * STEP))
     blocks.tables.last_used[0, victim] = 3
     blocks.tables.hand.fill_(hand)
     assert sorted(blocks.claim_misses([70, 71], claim=Claim.IN_STEP)) == [-1, victim]
@@ -166,7 +215,8 @@ def test_an_empty_list_changes_nothing(impl):
     blocks.claim([])
     assert blocks.claim_misses([]) == []
     no_pairs = PairList(torch.empty(0, dtype=torch.int64, device=impl.device), torch.zeros_like(blocks.tables.hand[:1]))
-    impl.ops.claim_blocks(no_pairs, blocks.tables, torch.tensor([STEP], device=impl.device), Claim.AS_OLD)
+    step = torch.tensor([STEP], device=impl.device)
+    impl.ops.claim_blocks(no_pairs, blocks.tables, step, Claim.AS_OLD, blocks.counters)
     assert all(torch.equal(x, y) for x, y in zip(before, blocks.tables, strict=True))
 
 
@@ -262,7 +312,8 @@ def test_block_tables_may_be_larger_than_2_gib(impl):
     table.view(2, -1)[:, pairs] = -1
     wanted = PairList(torch.tensor(pairs, device=impl.device), torch.tensor([3], dtype=torch.int32, device=impl.device))
     blocks.tables = blocks.tables._replace(table=table)
-    impl.ops.claim_blocks(wanted, blocks.tables, torch.tensor([STEP], device=impl.device), Claim.BETWEEN_STEPS)
+    step = torch.tensor([STEP], device=impl.device)
+    impl.ops.claim_blocks(wanted, blocks.tables, step, Claim.BETWEEN_STEPS, blocks.counters)
     for layer in (0, 1):
         held = blocks.blocks_of(pairs, layer)
         assert blocks.tables.owner[layer, held].tolist() == pairs

@@ -179,7 +179,7 @@ class Steps:
             front = (FlagList(None, None, is_flagged), self.kv_indptr, self.kv_indices)
         ops.lookup_blocks(self.windows, self.batch, half, self.all_blocks, misses, self.counters, *front)
         claim = Claim.BETWEEN_STEPS if half == Half.BOTH else Claim.IN_STEP
-        ops.claim_blocks(misses, self.all_blocks, self.batch.step, claim)
+        ops.claim_blocks(misses, self.all_blocks, self.batch.step, claim, self.counters)
         store = PageStore(self.host_kv[:, 1], None, self.block_kv, self.blocks.table)
         ops.recall_blocks(store, misses, self.counters, *front[2:])
         self.check()
@@ -198,7 +198,7 @@ class Steps:
         ops.forget_blocks(wanted, self.all_blocks)
         self.check()
         self.host_kv[pages] = torch.randn(len(pages), LAYERS, HEADS, 2, PAGE, 4)
-        ops.claim_blocks(wanted, self.all_blocks, self.batch.step, Claim.AS_OLD)
+        ops.claim_blocks(wanted, self.all_blocks, self.batch.step, Claim.AS_OLD, self.counters)
         resident = pairs[self.blocks.table.view(-1)[pairs] >= 0]
         records = self.host_kv[:, 1].flatten(0, 1)[resident.cpu()]
         self.block_kv[self.blocks.table.view(-1)[resident].long()] = records.to(device)

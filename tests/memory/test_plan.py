@@ -10,6 +10,7 @@ import types
 import pytest
 import torch
 
+from benchmarks.records import RESULTS, read_records
 from sglang_freekv.attention.cpu import TorchWindowAttention
 from sglang_freekv.config import KEY_BITS, PAGE_SIZES, FreeKVConfig, UnsupportedConfiguration
 from sglang_freekv.flags import take_options
@@ -18,6 +19,7 @@ from sglang_freekv.memory.kv_memory import KVMemory
 from sglang_freekv.memory.needs import workspace_bytes
 from sglang_freekv.memory.page_indexes import INDEXES
 from sglang_freekv.memory.plan import plan_memory
+from sglang_freekv.memory.recalls import RECALLS
 from sglang_freekv.memory.units import GIB, in_words
 from sglang_freekv.memory.windows import WindowSizes
 from sglang_freekv.serving import pool_sizes
@@ -46,12 +48,14 @@ def device_total(plan) -> int:
 @pytest.mark.parametrize("max_requests", [1, 8, 64, 4096])
 @pytest.mark.parametrize("device_gib", [16, 50, 110])
 @pytest.mark.parametrize("host_gib", [4, 32, 200])
-def test_everything_on_a_gpu_fits_and_every_request_has_its_two_windows(device_gib, host_gib, max_requests):
-    plan = gpu_plan(device_gib=device_gib, host_gib=host_gib, max_requests=max_requests)
+@pytest.mark.parametrize("windows", [2, 2.5, 4])
+def test_everything_on_a_gpu_fits_and_every_request_has_its_windows(windows, device_gib, host_gib, max_requests):
+    config = FreeKVConfig(windows=windows)
+    plan = gpu_plan(config, device_gib=device_gib, host_gib=host_gib, max_requests=max_requests)
     assert device_total(plan) <= device_gib * GIB
     assert 1 <= plan.max_requests <= max_requests
     num_pairs = (plan.num_pages + 1) * LLAMA_8B.num_kv_heads
-    own = 2 * WINDOW * LLAMA_8B.num_kv_heads * plan.max_requests
+    own = windows * WINDOW * LLAMA_8B.num_kv_heads * plan.max_requests
     assert plan.num_blocks == num_pairs or plan.num_blocks >= own
 
 
@@ -66,6 +70,46 @@ def test_no_memory_is_left_that_one_more_request_would_need(dense_layers):
     blocks_of_requests = 2 * WINDOW * LLAMA_8B.num_kv_heads * plan.max_requests
     spare = (plan.num_blocks - blocks_of_requests) * (LLAMA_8B.num_layers - len(dense_layers)) * LLAMA_8B.block_bytes
     assert 50 * GIB - device_total(plan) + spare < one_more
+
+
+def test_with_twice_the_windows_half_the_requests_run_in_blocks_of_a_given_size():
+    few, many = (gpu_plan(FreeKVConfig(windows=windows, device_blocks_memory_gib=20)) for windows in (4, 2))
+    assert few.num_blocks == many.num_blocks
+    assert few.max_requests == many.max_requests // 2
+
+
+def test_the_printed_plan_says_what_more_windows_buy():
+    plan = gpu_plan(host_gib=64, device_gib=24)
+    offered = dict(re.findall(r"--freekv-windows (\d) +([\d,]+) requests at most", plan.describe()))
+    assert list(offered) == ["3", "4"]
+    for windows, number in offered.items():
+        run = gpu_plan(FreeKVConfig(windows=int(windows)), host_gib=64, device_gib=24).max_requests
+        assert run - 1 <= int(number) <= run < plan.max_requests  # fewer requests leave memory for more blocks
+    assert "--freekv-windows" not in gpu_plan(FreeKVConfig(windows=4), host_gib=64, device_gib=24).describe()
+
+
+def test_where_everything_is_resident_more_windows_buy_nothing():
+    assert "--freekv-windows" not in gpu_plan(host_gib=2, max_requests=200).describe()
+
+
+def test_what_more_windows_save_is_what_was_measured():
+    records = read_records(RESULTS / "device_cache_replay.jsonl")
+    missed = {
+        (record.params["churn"], record.params["windows"]): 1 - record.value
+        for record in records
+        if record.metric == "hit_share" and record.params["rule"] == "oldest of four"
+    }
+    churns = {churn for churn, _ in missed}
+    for windows, recalls in RECALLS.items():
+        shares = [missed[churn, windows] / missed[churn, 2] for churn in churns]
+        assert recalls == pytest.approx(sum(shares) / len(shares), abs=0.005)
+
+
+def test_a_part_of_a_window_is_whole_blocks_of_every_head():
+    config = FreeKVConfig(budget_tokens=1056, windows=2.5)  # 33 pages
+    window_bytes = [gpu_plan(dataclasses.replace(config, windows=windows)).request_bytes for windows in (2, 2.5)]
+    more = window_bytes[1] - window_bytes[0]
+    assert more == (83 - 66) * LLAMA_8B.num_kv_heads * LLAMA_8B.num_layers * LLAMA_8B.block_bytes
 
 
 def test_thousands_of_requests_that_cannot_run_cost_no_blocks():

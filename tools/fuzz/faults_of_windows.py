@@ -65,8 +65,8 @@ def a_forgotten_block_is_lost(patch: MonkeyPatch) -> None:
 
 @fault("lost their blocks|has no block|without a block|wrong output of a decode step")
 def a_claim_takes_blocks_of_windows(patch: MonkeyPatch) -> None:
-    def claim(original, pairs, blocks, protect_from, stamp):
-        return original(pairs, blocks, 1 << 31, stamp)
+    def claim(original, pairs, blocks, protect_from, *rest):
+        return original(pairs, blocks, 1 << 31, *rest)
 
     wrap(patch, sys.modules["freekv_kernels.claim_blocks"], "_claim", claim)
 
