@@ -220,7 +220,7 @@ class ReferenceRequest:
         return [page for number in best for page in range(4 * number, 4 * number + 4) if page < num_pages]
 
     def group_scores(self, layer: int, kv_head: int, group: torch.Tensor, number: int) -> torch.Tensor:
-        """Score of four pages for each query of `group [group_size, D]`: the middle of their bounds, and half of the rest."""
+        """Score of four pages for each query of `group [group_size, D]`: the middle of their bounds, and some width."""
         keys = torch.cat([self.page_keys(layer, kv_head, 4 * number + i) for i in range(4)])
         low, high = outwards(keys.amin(dim=0), keys.amax(dim=0))
         return self.rule.scale * (group @ (low + high) / 2 + group.abs() @ (high - low) / 4)

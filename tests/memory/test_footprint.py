@@ -26,9 +26,8 @@ def counted(engine: SimulatedEngine) -> tuple[int, int]:
 
 
 def index_tokens(pages: int, key_bits: int) -> int:
-    """Of a page, the two bounds of each channel take as much as the key and the value of one token, and codes take PAGE
-    times key_bits bits for each channel, where a token has 64."""
-    return pages + pages * PAGE * key_bits // 64
+    """Whole tokens: of a page, each channel has two bounds of 8 bits, and PAGE codes, where a token has 64 bits."""
+    return pages * (16 + PAGE * key_bits) // 64
 
 
 @pytest.mark.parametrize("key_bits", [0, 2])

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks.records import RESULTS, read_records
+from freekv_kernels import GROUP_PAGES
 from sglang_freekv.attention.cpu import TorchWindowAttention
 from sglang_freekv.config import KEY_BITS, PAGE_SIZES, FreeKVConfig, UnsupportedConfiguration
 from sglang_freekv.flags import take_options
@@ -139,15 +140,21 @@ def test_blocks_of_a_given_size_leave_room_for_the_buffers():
     assert device_total(plan) <= 24 * GIB
 
 
+@pytest.mark.parametrize("candidates", [0, 5])
 @pytest.mark.parametrize("dense_layers", [(), (0,)])
-def test_the_workspace_is_what_the_memory_and_the_attention_allocate(dense_layers):
-    max_requests, config = 3, FreeKVConfig(dense_layers=dense_layers)
+def test_the_workspace_is_what_the_memory_and_the_attention_allocate(dense_layers, candidates):
+    max_requests, config = 3, FreeKVConfig(dense_layers=dense_layers, candidates=candidates)
     max_pages = CONTEXT // 32
     sizes = {"num_host_pages": 2, "num_blocks": 2, "max_requests": max_requests, "max_context": CONTEXT}
-    tables = KVMemory(LLAMA_8B, config, **sizes).tables
-    tensors = [*tables._batch[:-1], *tables._flags, *tables._misses[0], *tables._misses[1], tables.opened.pairs]
-    rows = max_requests * LLAMA_8B.num_kv_heads
-    tensors += [torch.empty((rows, LLAMA_8B.group_size, max_pages), device="meta")] * 2  # scores; a CPU keeps none
+    memory = KVMemory(LLAMA_8B, config, **sizes)
+    tables = memory.tables
+    of_batch = [tensor for tensor in tables._batch if tensor is not memory.blocks.step]
+    tensors = [*of_batch, *tables._flags, *tables._misses[0], *tables._misses[1], tables.opened.pairs]
+    rows, num_listed = max_requests * LLAMA_8B.num_kv_heads, memory.sizes.num_listed(candidates, max_pages)
+    assert (num_listed is None) == (candidates == 0)
+    columns = max_pages if num_listed is None else max(num_listed, max_pages // GROUP_PAGES)
+    scores = torch.empty((rows, LLAMA_8B.group_size, columns), device="meta")  # of both streams; a CPU keeps none
+    tensors += [scores, scores, *[torch.empty((rows, num_listed or 0), dtype=torch.int32, device="meta")] * 2]
     for width in (WINDOW, *([max_pages] if dense_layers else [])):
         attention = TorchWindowAttention(LLAMA_8B, max_requests, width)
         tensors += [attention.kv_indptr[1:], attention.kv_indices, attention.last_page_len]
