@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-# Windows of blocks for each request -> recalls, where two windows recall 1: the oldest of four blocks go, windows change
-# as a language model's do. Source: benchmarks/results/device_cache_replay.jsonl, mean of its churns.
+# Windows of blocks for each request -> recalls, where two windows recall 1: the oldest of four blocks go, windows
+# change as a language model's do. Source: benchmarks/results/device_cache_replay.jsonl, mean of its churns.
 RECALLS = {2: 1.0, 3: 0.64, 4: 0.44}
