@@ -113,8 +113,9 @@ SETTINGS = {  # flags, keywords, fields; the second have what excludes one of th
     "by-codes": (
         "--kv-retrieval freekv --freekv-budget 1024 --freekv-max-budget 4096 --freekv-sink 64 "
         "--freekv-recent 96 --freekv-tau 0.5 --freekv-host-memory 2.5 --freekv-device-blocks-memory 0.5 "
-        "--freekv-windows 3 --freekv-arena 4096 --freekv-dense-layers 0,1 --freekv-group-pooling mean --freekv-selector codes "
-        "--freekv-key-bits 4 --freekv-hysteresis 0.25 --freekv-refetch --freekv-audit --freekv-debug-dump dumps",
+        "--freekv-windows 3 --freekv-arena 4096 --freekv-dense-layers 0,1 --freekv-group-pooling mean "
+        "--freekv-selector codes --freekv-key-bits 4 --freekv-hysteresis 0.25 --freekv-refetch --freekv-audit "
+        "--freekv-debug-dump dumps",
         {
             "kv_retrieval": "freekv",
             "freekv_budget": 1024,
