@@ -59,6 +59,7 @@ class Count(IntEnum):
     DEMAND_MISSES = 4  # pairs of a front window that had lost their block since they were selected
     RECALLS = 5  # copies of a (page, head) from the host store to its block
     ABSENT_PAGES = 6  # window entries without a block when attention ran: must stay 0
+    PAGES_READ = 7  # pages that ROWS attended to
 
 
 class Batch(NamedTuple):

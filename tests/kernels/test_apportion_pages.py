@@ -112,7 +112,7 @@ def test_no_request_gets_more_than_its_budgets_and_no_row_less_than_one_page(imp
     batch = inputs[1]
     own, num_pages = batch.budget_pages.cpu(), batch.num_pages.cpu()[:, None]
     assert (found.sum(1) <= own.sum(1)).all()
-    if mass == 1:
+    if mass == 1 and spread < 30:  # beyond, most pages have no mass that float32 knows
         assert (found.sum(1) == own.sum(1))[:3].all(), "nothing is left where everything is wanted"
     is_over = num_pages > own
     assert (found < num_pages)[is_over].all() and torch.equal(found[~is_over], own[~is_over])
