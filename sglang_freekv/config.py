@@ -113,10 +113,10 @@ class FreeKVConfig:
     mass: float | None = _flag(
         "mass",
         None,
-        "estimated share of its attention, 0 to 1, that a KV head's window is to hold in each step: heads that need less "
-        "read less, and together the heads of a request read at most its budget each; 0: unless a request asks for "
-        f'another with custom_params {{"{MASS_PARAM}": SHARE}}, its heads read the budget each; only with the selector '
-        "mass (default: the budget each, whatever a request asks for)",
+        "estimated share of its attention, 0 to 1, that a KV head's window is to hold in each step: heads that need "
+        "less read less, others more, and the heads of a request together at most its budget each; 0: all heads read "
+        f'the budget, unless a request asks for a share with custom_params {{"{MASS_PARAM}": SHARE}}; only with the '
+        "selector mass (default: all heads read the budget, and no request may ask)",
         float,
         _between(0, 1),
         metavar="SHARE",

@@ -14,7 +14,7 @@ def apportion_pages(
     masses: torch.Tensor,
     sink_pages: int,
     recent_pages: int,
-    width: int,
+    times: int,
     budget_pages: torch.Tensor,
     row_budgets: torch.Tensor,
     pages: torch.Tensor | None = None,
@@ -36,9 +36,9 @@ def apportion_pages(
     masses : float32, ``[max_requests + 1]``, device
         By row of the request table, 0 to 1; with 0 a request's budgets stay as they are.
     sink_pages, recent_pages : int
-        Their sum is at most any budget; a request whose budgets it is gets nothing else.
-    width : int
-        Most pages of a row.
+        Their sum is at most any budget; a row whose budget it is gets nothing else.
+    times : int
+        Most pages that a row selects, for each that its own budget has room for.
     budget_pages : int64, ``[batch_size, num_kv_heads]``, device
         Written, of every row: less than the pages of a request in rows over their budgets, so they stay over them.
     row_budgets : int64, ``[max_requests + 1, num_kv_heads]``, device
@@ -63,9 +63,9 @@ def apportion_pages(
 
     reached = best.exp().cumsum(-1)
     num_wanted = 1 + (reached < reached[..., -1:] - (1 - mass[..., None])).sum(-1)
-    most = torch.minimum((num_pages - fixed - 1).clamp(max=width - fixed), is_candidate.sum(-1))
-    num_wanted = torch.minimum(num_wanted, most)
     room = torch.where(is_open, batch.budget_pages - fixed, 0)
+    most = torch.minimum(num_pages - fixed - 1, is_candidate.sum(-1)).minimum(times * room)
+    num_wanted = torch.minimum(num_wanted, most)
     rank = best.masked_fill(column >= num_wanted[..., None], float("-inf"))
     rank = rank.masked_fill(column < room.clamp(max=1)[..., None], float("inf")).flatten(1)
     order = rank.argsort(descending=True)

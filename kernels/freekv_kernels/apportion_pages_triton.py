@@ -62,7 +62,7 @@ def _apportion_pages_kernel(
     shares_stride,
     pages_stride,
     NUM_KV_HEADS: tl.constexpr,
-    WIDTH: tl.constexpr,
+    TIMES: tl.constexpr,
     SINK: tl.constexpr,
     RECENT: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -111,10 +111,10 @@ def _apportion_pages_kernel(
     num_taken = tl.minimum(tl.ceil((target - mass_high) / share_of_each), num_left.to(tl.float32)).to(tl.int32)
     num_wanted = tl.where(is_searched, count_high + tl.where(num_left > 1, num_taken, num_left), 1)
 
-    most = tl.minimum(tl.minimum(num_pages - FIXED - 1, WIDTH - FIXED), num_candidates)
     room_of_head = tl.where(is_open, own_budget - FIXED, 0)
+    most = tl.minimum(tl.minimum(num_pages - FIXED - 1, TIMES * room_of_head), num_candidates)
     room, least = tl.sum(room_of_head), tl.minimum(room_of_head, 1)
-    num_wanted = tl.where(is_open, tl.maximum(tl.minimum(num_wanted, most), least), 0)
+    num_wanted = tl.where(is_open, tl.minimum(num_wanted, most), 0)
 
     # One bound for all heads, of the request's shares, where they want more than there is room for.
     num_kept, num_more = least, num_wanted
@@ -158,7 +158,7 @@ def apportion_pages(
     masses: torch.Tensor,
     sink_pages: int,
     recent_pages: int,
-    width: int,
+    times: int,
     budget_pages: torch.Tensor,
     row_budgets: torch.Tensor,
     pages: torch.Tensor | None = None,
@@ -182,7 +182,7 @@ def apportion_pages(
         shares.stride(0),
         0 if pages is None else pages.stride(0),
         NUM_KV_HEADS=num_kv_heads,
-        WIDTH=width,
+        TIMES=times,
         SINK=sink_pages,
         RECENT=recent_pages,
         BLOCK=max(16, 4096 // block_h),

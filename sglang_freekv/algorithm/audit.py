@@ -82,18 +82,18 @@ def audit_windows(decode: Decode) -> None:
     for layer in memory.layers:
         if (selector := decode.selectors.get(layer.kind)) is None:
             continue
-        scale, ahead = decode.scales[layer.number], batch
-        _audit_form(memory, plan.batch_at(layer.number, Half.FRONT), layer.number, layer.windows[front, batch.rows].long())
-        again = layer._replace(windows=layer.windows.clone())
+        scale, present = decode.scales[layer.number], plan.batch_at(layer.number, Half.FRONT)
+        _audit_form(memory, present, layer.number, layer.windows[front, batch.rows].long())
+        again, ahead, shares = layer._replace(windows=layer.windows.clone()), batch, None
         if plan.rows is not None:
-            _audit_sum(batch, plan.batch_at(layer.number, Half.FRONT), layer.number)
+            _audit_sum(batch, present, layer.number)
             again = again._replace(row_budgets=layer.row_budgets.clone())
             shares = selector.score(layer, batch, Half.BACK, scale)
             ahead = selector.apportion(again, batch, Half.BACK, shares, torch.empty_like(batch.budget_pages))
             _audit_sum(batch, ahead, layer.number)
             if plan.todo.selects and not torch.equal(again.row_budgets, layer.row_budgets):
                 raise AuditError(f"layer {layer.number}: the budgets of rows are not what q asks for")
-        selector.write_windows(again, ahead, Half.BACK, scale)
+        selector.write_windows(again, ahead, Half.BACK, scale, scores=shares)
         is_wrong = (again.windows[back, batch.rows] != layer.windows[back, batch.rows]).any(-1) & is_over_next
         if is_wrong.any():
             index, head = is_wrong.nonzero()[0].tolist()

@@ -14,7 +14,7 @@ import torch
 from freekv_kernels import Batch, FlagList, Half, lookup_pairs
 from sglang_freekv.algorithm.inputs import DecodeInput
 from sglang_freekv.algorithm.residency import make_front_resident, make_next_resident
-from sglang_freekv.algorithm.selector import Selector
+from sglang_freekv.algorithm.selector import Scores, Selector
 from sglang_freekv.algorithm.shortcuts import Shortcuts, shortcuts
 from sglang_freekv.algorithm.stream import SideStream
 from sglang_freekv.attention.base import DecodeAttention
@@ -195,7 +195,7 @@ class Decode:
                 make_next_resident(memory, layer, plan.batch_at(layer.number, Half.BACK), Half.BACK)
         return own
 
-    def _select_next(self, layer: Layer, selector: Selector, scale: float, scores: torch.Tensor | None) -> None:
+    def _select_next(self, layer: Layer, selector: Selector, scale: float, scores: Scores | None) -> None:
         """Write the windows of the next step, by `scores` where they are known already."""
         batch = self._plan.batch
         if self._plan.rows is not None:

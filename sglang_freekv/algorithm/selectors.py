@@ -82,9 +82,7 @@ class MassSelector(MinMaxSelector):
         written = (layer.windows, flags, memory.counters.values)
         memory.ops.correct_windows(shares.values, batch, *rule, *written, memory.config.bonus, shares.pages)
 
-    def apportion(
-        self, layer: Layer, batch: Batch, half: Half, shares: torch.Tensor, budget_pages: torch.Tensor
-    ) -> Batch:
+    def apportion(self, layer: Layer, batch: Batch, half: Half, shares: Scores, budget_pages: torch.Tensor) -> Batch:
         """The batch with budgets that follow the rows' attention, for windows that are written next.
 
         Parameters
@@ -96,8 +94,9 @@ class MassSelector(MinMaxSelector):
             Where they are written.
         """
         memory, sizes = self.memory, self.memory.sizes
-        rule = (memory.budgets.masses, sizes.sink, sizes.recent, sizes.width)
-        memory.ops.apportion_pages(shares, batch, half, *rule, budget_pages, layer.row_budgets)
+        rule = (memory.budgets.masses, sizes.sink, sizes.recent, sizes.times)
+        written = (budget_pages, layer.row_budgets)
+        memory.ops.apportion_pages(shares.values, batch, half, *rule, *written, shares.pages)
         return batch._replace(budget_pages=budget_pages)
 
 

@@ -35,7 +35,7 @@ class Budgets:
     def __init__(
         self, geometry: Geometry, max_requests: int, sizes: WindowSizes, mass: float | None, device: str
     ) -> None:
-        self._num_kv_heads, self._width, self._mass = geometry.num_kv_heads, sizes.width, mass or 0.0
+        self._num_kv_heads, self._sizes, self._mass = geometry.num_kv_heads, sizes, mass or 0.0
         shape = (max_requests + 1, geometry.num_kv_heads)
         self._of_rows = [[sizes.max_budget] * shape[1]] * shape[0]  # the host's copy
         self._masses = [0.0] * shape[0]  # the host's copy
@@ -64,7 +64,10 @@ class Budgets:
 
     def longest(self, row: int, num_pages: int) -> list[int]:
         """Most pages that each head of a row of so many pages may read; the device may choose fewer."""
-        return [min(num_pages, self._width if self._masses[row] else budget) for budget in self._of_rows[row]]
+        budgets = self._of_rows[row]
+        if self._masses[row]:
+            budgets = map(self._sizes.longest, budgets)
+        return [min(num_pages, budget) for budget in budgets]
 
     def start(self, rows: torch.Tensor, budget_pages: torch.Tensor, masses: torch.Tensor | None = None) -> None:
         """Requests start to decode, in the order of the forward passes.

@@ -140,7 +140,7 @@ class KVMemory:
         )
 
     def admit(self, row: int, budget_tokens: int | None = None, mass: float | None = None) -> None:
-        """A request takes `row` of the request table; its budget (tokens) and mass are the configured ones unless given."""
+        """A request takes `row` of the request table; budget (tokens) and mass are the configured ones unless given."""
         budget_pages = self.sizes.budget if budget_tokens is None else budget_tokens // self.geometry.page_size
         self.budgets.admit(row, budget_pages, mass)
 

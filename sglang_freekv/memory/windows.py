@@ -10,9 +10,8 @@ from freekv_kernels import list_width
 from sglang_freekv.config import FreeKVConfig
 from sglang_freekv.memory.geometry import Geometry
 
-
-# Budgets that one row may have of its request's. The needs of heads have a long tail (a 95th percentile of 77 pages where
-# the mean is 24), and a list of pages costs 4 bytes a page.
+# Pages that a row may select for each that its budget has room for, where rows share. The needs of heads have a long
+# tail, and what it costs is memory for lists of pages, 4 bytes a page.
 _WIDEST_ROW = 4
 
 
@@ -23,13 +22,25 @@ class WindowSizes(NamedTuple):
     recent: int
     budget: int  # what a request has that asks for nothing
     max_budget: int  # what a request may ask for
-    width: int  # most pages of a row; more than a budget where the rows of a request share theirs
+    times: int  # how many times the selected pages of its budget a row may select: more than 1 where rows share
 
     @classmethod
     def of(cls, config: FreeKVConfig, page_size: int) -> WindowSizes:
         tokens = (config.sink_tokens, config.recent_tokens, config.budget_tokens, config.max_budget_tokens)
         sink, recent, budget, most = (n // page_size for n in tokens)
-        return cls(sink, recent, budget, most, most if config.mass is None else _WIDEST_ROW * most)
+        # A list of candidates always has as many for each page.
+        times = min(_WIDEST_ROW, config.num_candidates or _WIDEST_ROW)
+        return cls(sink, recent, budget, most, 1 if config.mass is None else times)
+
+    def longest(self, budget: int) -> int:
+        """Most pages of a row with that budget."""
+        fixed = self.sink + self.recent
+        return fixed + self.times * (budget - fixed)
+
+    @property
+    def width(self) -> int:
+        """Of a window."""
+        return self.longest(self.max_budget)
 
     def num_listed(self, candidates: int, max_pages: int) -> int | None:
         """Columns of a list of the pages that are scored one by one, with so many `candidates` for each page selected.

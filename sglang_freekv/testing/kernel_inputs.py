@@ -147,7 +147,7 @@ class KernelInputs:
         memory, budgets = self.memory, self.batch.budget_pages
         masses = torch.full((self.batch_size + 1,), 0.9, device=self.device)
         shares = self._scores()[:, :1].log_softmax(-1)
-        rule = (masses, self.sizes.sink, self.sizes.recent, 4 * self.width)
+        rule = (masses, self.sizes.sink, self.sizes.recent, 4)
         written = (torch.zeros_like(budgets), memory.budgets.pages.clone())
         return {"back": Call((shares, self.batch, Half.BACK, *rule, *written))}
 

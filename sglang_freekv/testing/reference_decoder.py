@@ -40,7 +40,7 @@ class Rule:
     candidates: int  # pages whose keys are read for each one that is selected; 0: all
     num_listed: int | None  # pages up to which the keys of all are read; None: always
     mass: float  # share of the attention that a window is to hold, of a request that asks for none; 0: its budget
-    width: int  # most pages of a head
+    times: int  # most pages that a head selects, for each that its budget has room for
     dense_layers: tuple[int, ...] = ()
 
     @classmethod
@@ -64,7 +64,7 @@ class Rule:
             candidates=config.num_candidates,
             num_listed=sizes.num_listed(config.num_candidates, memory.max_pages),
             mass=config.mass or 0.0,
-            width=sizes.width,
+            times=sizes.times,
             dense_layers=config.dense_layers,
         )
 
@@ -197,14 +197,15 @@ class ReferenceRequest:
             return [self.budget_pages for _ in heads]
         candidates = range(self.rule.sink_pages, num_pages - self.rule.recent_pages)
         of_heads = [sorted(self.scores(layer, h, q, candidates, known).values(), reverse=True) for h in heads]
-        most, counts = min(self.rule.width, num_pages - 1) - fixed, []
+        room, counts = self.budget_pages - fixed, []
         for shares in of_heads:
+            most = min(self.rule.times * room, num_pages - 1 - fixed, len(shares))
             left_out, count = sum(math.exp(share) for share in shares[1:]), 1
             while left_out > 1 - self.mass and count < most:
                 left_out -= math.exp(shares[count])
                 count += 1
             counts.append(count)
-        while sum(counts) > len(heads) * (self.budget_pages - fixed):
+        while sum(counts) > len(heads) * room:
             shares = {h: of_heads[h][counts[h] - 1] for h in heads if counts[h] > 1}
             counts[min(shares, key=shares.get)] -= 1
         return [fixed + count for count in counts]

@@ -10,7 +10,7 @@ import torch
 from freekv_kernels import Half
 from tests.support.op_tables import batch_of
 
-HEADS, SINK, RECENT, WIDTH, FREE = 3, 1, 2, 20, -7
+HEADS, SINK, RECENT, TIMES, FREE = 3, 1, 2, 3, -7
 FIXED = SINK + RECENT
 LONG = [40, 33, 700, 12, 8]  # the last is within its budget
 
@@ -35,13 +35,13 @@ def make(impl, num_pages=LONG, budgets=(8, 7, 9, 8, 8), masses=None, spread=2.0,
     return shares, batch, of_rows, pages if num_listed else None
 
 
-def run(impl, shares, batch, masses, pages=None, half=Half.FRONT, width=WIDTH):
+def run(impl, shares, batch, masses, pages=None, half=Half.FRONT):
     """The budgets as nested lists, once the copy by row of the request table says the same."""
     out = torch.full((len(batch.rows), HEADS), FREE, device=impl.device)
     of_rows = torch.full((len(masses), HEADS), FREE, device=impl.device)
     before, own = shares.clone(), shares.to(impl.device)
     pages = None if pages is None else pages.to(impl.device)
-    impl.ops.apportion_pages(own, batch, half, masses.to(impl.device), SINK, RECENT, width, out, of_rows, pages)
+    impl.ops.apportion_pages(own, batch, half, masses.to(impl.device), SINK, RECENT, TIMES, out, of_rows, pages)
     assert torch.equal(own.cpu(), before)
     assert torch.equal(of_rows[batch.rows], out)
     assert (of_rows == FREE).all(1).sum() == len(masses) - len(batch.rows)
@@ -58,21 +58,21 @@ def candidates_of(shares, batch, pages, request):
         yield sorted(own, reverse=True)
 
 
-def wanted(own, num_pages, mass, width):
+def wanted(own, num_pages, mass, room):
     """Fewest pages that leave out at most 1 - mass."""
-    most = min(len(own), width - FIXED, num_pages - FIXED - 1)
+    most = min(len(own), TIMES * room, num_pages - FIXED - 1)
     left_out = [sum(math.exp(share) for share in own[count:]) for count in range(len(own) + 1)]
     return min(most, next(count for count in range(1, len(own) + 1) if left_out[count] <= 1 - mass + 1e-7))
 
 
-def expected(shares, batch, masses, pages=None, width=WIDTH):
+def expected(shares, batch, masses, pages=None):
     for request, num_pages in enumerate(batch.num_pages.tolist()):
         budgets, mass = batch.budget_pages[request].tolist(), float(masses[int(batch.rows[request])])
         if num_pages <= budgets[0] or mass == 0:
             yield budgets
             continue
         of_heads = list(candidates_of(shares, batch, pages, request))
-        counts = [wanted(own, num_pages, mass, width) for own in of_heads]
+        counts = [wanted(own, num_pages, mass, budgets[0] - FIXED) for own in of_heads]
         room = sum(budgets) - HEADS * FIXED
         while sum(counts) > room:  # drop the page with the smallest share
             droppable = [head for head in range(HEADS) if counts[head] > 1]
@@ -90,7 +90,7 @@ def test_rows_get_what_a_loop_gives_them(impl, seed, mass, is_listed):
 
 
 def test_the_cases_of_the_loop_are_all_there(impl):
-    """Requests that want less than their budgets, and more; rows that want more than their width."""
+    """Requests that want less than their budgets, and more; rows that want more than they may have."""
     shares, batch, masses, _ = make(impl, masses=[0.3, 0.99, 0.99, 0.9, 0.9])
     found, budgets = run(impl, shares, batch, masses), batch.budget_pages.tolist()
     assert sum(found[0]) < sum(budgets[0]) and sum(found[1]) == sum(budgets[1])
@@ -98,7 +98,8 @@ def test_the_cases_of_the_loop_are_all_there(impl):
     one_head = shares.clone()
     one_head[2 * HEADS] = -math.log(shares.shape[2])  # wants all of 700 pages
     budget_of_many = batch._replace(budget_pages=batch.budget_pages * 4)
-    assert run(impl, one_head, budget_of_many, masses)[2][0] == WIDTH
+    room = 4 * budgets[2][0] - FIXED
+    assert run(impl, one_head, budget_of_many, masses)[2][0] == FIXED + TIMES * room
 
 
 @pytest.mark.parametrize("mass", [0.01, 0.5, 0.95, 1.0])
@@ -116,7 +117,7 @@ def test_no_request_gets_more_than_its_budgets_and_no_row_less_than_one_page(imp
         assert (found.sum(1) == own.sum(1))[:3].all(), "nothing is left where everything is wanted"
     is_over = num_pages > own
     assert (found < num_pages)[is_over].all() and torch.equal(found[~is_over], own[~is_over])
-    assert (found >= FIXED + (own > FIXED).long()).all() and (found <= WIDTH).all()
+    assert (found >= FIXED + (own > FIXED).long()).all() and (found <= FIXED + TIMES * (own - FIXED))[is_over].all()
 
 
 def test_a_request_without_a_mass_keeps_its_budgets(impl):

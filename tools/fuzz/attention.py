@@ -22,7 +22,7 @@ def check_prefill(values: Values, text: Text, layer: int, first: int, last: int,
 def check_decode(
     values: Values, text: Text, layer: int, length: int, windows: np.ndarray, out: np.ndarray, scale: float
 ) -> None:
-    """The last token attends to its windows ``[num_kv_heads, n]``, -1 padded; `out [num_kv_heads, group_size, head_dim]`."""
+    """The last token attends to its windows ``[num_kv_heads, n]``, -1 padded; `out [num_kv_heads, group_size, D]`."""
     position = (windows[:, :, None] * PAGE_SIZE + np.arange(PAGE_SIZE)).reshape(len(windows), -1)
     is_seen = (position >= 0) & (position < length)
     kv = values.kv_of_heads(text.hashes[np.clip(position, 0, length - 1)], layer)

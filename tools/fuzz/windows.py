@@ -60,7 +60,9 @@ class WindowChecks:
             assert (window[:, 0] >= 0).all() and (window < len(pages)).all(), f"layer {layer}: window {window.tolist()}"
             sizes, most = (window >= 0).sum(1), min(len(pages), member.life.budget_pages)
             assert sizes.sum() <= len(sizes) * most, f"layer {layer}: windows of {sizes} pages, of {most} each"
-            assert self._rule.mass or (sizes == most).all(), f"layer {layer}: windows of {sizes} pages instead of {most}"
+            assert self._rule.mass or (sizes == most).all(), (
+                f"layer {layer}: windows of {sizes} pages instead of {most}"
+            )
             is_resident = self._table[layer, pages[window], heads] >= 0
             assert is_resident.all(), f"layer {layer}: a page of the window has no block"
             if is_compared:
