@@ -11,7 +11,8 @@ from typing import Any, Literal, NamedTuple
 
 METHOD_OPTION = "kv_retrieval"
 OPTION_PREFIX = "freekv_"
-BUDGET_PARAM, DUMP_PARAM = "freekv_budget", "freekv_dump"  # keys of a request's `custom_params`
+# Keys of a request's `custom_params`.
+BUDGET_PARAM, MASS_PARAM, DUMP_PARAM = "freekv_budget", "freekv_mass", "freekv_dump"
 PAGE_SIZES = (16, 32, 64)
 KEY_BITS = (0, 1, 2, 4)
 BASELINES = ("streaming-llm", "one-time", "r-kv", "corm", "arkvale")  # selectors of others, to compare with
@@ -47,6 +48,10 @@ def is_int(value: Any) -> bool:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def is_share(value: Any) -> bool:
+    return _is_number(value) and 0 <= value <= 1
 
 
 def _or(values: Iterable[Any]) -> str:
@@ -104,6 +109,17 @@ class FreeKVConfig:
         "max-budget",
         None,
         f'tokens that a request may ask for with custom_params {{"{BUDGET_PARAM}": N}} (default: the budget)',
+    )
+    mass: float | None = _flag(
+        "mass",
+        None,
+        "estimated share of its attention, 0 to 1, that a KV head's window is to hold in each step: heads that need "
+        "less read less, others more, and the heads of a request together at most its budget each; 0: all heads read "
+        f'the budget, unless a request asks for a share with custom_params {{"{MASS_PARAM}": SHARE}}; only with the '
+        "selector mass (default: all heads read the budget, and no request may ask)",
+        float,
+        _between(0, 1),
+        metavar="SHARE",
     )
     sink_tokens: int = _flag("sink", 128, "tokens at the start of the prompt that are always attended to")
     recent_tokens: int = _flag("recent", 128, "latest tokens that are always attended to, at least one page")
@@ -266,6 +282,8 @@ class FreeKVConfig:
         no_choice = "none with the selector mass, or --freekv-selector codes"
         by_shares = self.selector_name == "mass"
         _require(not by_shares or self.group_pooling is None, "--freekv-group-pooling", self.group_pooling, no_choice)
+        by_shares = "it with --freekv-selector mass only, or leave it out"
+        _require(self.mass is None or self.selector_name == "mass", "--freekv-mass", self.mass, by_shares)
         if self.selector is not None:
             reads_codes = self.selector in BY_CODES
             fits, bits = (self.key_bits > 0) == reads_codes, _or(KEY_BITS[1:]) if reads_codes else "0"

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from reprlib import repr as shorten
 from typing import Any
 
-from sglang_freekv.config import BUDGET_PARAM, DUMP_PARAM, OPTION_PREFIX, FreeKVConfig, is_int
+from sglang_freekv.config import BUDGET_PARAM, DUMP_PARAM, MASS_PARAM, OPTION_PREFIX, FreeKVConfig, is_int, is_share
 
 
 def request_budget_tokens(config: FreeKVConfig, custom_params: Mapping[str, Any] | None) -> int:
@@ -28,7 +28,7 @@ def request_budget_tokens(config: FreeKVConfig, custom_params: Mapping[str, Any]
     if not isinstance(custom_params, Mapping):
         raise ValueError(f'custom_params is {shorten(custom_params)}; give {{"{BUDGET_PARAM}": tokens}}.')
     for key in custom_params:
-        if str(key).startswith(OPTION_PREFIX) and key not in (BUDGET_PARAM, DUMP_PARAM):
+        if str(key).startswith(OPTION_PREFIX) and key not in (BUDGET_PARAM, MASS_PARAM, DUMP_PARAM):
             raise ValueError(f"custom_params has the unknown key {shorten(key)}; did you mean {BUDGET_PARAM!r}?")
     tokens = custom_params.get(BUDGET_PARAM, config.budget_tokens)
     fixed = config.sink_tokens + config.recent_tokens
@@ -38,6 +38,27 @@ def request_budget_tokens(config: FreeKVConfig, custom_params: Mapping[str, Any]
             f"at least {fixed} (sink + recent), at most {config.max_budget_tokens} (--freekv-max-budget)."
         )
     return tokens
+
+
+def request_mass(config: FreeKVConfig, custom_params: Mapping[str, Any] | None) -> float:
+    """Resolve the share of the attention that a request's budgets follow; 0: they are fixed.
+
+    Raises
+    ------
+    ValueError
+        If ``custom_params["freekv_mass"]`` is no share, or the server has fixed budgets.
+    """
+    default = 0.0 if config.mass is None else config.mass
+    if MASS_PARAM not in (custom_params or {}):
+        return default
+    mass = custom_params[MASS_PARAM]
+    if not is_share(mass):
+        raise ValueError(
+            f"custom_params.{MASS_PARAM} is {shorten(mass)}; give a share from 0 to 1 (0: fixed budgets)."
+        )
+    if config.mass is None and mass > 0:
+        raise ValueError(f"custom_params.{MASS_PARAM} needs a server started with --freekv-mass; 0 is enough.")
+    return float(mass)
 
 
 def request_dump_interval(config: FreeKVConfig, custom_params: Mapping[str, Any] | None) -> int | None:

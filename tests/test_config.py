@@ -16,7 +16,7 @@ from sglang_freekv.config import PAGE_SIZES, FreeKVConfig, UnsupportedConfigurat
 from sglang_freekv.config import flags as config_flags
 from sglang_freekv.flags import add_cli_args, take_options
 from sglang_freekv.memory.windows import WindowSizes
-from sglang_freekv.request_params import request_budget_tokens, request_dump_interval
+from sglang_freekv.request_params import request_budget_tokens, request_dump_interval, request_mass
 
 
 def parse(*argv: str) -> dict:
@@ -59,6 +59,9 @@ def parse(*argv: str) -> dict:
         ({"gate": 0.1, "tau": 0.5}, "--freekv-gate"),
         ({"gate": 0.1, "selector": "codes"}, "--freekv-gate"),
         ({"gate": 0.1, "key_bits": 0}, "--freekv-gate"),
+        ({"mass": 1.1}, "--freekv-mass"),
+        ({"mass": True}, "--freekv-mass"),
+        ({"mass": 0.9, "selector": "codes"}, "--freekv-mass"),
         ({"candidates": 1}, "--freekv-candidates"),
         ({"candidates": 4, "selector": "codes"}, "--freekv-candidates"),
         ({"group_pooling": "mean"}, "--freekv-group-pooling"),
@@ -157,9 +160,9 @@ SETTINGS = {  # flags, keywords, fields; the second have what excludes one of th
         ),
     ),
     "by-mass": (
-        "--kv-retrieval freekv --freekv-gate 0.05 --freekv-candidates 7",
-        {"kv_retrieval": "freekv", "freekv_gate": 0.05, "freekv_candidates": 7},
-        FreeKVConfig(gate=0.05, candidates=7),
+        "--kv-retrieval freekv --freekv-gate 0.05 --freekv-candidates 7 --freekv-mass 0.9",
+        {"kv_retrieval": "freekv", "freekv_gate": 0.05, "freekv_candidates": 7, "freekv_mass": 0.9},
+        FreeKVConfig(gate=0.05, candidates=7, mass=0.9),
     ),
 }
 
@@ -220,6 +223,38 @@ def test_a_request_gets_what_it_asks_for_or_a_sentence(tokens):
         assert "multiple of 32" in str(error) and "4096" in str(error)
     else:
         assert fits
+
+
+@pytest.mark.parametrize(("server", "mass"), [(None, 0.0), (0.0, 0.0), (0.9, 0.9)])
+def test_a_request_that_asks_for_no_share_has_the_servers(server, mass):
+    for custom_params in (None, {}, {"freekv_budget": 512}):
+        assert request_mass(FreeKVConfig(mass=server), custom_params) == mass
+
+
+@given(mass=st.one_of(st.floats(), st.floats(0, 1), st.integers(-1, 2), st.booleans(), st.text(max_size=3), st.none()))
+def test_a_request_gets_the_share_that_it_asks_for_or_a_sentence(mass):
+    fits = type(mass) in (int, float) and 0 <= mass <= 1
+    try:
+        assert request_mass(FreeKVConfig(mass=0.0), {"freekv_mass": mass}) == mass
+    except ValueError as error:
+        assert not fits
+        assert shorten(mass) in str(error) and "a share from 0 to 1" in str(error)
+    else:
+        assert fits
+
+
+def test_a_share_is_refused_where_all_budgets_are_fixed_and_zero_is_not():
+    with pytest.raises(ValueError, match="--freekv-mass"):
+        request_mass(FreeKVConfig(), {"freekv_mass": 0.9})
+    assert request_mass(FreeKVConfig(), {"freekv_mass": 0}) == 0
+
+
+@pytest.mark.parametrize(("settings", "selected"), [({}, 1), ({"mass": 0.9}, 4), ({"mass": 0.9, "candidates": 2}, 2)])
+def test_a_row_may_be_longer_than_its_budget_only_where_rows_share_and_no_longer_than_lists(settings, selected):
+    config = FreeKVConfig(max_budget_tokens=4096, **settings)
+    sizes = WindowSizes.of(config, config.page_size)
+    assert sizes.width == 8 + selected * 120
+    assert sizes.longest(sizes.budget) == 8 + selected * 56
 
 
 @pytest.mark.parametrize("custom_params", [5, [1], {"freekv_budgets": 512}])

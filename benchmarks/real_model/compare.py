@@ -61,6 +61,7 @@ class Comparison:
     best: np.ndarray
     exposed_bytes: float  # recalled per decoded token while attention waited
     hidden_bytes: float  # recalled per decoded token for the next step
+    pages: float  # that a row over its budget read, mean; 0 where there was none
     footprint: Footprint
 
     def of_texts(self, name: str) -> np.ndarray:
@@ -106,5 +107,6 @@ class Comparison:
             best=stacked("best", looked_at),
             exposed_bytes=recalled * exposed / max(1, exposed + hidden),
             hidden_bytes=recalled * hidden / max(1, exposed + hidden),
+            pages=memory.counters[Count.PAGES_READ] / max(1, memory.counters[Count.ROWS]),
             footprint=footprint(memory.counters.as_dict()),
         )

@@ -52,6 +52,8 @@ def write_records(comparison: Comparison, kinds: Sequence[str], writer: RecordWr
             records.append(writer.write(f"{name}_high", interval.high, "ratio" if is_ratio else unit, of_kind, **ends))
     for name in ("exposed_bytes", "hidden_bytes"):
         records.append(writer.write(name, getattr(c, name), "bytes per token", {**params, "kind": ALL}))
+    if c.pages:
+        records.append(writer.write("pages", c.pages, "pages per row", {**params, "kind": ALL}))
     for name, value in c.footprint.records().items():
         records.append(writer.write(name, value, "ratio", {**params, "kind": ALL}))
     return records
@@ -145,6 +147,7 @@ _COLUMNS = {
     "most possible": _plain("best"),
     "rows flagged": _plain("flagged"),
     "pages that change": _plain("turnover"),
+    "pages read": _plain("pages"),
     "KiB/token, waited for": _plain("exposed_bytes", 1 / 1024),
     "KiB/token, hidden": _plain("hidden_bytes", 1 / 1024),
     TITLE: _held,

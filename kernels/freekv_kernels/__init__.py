@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from freekv_kernels.append_tokens import append_tokens
+from freekv_kernels.apportion_pages import apportion_pages
 from freekv_kernels.attend_ragged import attend_ragged, merge_states
 from freekv_kernels.attend_window import attend_window
 from freekv_kernels.claim_blocks import claim_blocks
@@ -56,6 +57,7 @@ class Ops(NamedTuple):
     score_pages: Callable
     share_pages: Callable[..., None]
     correct_windows: Callable[..., None]
+    apportion_pages: Callable[..., None]
     select_pages: Callable[..., None]
     lookup_blocks: Callable[..., None]
     claim_blocks: Callable[..., None]
@@ -74,6 +76,7 @@ REFERENCE = Ops(
     score_pages,
     share_pages,
     correct_windows,
+    apportion_pages,
     select_pages,
     lookup_blocks,
     claim_blocks,
@@ -108,6 +111,7 @@ __all__ = [
     "PageStore",
     "PairList",
     "append_tokens",
+    "apportion_pages",
     "attend_ragged",
     "attend_window",
     "claim_blocks",

@@ -44,7 +44,7 @@ def append_tokens(
     flags : FlagList or None
         Written; `count` must be 0 before. None in a dense layer, where nothing is selected, flagged or counted.
     counters : int64, ``[len(Count)]``, device
-        ROWS and FLAGGED_ROWS are advanced.
+        ROWS, PAGES_READ (by the budgets of ROWS) and FLAGGED_ROWS are advanced.
 
     Notes
     -----
@@ -71,6 +71,7 @@ def append_tokens(
     flags.is_flagged.zero_()
     if num_over := int(is_over.sum()):
         counters[Count.ROWS] += num_over
+        counters[Count.PAGES_READ] += batch.budget_pages[is_over].sum()
         if tau is not None:
             is_flagged = is_over & (compare_queries(q, last_q[batch.rows]) < tau)
             flags.is_flagged.copy_(is_flagged.flatten())

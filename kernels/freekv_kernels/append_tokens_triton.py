@@ -10,7 +10,7 @@ from freekv_kernels.fp8_triton import decode_fp8, encode_fp8
 from freekv_kernels.records_triton import record_pointer, store_elements
 from freekv_kernels.tables import Batch, Count, FlagList, PageStore
 
-_ROWS = tl.constexpr(int(Count.ROWS))
+_ROWS, _PAGES_READ = tl.constexpr(int(Count.ROWS)), tl.constexpr(int(Count.PAGES_READ))
 _FLAGGED_ROWS = tl.constexpr(int(Count.FLAGGED_ROWS))
 _EPS = tl.constexpr(1e-8)  # torch.cosine_similarity's least norm
 
@@ -77,7 +77,8 @@ def _append_tokens_kernel(
         q = tl.load(q_ptrs, in_group, other=0.0)
         if tau is not None:
             last_q = tl.load(last_q_ptrs, in_group, other=0.0)
-        is_over = tl.load(num_pages_ptr + request) > tl.load(budget_pages_ptr + row)
+        budget = tl.load(budget_pages_ptr + row)
+        is_over = tl.load(num_pages_ptr + request) > budget
 
     # No other program is at these cells; a thread that reads a bound after another wrote it folds to the same.
     record_ptr = record_pointer(host_kv_ptr, page, head, host_page_stride, host_head_stride)
@@ -112,6 +113,7 @@ def _append_tokens_kernel(
             tl.atomic_add(counters_ptr + _FLAGGED_ROWS, 1, sem="relaxed")
         if is_over:
             tl.atomic_add(counters_ptr + _ROWS, 1, sem="relaxed")
+            tl.atomic_add(counters_ptr + _PAGES_READ, budget, sem="relaxed")
 
 
 def append_tokens(

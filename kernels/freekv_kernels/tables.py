@@ -61,6 +61,7 @@ class Count(IntEnum):
     ABSENT_PAGES = 6  # window entries without a block when attention ran: must stay 0
     EVICTIONS = 7  # blocks that were taken from a pair for another
     LOOKS = 8  # blocks that were looked at for these
+    PAGES_READ = 9  # pages that ROWS attended to
 
 
 class Batch(NamedTuple):

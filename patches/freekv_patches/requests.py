@@ -13,7 +13,12 @@ from reprlib import repr as shorten
 from freekv_patches.fatal_requests import check_fields, check_readable
 from freekv_patches.patch import HookType, Patch, freekv_config
 from sglang_freekv.config import FreeKVConfig
-from sglang_freekv.request_params import check_custom_params_fit, request_budget_tokens, request_dump_interval
+from sglang_freekv.request_params import (
+    check_custom_params_fit,
+    request_budget_tokens,
+    request_dump_interval,
+    request_mass,
+)
 
 
 def check_request(self, obj, input_ids):
@@ -45,6 +50,7 @@ def _check(config: FreeKVConfig, server_args, model_config, tokens: Sequence, cu
     if not server_args.enable_lora:  # an adapter may bring tokens of its own
         _check_tokens(tokens, model_config.vocab_size)
     request_budget_tokens(config, custom_params)
+    request_mass(config, custom_params)
     request_dump_interval(config, custom_params)
 
 

@@ -70,9 +70,11 @@ def audit_windows(decode: Decode) -> None:
     """Raise AuditError where a window of the step just run breaks its rule.
 
     Front windows must have their form: sink, ascending pages, recent, within the budget. Back windows must be what this
-    step's queries select.
+    step's queries select. Where budgets follow the mass, they must be what these queries ask for, and the rows of a
+    request together must have no more than its budgets.
     """
-    memory, batch = decode.memory, decode.last_plan.batch
+    memory, plan = decode.memory, decode.last_plan
+    batch = plan.batch
     if absent := memory.counters[Count.ABSENT_PAGES]:
         raise AuditError(f"{absent} pages were absent when attention ran")
     (front,), (back,) = (half.indices(int(batch.step)) for half in (Half.FRONT, Half.BACK))
@@ -80,9 +82,18 @@ def audit_windows(decode: Decode) -> None:
     for layer in memory.layers:
         if (selector := decode.selectors.get(layer.kind)) is None:
             continue
-        _audit_form(memory, batch, layer.number, layer.windows[front, batch.rows].long())
-        again = layer._replace(windows=layer.windows.clone())
-        selector.write_windows(again, batch, Half.BACK, decode.scales[layer.number])
+        scale, present = decode.scales[layer.number], plan.batch_at(layer.number, Half.FRONT)
+        _audit_form(memory, present, layer.number, layer.windows[front, batch.rows].long())
+        again, ahead, shares = layer._replace(windows=layer.windows.clone()), batch, None
+        if plan.rows is not None:
+            _audit_sum(batch, present, layer.number)
+            again = again._replace(row_budgets=layer.row_budgets.clone())
+            shares = selector.score(layer, batch, Half.BACK, scale)
+            ahead = selector.apportion(again, batch, Half.BACK, shares, torch.empty_like(batch.budget_pages))
+            _audit_sum(batch, ahead, layer.number)
+            if plan.todo.selects and not torch.equal(again.row_budgets, layer.row_budgets):
+                raise AuditError(f"layer {layer.number}: the budgets of rows are not what q asks for")
+        selector.write_windows(again, ahead, Half.BACK, scale, scores=shares)
         is_wrong = (again.windows[back, batch.rows] != layer.windows[back, batch.rows]).any(-1) & is_over_next
         if is_wrong.any():
             index, head = is_wrong.nonzero()[0].tolist()
@@ -90,10 +101,21 @@ def audit_windows(decode: Decode) -> None:
             raise AuditError(f"layer {layer.number}, row {row}, KV head {head}: the back window is not what q selects")
 
 
+def _audit_sum(batch: Batch, of_rows: Batch, layer: int) -> None:
+    """Check that the budgets of rows are, together, no more than those of their requests."""
+    num_pages, most = of_rows.budget_pages.sum(1), batch.budget_pages.sum(1)
+    if (num_pages > most).any():
+        index = int((num_pages > most).nonzero()[0])
+        raise AuditError(
+            f"layer {layer}, row {int(batch.rows[index])}: windows of {of_rows.budget_pages[index].tolist()} pages, "
+            f"together more than {int(most[index])}"
+        )
+
+
 def _audit_form(memory: KVMemory, batch: Batch, layer: int, window: torch.Tensor) -> None:
-    """Check front windows ``[batch_size, num_kv_heads, max_budget_pages]``."""
+    """Check front windows ``[batch_size, num_kv_heads, width]``, of the budgets of the batch."""
     sizes = memory.sizes
-    column = torch.arange(sizes.max_budget, device=window.device)
+    column = torch.arange(sizes.width, device=window.device)
     n, budget = batch.num_pages[:, None, None], batch.budget_pages[..., None]
     length = torch.minimum(n, budget)
     is_entry = column < length

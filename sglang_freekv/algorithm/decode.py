@@ -6,6 +6,7 @@ Per layer:  append -> correct flagged rows -> make the front resident -> attend
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -13,13 +14,14 @@ import torch
 from freekv_kernels import Batch, FlagList, Half, lookup_pairs
 from sglang_freekv.algorithm.inputs import DecodeInput
 from sglang_freekv.algorithm.residency import make_front_resident, make_next_resident
-from sglang_freekv.algorithm.selector import Selector
+from sglang_freekv.algorithm.selector import Scores, Selector
 from sglang_freekv.algorithm.shortcuts import Shortcuts, shortcuts
 from sglang_freekv.algorithm.stream import SideStream
 from sglang_freekv.attention.base import DecodeAttention
 from sglang_freekv.memory.geometry import num_pages_of
 from sglang_freekv.memory.kv_memory import KVMemory
 from sglang_freekv.memory.layers import DENSE, WINDOWED, Layer, LayerKind
+from sglang_freekv.memory.step_tables import RowBudgets
 
 
 @dataclass
@@ -28,7 +30,12 @@ class DecodePlan:
 
     batch: Batch
     flags: list[FlagList]  # per layer
+    rows: list[RowBudgets] | None  # per layer; None where every row has the budget of its request
     todo: Shortcuts
+
+    def batch_at(self, number: int, half: Half) -> Batch:
+        """The batch with the budgets of a layer's rows: in this step, or, once they are found, in the next (BACK)."""
+        return self.batch if self.rows is None else self.batch._replace(budget_pages=self.rows[number][half])
 
 
 class Decode:
@@ -78,9 +85,10 @@ class Decode:
         if step.seq_lens_cpu:  # a warm-up has padding only: the windows of running requests stay where they are
             memory.begin_step()
         memory.count_tokens(step.seq_lens_cpu, num_pages, budgets)
-        self._plan_attention(batch, step, num_pages, budgets)
+        self._plan_attention(batch, step, num_pages)
         todo = shortcuts(memory, batch, step, num_pages, budgets, in_graph)
-        self._plan = DecodePlan(batch, memory.tables.flags(len(step.rows)), todo)
+        rows = memory.tables.row_budgets(batch, memory.budgets.of_layers)
+        self._plan = DecodePlan(batch, memory.tables.flags(len(step.rows)), rows, todo)
         return self._plan
 
     def _write_tables(self, step: DecodeInput, num_pages: list[int], in_graph: bool) -> Batch:
@@ -108,12 +116,12 @@ class Decode:
             memory.blocks.open(memory.tables.opened)
         return batch
 
-    def _plan_attention(self, batch: Batch, step: DecodeInput, num_pages: list[int], budgets: list[list[int]]) -> None:
+    def _plan_attention(self, batch: Batch, step: DecodeInput, num_pages: list[int]) -> None:
         memory, num_kv_heads = self.memory, self.memory.geometry.num_kv_heads
         padding = [1] * ((len(step.rows) - len(num_pages)) * num_kv_heads)
-        in_windows = [min(n, budget) for n, own in zip(num_pages, budgets, strict=True) for budget in own]
+        longest = (memory.budgets.longest(*request) for request in zip(step.rows_cpu, num_pages, strict=True))
         windowed, dense = self.attentions[WINDOWED], self.attentions.get(DENSE)
-        windowed.plan([*in_windows, *padding])
+        windowed.plan([*itertools.chain.from_iterable(longest), *padding])
         if dense is None:
             return
         # Layers that attend to every page read the same blocks in the same order, so their list is written once.
@@ -137,44 +145,61 @@ class Decode:
         -------
         model dtype, ``[batch_size, num_qo_heads, head_dim]``
         """
-        memory, g, batch = self.memory, self.memory.geometry, self._plan.batch
-        layer = memory.layers[number]
+        memory, g, plan = self.memory, self.memory.geometry, self._plan
+        layer, batch = memory.layers[number], plan.batch_at(number, Half.FRONT)
         self.scales[number] = scale
         q = q.view(-1, g.num_kv_heads, g.group_size, g.head_dim)
-        selector, attention = self.selectors.get(layer.kind), self.attentions[layer.kind]
-        flags = None if selector is None else self._plan.flags[number]
+        selector, attention, kv_indptr = self.selectors.get(layer.kind), self.attentions[layer.kind], None
+        flags = None if selector is None else plan.flags[number]
         tau, counters = memory.config.min_cosine, memory.counters.values
         memory.ops.append_tokens(q, k, v, batch, tau, layer.store, layer.last_q, flags, counters)
-        if self._plan.todo.seals:
+        if plan.todo.seals:
             memory.seal(layer, batch.slots, batch.groups)
         if selector is not None:
             selector.observe(layer, batch, scale)
-            self._retrieve(layer, selector, attention, flags, scale)
-        out = attention.run(q, layer.store.block_kv, scale)
+            kv_indptr = self._retrieve(layer, selector, attention, flags, scale)
+        out = attention.run(q, layer.store.block_kv, scale, kv_indptr)
         if number == g.num_layers - 1:
             self._stream.join()
         return out.flatten(1, 2)
 
     def _retrieve(
         self, layer: Layer, selector: Selector, attention: DecodeAttention, flags: FlagList, scale: float
-    ) -> None:
-        """Correct and fetch what this step reads; beside what follows, select and fetch what the next step reads."""
-        memory, batch, todo, gate = self.memory, self._plan.batch, self._plan.todo, self.memory.config.max_lost_share
-        scores = None
+    ) -> torch.Tensor | None:
+        """Correct and fetch what this step reads; beside what follows, select and fetch what the next step reads.
+
+        Returns
+        -------
+        int32, ``[num_rows + 1]``, device, or None
+            Where the pages of each row start, if that differs from what attention has planned.
+        """
+        memory, plan, todo, gate = self.memory, self._plan, self._plan.todo, self.memory.config.max_lost_share
+        front, scores = plan.batch_at(layer.number, Half.FRONT), None
         if todo.selects and gate is not None:
             # What the next step needs says what this one lacks. On one stream, which the next layer's scores follow.
-            scores = selector.score(layer, batch, Half.BACK, scale)
-            selector.correct_windows(layer, batch, scores, gate, flags)
-            selector.write_windows(layer, batch, Half.BACK, scale, scores=scores)
+            scores = selector.score(layer, plan.batch, Half.BACK, scale)
+            selector.correct_windows(layer, front, scores, gate, flags)
+            self._select_next(layer, selector, scale, scores)
         elif todo.selects:
             if todo.scores_once:
-                scores = selector.score(layer, batch, Half.BACK, scale)
-            selector.write_windows(layer, batch, Half.FRONT, scale, flags, scores)
-        pairs = todo.every_pair
-        if pairs is None or not lookup_pairs(pairs, layer.blocks, batch.step, attention.kv_indices):
-            make_front_resident(memory, layer, batch, flags, attention)
+                scores = selector.score(layer, plan.batch, Half.BACK, scale)
+            selector.write_windows(layer, front, Half.FRONT, scale, flags, scores)
+        pairs, own = todo.every_pair, None if plan.rows is None else plan.rows[layer.number].kv_indptr
+        if pairs is None or not lookup_pairs(pairs, layer.blocks, front.step, attention.kv_indices):
+            kv_indptr = attention.kv_indptr[: len(flags.rows) + 1] if own is None else own
+            make_front_resident(memory, layer, front, flags, kv_indptr, attention.kv_indices)
         if todo.selects:
             with self._stream.fork():
                 if gate is None:
-                    selector.write_windows(layer, batch, Half.BACK, scale, scores=scores)
-                make_next_resident(memory, layer, batch, Half.BACK)
+                    self._select_next(layer, selector, scale, scores)
+                make_next_resident(memory, layer, plan.batch_at(layer.number, Half.BACK), Half.BACK)
+        return own
+
+    def _select_next(self, layer: Layer, selector: Selector, scale: float, scores: Scores | None) -> None:
+        """Write the windows of the next step, by `scores` where they are known already."""
+        batch = self._plan.batch
+        if self._plan.rows is not None:
+            if scores is None:
+                scores = selector.score(layer, batch, Half.BACK, scale)
+            batch = selector.apportion(layer, batch, Half.BACK, scores, self._plan.rows[layer.number].back)
+        selector.write_windows(layer, batch, Half.BACK, scale, scores=scores)

@@ -26,7 +26,7 @@ def build_engine(memory: KVMemory) -> tuple[Decode, Prefill]:
         workspace = (allocate_float_workspace(g, device),)
 
     # Most pages that a row reads.
-    widths = {WINDOWED: memory.sizes.max_budget, DENSE: memory.max_pages}
+    widths = {WINDOWED: memory.sizes.width, DENSE: memory.max_pages}
     attentions = {
         kind: WindowAttention(g, memory.max_requests, width, device, *workspace)
         for kind, width in widths.items()

@@ -69,7 +69,8 @@ class Prefill:
         groups = list(cut_prefixes(page_table, chunk.prefix_lens, arena_pages, page_size))
         last_tokens = to_device(_last_tokens(chunk), memory.device)
         completed = self._first_step(chunk, page_table, last_tokens)
-        memory.budgets.start(completed.rows, completed.budget_pages)
+        masses = torch.tensor([memory.budgets.mass_of(chunk.rows_cpu[i]) for i in _completed(chunk)])
+        memory.budgets.start(completed.rows, completed.budget_pages, to_device(masses, memory.device))
         page_starts = to_device(_page_starts(chunk.prefix_lens, chunk.extend_lens, page_size), memory.device)
         self._plan = PrefillPlan(
             slots=chunk.slots,
@@ -224,7 +225,11 @@ def start_windows(
     """
     layer.last_q[batch.rows] = last_q
     if selector is not None:
-        selector.write_windows(layer, batch, Half.BOTH, scale)
+        scores = None
+        if layer.row_budgets is not None:
+            scores = selector.score(layer, batch, Half.BOTH, scale)
+            batch = selector.apportion(layer, batch, Half.BOTH, scores, torch.empty_like(batch.budget_pages))
+        selector.write_windows(layer, batch, Half.BOTH, scale, scores=scores)
         make_next_resident(memory, layer, batch, Half.BOTH)
 
 
@@ -247,9 +252,9 @@ def _page_starts(prefix_lens: list[int], extend_lens: list[int], page_size: int)
     return [*starts, first]
 
 
-def to_device(values: list[int], device: str) -> torch.Tensor:
-    """Copy to an int64 tensor on the device without waiting for what the device still does."""
-    tensor = torch.tensor(values, dtype=torch.int64)
+def to_device(values: list[int] | torch.Tensor, device: str) -> torch.Tensor:
+    """Copy to the device, numbers as int64, without waiting for what the device still does."""
+    tensor = values if isinstance(values, torch.Tensor) else torch.tensor(values, dtype=torch.int64)
     return tensor if device == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import torch
+
 from freekv_kernels import Batch, Claim, FlagList, Half
 from sglang_freekv.algorithm.refetch import list_selected
-from sglang_freekv.attention.base import DecodeAttention
 from sglang_freekv.memory.kv_memory import KVMemory
 from sglang_freekv.memory.layers import Layer
 
 
 def make_front_resident(
-    memory: KVMemory, layer: Layer, batch: Batch, flags: FlagList, attention: DecodeAttention
+    memory: KVMemory, layer: Layer, batch: Batch, flags: FlagList, kv_indptr: torch.Tensor, kv_indices: torch.Tensor
 ) -> None:
     """Fetch what correction selected, and what has lost its block since it was selected; list what attention reads."""
     ops, counters = memory.ops, memory.counters.values
-    lists = (attention.kv_indptr[: len(flags.rows) + 1], attention.kv_indices)
-    ops.lookup_blocks(layer.windows, batch, Half.FRONT, layer.blocks, layer.front, counters, flags, *lists)
+    lists = (flags, kv_indptr, kv_indices)
+    ops.lookup_blocks(layer.windows, batch, Half.FRONT, layer.blocks, layer.front, counters, *lists)
     # Stamped for the next step too: a request within its budget reads them again.
     ops.claim_blocks(layer.front, layer.blocks, batch.step, Claim.IN_STEP, counters)
-    ops.recall_blocks(layer.store, layer.front, counters, attention.kv_indices)
+    ops.recall_blocks(layer.store, layer.front, counters, kv_indices)
 
 
 def make_next_resident(memory: KVMemory, layer: Layer, batch: Batch, half: Half) -> None:

@@ -82,6 +82,23 @@ class MassSelector(MinMaxSelector):
         written = (layer.windows, flags, memory.counters.values)
         memory.ops.correct_windows(shares.values, batch, *rule, *written, memory.config.bonus, shares.pages)
 
+    def apportion(self, layer: Layer, batch: Batch, half: Half, shares: Scores, budget_pages: torch.Tensor) -> Batch:
+        """The batch with budgets that follow the rows' attention, for windows that are written next.
+
+        Parameters
+        ----------
+        batch : Batch
+            With the budgets of the requests.
+        shares : of `score`
+        budget_pages : int64, ``[batch_size, num_kv_heads]``, device
+            Where they are written.
+        """
+        memory, sizes = self.memory, self.memory.sizes
+        rule = (memory.budgets.masses, sizes.sink, sizes.recent, sizes.times)
+        written = (budget_pages, layer.row_budgets)
+        memory.ops.apportion_pages(shares.values, batch, half, *rule, *written, shares.pages)
+        return batch._replace(budget_pages=budget_pages)
+
 
 # Name (`--freekv-selector`) -> selector; what it reads of a page: `page_indexes.INDEXES`.
 SELECTORS: dict[str, type[Selector]] = {

@@ -59,7 +59,7 @@ class DecodeAttention(ABC):
         Parameters
         ----------
         num_pages : list of int, ``[batch_size * num_kv_heads]``
-            Pages that each row reads, at least 1, which is also what padding reads.
+            Pages that each row reads at most, at least 1, which is also what padding reads.
 
         Raises
         ------
@@ -85,7 +85,9 @@ class DecodeAttention(ABC):
         """Plan the kernel for what `kv_indptr` now holds; `indptr` is its copy on the host."""
 
     @abstractmethod
-    def run(self, q: torch.Tensor, block_kv: torch.Tensor, scale: float) -> torch.Tensor:
+    def run(
+        self, q: torch.Tensor, block_kv: torch.Tensor, scale: float, kv_indptr: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Attend in one layer.
 
         Parameters
@@ -93,6 +95,8 @@ class DecodeAttention(ABC):
         q : model dtype, ``[batch_size, num_kv_heads, group_size, head_dim]``, device
         block_kv : model dtype, ``[num_blocks, 2, page_size, head_dim]``, device
         scale : float, of the logits
+        kv_indptr : int32, ``[num_rows + 1]``, device, optional
+            Instead of the planned one, where rows of this layer read fewer pages than planned, at least one.
 
         Returns
         -------

@@ -15,9 +15,12 @@ from sglang_freekv.memory.geometry import Geometry
 class TorchWindowAttention(DecodeAttention):
     """Decode attention in torch."""
 
-    def run(self, q: torch.Tensor, block_kv: torch.Tensor, scale: float) -> torch.Tensor:
+    def run(
+        self, q: torch.Tensor, block_kv: torch.Tensor, scale: float, kv_indptr: torch.Tensor | None = None
+    ) -> torch.Tensor:
         num_rows = self.num_rows
-        indptr, last_page_len = self.kv_indptr[: num_rows + 1], self.last_page_len[:num_rows]
+        indptr = self.kv_indptr[: num_rows + 1] if kv_indptr is None else kv_indptr
+        last_page_len = self.last_page_len[:num_rows]
         num_kv_heads = self.geometry.num_kv_heads
         out = attend_window(q.flatten(0, 1), block_kv, indptr, self.kv_indices, last_page_len, num_kv_heads, scale)
         return out.view(q.shape)

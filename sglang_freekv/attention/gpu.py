@@ -130,7 +130,16 @@ class FlashInferWindowAttention(DecodeAttention):
         )
         return wrapper
 
-    def run(self, q: torch.Tensor, block_kv: torch.Tensor, scale: float) -> torch.Tensor:
+    def run(
+        self, q: torch.Tensor, block_kv: torch.Tensor, scale: float, kv_indptr: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        if kv_indptr is not None:
+            # A plan for longer rows holds. FlashInfer 0.6.15 (BatchPrefillWithPagedKVCacheDevice in
+            # attention/prefill.cuh) takes lengths from this buffer, and cuts each tile of the plan to them: min(start,
+            # kv_len), min(end, kv_len). A tile that nothing is left of writes 0 with a log-sum-exp of -5e4, its
+            # "infinity", which has no weight when the tiles of a row are merged; rows have one query, so that the
+            # number of tiles, which it counts by the shorter length, is the stride of nothing.
+            self.kv_indptr[: self.num_rows + 1].copy_(kv_indptr)
         # A dependent launch would read last_page_len before the kernel in front, which may write it, has ended.
         wrapper = self._wrappers[self.num_rows]
         return wrapper.run(q.flatten(0, 1), block_kv.unsqueeze(3), q_scale=scale, enable_pdl=False).view(q.shape)

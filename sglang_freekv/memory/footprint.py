@@ -17,7 +17,8 @@ class DeviceFootprint:
         n            pages of each dense layer
 
     and the page index of its n pages, as the tokens whose KV takes as many bytes. Windows are counted by this bound,
-    which is what there are blocks for: the two share pages, but how many only the device knows. Blocks that no running
+    which is what there are blocks for: the two share pages, but how many only the device knows. It holds over the heads
+    of a request as well where their budgets follow the mass, as these have b on the mean. Blocks that no running
     request's window holds are not counted: they are a cache, and the next request may take them.
 
     Parameters

@@ -92,8 +92,8 @@ class KVMemory:
         self.kinds = kinds_of(config, g.num_layers)
         self.counters = Counters(g.record_bytes, self.device)
         self._footprint = DeviceFootprint(g, self.kinds, INDEXES[config.selector_name].page_bytes(g))
-        self.windows = Windows(g, self.max_requests, self.sizes.max_budget, self.device)
-        self.budgets = Budgets(self.max_requests, g.num_kv_heads, self.sizes.max_budget, self.device)
+        self.windows = Windows(g, self.max_requests, self.sizes.width, self.device)
+        self.budgets = Budgets(g, self.max_requests, self.sizes, config.mass, self.device)
         self._allocate_blocks(num_blocks)
 
     def _allocate_blocks(self, num_blocks: int) -> None:
@@ -109,12 +109,13 @@ class KVMemory:
         )
         self.tables = StepTables(
             self.geometry,
-            width=self.sizes.max_budget,
+            width=self.sizes.width,
             max_requests=self.max_requests,
             max_pages=self.max_pages,
             step=self.blocks.step,
             num_listed=self.sizes.num_listed(self.config.num_candidates, self.max_pages),
             keeps_flags=self.config.debug_dump is not None,  # a dump tells those of every layer
+            by_mass=self.config.mass is not None,
             device=self.device,
         )
         self.layers = [self._layer(number) for number in range(self.geometry.num_layers)]
@@ -133,15 +134,16 @@ class KVMemory:
             ),
             blocks=self.blocks.tables.layers(number, number + 1),
             windows=self.windows.pages[:, number],
+            row_budgets=None if self.config.mass is None else self.budgets.of_layers[number],
             last_q=self.windows.last_q[number],
             front=self.tables.misses(number, Half.FRONT),
             back=self.tables.misses(number, Half.BACK),
         )
 
-    def admit(self, row: int, budget_tokens: int | None = None) -> None:
-        """A request takes `row` of the request table; its budget is the configured one unless given (tokens)."""
+    def admit(self, row: int, budget_tokens: int | None = None, mass: float | None = None) -> None:
+        """A request takes `row` of the request table; budget (tokens) and mass are the configured ones unless given."""
         budget_pages = self.sizes.budget if budget_tokens is None else budget_tokens // self.geometry.page_size
-        self.budgets.admit(row, budget_pages)
+        self.budgets.admit(row, budget_pages, mass)
 
     def seal(self, layer: Layer, slots: torch.Tensor, groups: torch.Tensor) -> None:
         """The pages that end with one of these token slots are full now: what hangs on full pages hears of it here.

@@ -41,7 +41,8 @@ class Layer(NamedTuple):
     kind: LayerKind
     store: PageStore
     blocks: BlockTables  # of this layer alone: leading dimension 1
-    windows: torch.Tensor  # int32 [2, max_requests + 1, num_kv_heads, max_budget_pages]
+    windows: torch.Tensor  # int32 [2, max_requests + 1, num_kv_heads, width]
+    row_budgets: torch.Tensor | None  # int64 [max_requests + 1, num_kv_heads], of the last written; None: the request's
     last_q: torch.Tensor  # [max_requests + 1, num_kv_heads, group_size, head_dim]
     front: MissList  # missing pages of the windows that this step reads
     back: MissList  # of those that the next step reads

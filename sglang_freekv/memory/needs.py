@@ -38,7 +38,7 @@ def workspace_bytes(geometry: Geometry, config: FreeKVConfig, max_context: int, 
         Rows of the largest batch.
     """
     g, sizes = geometry, WindowSizes.of(config, geometry.page_size)
-    width, max_pages = sizes.max_budget, num_pages_of(max_context, g.page_size)
+    width, max_pages = sizes.width, num_pages_of(max_context, g.page_size)
     num_listed = sizes.num_listed(config.num_candidates, max_pages)
     num_scored = max_pages if num_listed is None else max(num_listed, max_pages // GROUP_PAGES)
     batch = 8 * (max_pages + 4 + g.num_kv_heads + GROUP_PAGES)  # page table, row, slot, lengths, budgets, group
@@ -47,8 +47,10 @@ def workspace_bytes(geometry: Geometry, config: FreeKVConfig, max_context: int, 
     flags, opened = (4 + 1) * g.num_kv_heads, 8 * g.num_kv_heads
     window_attention = 4 * g.num_kv_heads * (width + 2)  # kv_indices, kv_indptr, last_page_len
     has_dense = num_cached_layers(config, g.num_layers) < g.num_layers
+    # Budgets of rows: in this step, in the next, and by row of the request table; kv_indptr.
+    by_mass = (3 * 8 + 4) * g.num_layers * g.num_kv_heads if config.mass is not None else 0
     dense_attention = 4 * g.num_kv_heads * (max_pages + 2) if has_dense else 0
-    return max_requests * (batch + scores + misses + flags + opened + window_attention + dense_attention)
+    return max_requests * (batch + scores + misses + flags + opened + window_attention + by_mass + dense_attention)
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ class Needs:
 
     @property
     def window_pages(self) -> int:
-        """Width of a window."""
+        """Of a KV head, on the mean over the heads of a request."""
         return WindowSizes.of(self.config, self.geometry.page_size).max_budget
 
     @property
@@ -94,7 +96,8 @@ class Needs:
         """Page lists and latest queries of one request."""
         g = self.geometry
         last_q_bytes = g.num_layers * g.num_qo_heads * g.head_dim * g.dtype.itemsize
-        return 2 * g.num_layers * g.num_kv_heads * self.window_pages * 4 + last_q_bytes
+        width = WindowSizes.of(self.config, g.page_size).width
+        return 2 * g.num_layers * g.num_kv_heads * width * 4 + last_q_bytes
 
     @property
     def row_bytes(self) -> int:

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from freekv_kernels import GROUP_PAGES, Batch, FlagList, Half, MissList, PairList
 from sglang_freekv.memory.geometry import Geometry
+
+
+class RowBudgets(NamedTuple):
+    """What each row of a batch reads in one layer, where its budget follows its attention."""
+
+    front: torch.Tensor  # int64 [batch_size, num_kv_heads], pages of the windows that this step reads
+    back: torch.Tensor  # the same of the windows of the next step; written in the step
+    kv_indptr: torch.Tensor  # int32 [batch_size * num_kv_heads + 1], where the pages of each row start
 
 
 class StepTables:
@@ -21,6 +31,8 @@ class StepTables:
         Number of the decode step.
     num_listed : int or None
         Pages that a row scores one by one, at most; None: all.
+    by_mass : bool
+        Whether every layer has budgets of its own for the rows.
     keeps_flags : bool
         Whether every layer's flags are kept until the next step; otherwise one after the other uses the same memory.
 
@@ -40,6 +52,7 @@ class StepTables:
         step: torch.Tensor,
         num_listed: int | None,
         keeps_flags: bool,
+        by_mass: bool = False,
         device: str,
     ) -> None:
         g = self._geometry = geometry
@@ -60,6 +73,10 @@ class StepTables:
             (zeros(num_entries), zeros(num_entries, dtype=torch.int32), zeros(num_entries, dtype=torch.int32))
             for _ in ("front", "back")
         ]
+        # Of every layer, at addresses that are multiples of 16 bytes: what kernels were compiled for stays true.
+        num_layers = g.num_layers if by_mass else 0
+        self._row_budgets = zeros(2, num_layers, max_requests + max_requests % 2, g.num_kv_heads)
+        self._kv_indptr = zeros(num_layers, (num_rows // 4 + 1) * 4, dtype=torch.int32)
         self.opened = PairList(zeros(num_rows), zeros(1, dtype=torch.int32))
         # Correction runs beside the speculation of an earlier layer, so each has its own. A CPU runs one after the
         # other, and takes memory for the scores that it needs.
@@ -80,6 +97,24 @@ class StepTables:
         rows, is_flagged = (tensor[..., :num_rows] for tensor in self._flags)
         per_layer = is_flagged.expand(self._geometry.num_layers, -1)
         return [FlagList(rows, *of_layer) for of_layer in zip(self._counts[0], per_layer, strict=True)]
+
+    def row_budgets(self, batch: Batch, of_layers: torch.Tensor) -> list[RowBudgets] | None:
+        """Snapshot the budgets of a batch's rows in every layer; None where rows have those of their requests.
+
+        Parameters
+        ----------
+        of_layers : int64, ``[num_layers, max_requests + 1, num_kv_heads]``, device
+            Pages of the windows that the step reads.
+        """
+        if len(of_layers) == 0:
+            return None
+        batch_size, num_kv_heads = batch.budget_pages.shape
+        front, back = self._row_budgets[:, :, :batch_size]
+        front.copy_(of_layers[:, batch.rows])
+        kv_indptr = self._kv_indptr[:, : batch_size * num_kv_heads + 1]
+        num_read = torch.minimum(batch.num_pages[:, None], front).clamp_(min=1)  # padding reads one page
+        kv_indptr[:, 1:] = num_read.flatten(1).cumsum(1)
+        return [RowBudgets(*of_layer) for of_layer in zip(front, back, kv_indptr, strict=True)]
 
     def misses(self, number: int, half: Half) -> MissList:
         """A layer's list of missing pages; layers use the same memory one after the other, each with its own count."""

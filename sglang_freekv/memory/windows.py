@@ -10,6 +10,10 @@ from freekv_kernels import list_width
 from sglang_freekv.config import FreeKVConfig
 from sglang_freekv.memory.geometry import Geometry
 
+# Pages that a row may select for each that its budget has room for, where rows share. The needs of heads have a long
+# tail, and what it costs is memory for lists of pages, 4 bytes a page.
+_WIDEST_ROW = 4
+
 
 class WindowSizes(NamedTuple):
     """The parts of a window, in pages."""
@@ -17,12 +21,26 @@ class WindowSizes(NamedTuple):
     sink: int
     recent: int
     budget: int  # what a request has that asks for nothing
-    max_budget: int  # what a request may ask for: the width of a window
+    max_budget: int  # what a request may ask for
+    times: int  # how many times the selected pages of its budget a row may select: more than 1 where rows share
 
     @classmethod
     def of(cls, config: FreeKVConfig, page_size: int) -> WindowSizes:
         tokens = (config.sink_tokens, config.recent_tokens, config.budget_tokens, config.max_budget_tokens)
-        return cls(*(n // page_size for n in tokens))
+        sink, recent, budget, most = (n // page_size for n in tokens)
+        # A list of candidates always has as many for each page.
+        times = min(_WIDEST_ROW, config.num_candidates or _WIDEST_ROW)
+        return cls(sink, recent, budget, most, 1 if config.mass is None else times)
+
+    def longest(self, budget: int) -> int:
+        """Most pages of a row with that budget."""
+        fixed = self.sink + self.recent
+        return fixed + self.times * (budget - fixed)
+
+    @property
+    def width(self) -> int:
+        """Of a window."""
+        return self.longest(self.max_budget)
 
     def num_listed(self, candidates: int, max_pages: int) -> int | None:
         """Columns of a list of the pages that are scored one by one, with so many `candidates` for each page selected.
@@ -41,15 +59,15 @@ class Windows:
 
     Attributes
     ----------
-    pages : int32, ``[2, num_layers, max_requests + 1, num_kv_heads, max_budget_pages]``, device
+    pages : int32, ``[2, num_layers, max_requests + 1, num_kv_heads, width]``, device
         Ascending, -1 padded. A row within its budget changes its window only when a page is opened, in both halves.
     last_q : model dtype, ``[num_layers, max_requests + 1, num_kv_heads, group_size, head_dim]``, device
         Latest queries.
     """
 
-    def __init__(self, geometry: Geometry, max_requests: int, max_budget_pages: int, device: str) -> None:
+    def __init__(self, geometry: Geometry, max_requests: int, width: int, device: str) -> None:
         g, rows = geometry, max_requests + 1
-        shape = (2, g.num_layers, rows, g.num_kv_heads, max_budget_pages)
+        shape = (2, g.num_layers, rows, g.num_kv_heads, width)
         self.pages = torch.full(shape, -1, dtype=torch.int32, device=device)
         self.last_q = torch.zeros(
             (g.num_layers, rows, g.num_kv_heads, g.group_size, g.head_dim), dtype=g.dtype, device=device

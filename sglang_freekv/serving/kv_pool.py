@@ -12,7 +12,7 @@ from sglang_freekv.algorithm.selectors import SELECTORS
 from sglang_freekv.config import FreeKVConfig
 from sglang_freekv.memory.kv_memory import KVMemory
 from sglang_freekv.memory.plan import MemoryPlan
-from sglang_freekv.request_params import request_budget_tokens
+from sglang_freekv.request_params import request_budget_tokens, request_mass
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -104,7 +104,8 @@ class FreeKVReqToTokenPool(ReqToTokenPool):
         for row, req in zip(rows or (), reqs, strict=False):
             if self._owners.get(row) is not req:
                 self._owners[row] = req
-                self.memory.admit(row, request_budget_tokens(self._config, req.sampling_params.custom_params))
+                asked = self._config, req.sampling_params.custom_params
+                self.memory.admit(row, request_budget_tokens(*asked), request_mass(*asked))
         return rows
 
     def free(self, req: Req) -> None:

@@ -127,6 +127,12 @@ METRICS = {
         "(request, KV head, layer) rows of requests over their budget",
         "0 while every request is within its budget: then nothing is selected.",
     ),
+    "pages_read": Metric(
+        "counter",
+        "pages",
+        "Pages that these rows attended to",
+        "Divided by rows: the mean size of a window. It is the budget, but where --freekv-mass lets heads read less.",
+    ),
     "flagged_rows": Metric(
         "counter",
         "rows",

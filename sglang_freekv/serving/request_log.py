@@ -36,9 +36,11 @@ class RequestLog:
         budget = page_size * max(self._memory.budgets.of(req.req_pool_idx))
         if num_new < 2 or len(slots) <= budget:  # the first token comes from the prompt, which attends to all of it
             return
+        # Where budgets follow the mass, only the device knows how many.
+        up_to = "up to " if self._memory.budgets.mass_of(req.req_pool_idx) else ""
         but = ", but for dense layers" if DENSE in self._memory.kinds else ""
         line = (
-            f"FreeKV request: {num_prompt:,} + {num_new:,} tokens, of which a step attended to {budget:,}{but} "
+            f"FreeKV request: {num_prompt:,} + {num_new:,} tokens, of which a step attended to {up_to}{budget:,}{but} "
             f"({budget / len(slots):.0%} at the end)"
         )
         if self._memory.device == "cpu":

@@ -143,6 +143,14 @@ class KernelInputs:
         changed = (windows, flags.count)
         return {name: Call((shares, self.batch, *rule, h), changed=changed) for name, h in calls.items()}
 
+    def apportion_pages(self) -> dict[str, Call]:
+        memory, budgets = self.memory, self.batch.budget_pages
+        masses = torch.full((self.batch_size + 1,), 0.9, device=self.device)
+        shares = self._scores()[:, :1].log_softmax(-1)
+        rule = (masses, self.sizes.sink, self.sizes.recent, 4)
+        written = (torch.zeros_like(budgets), memory.budgets.pages.clone())
+        return {"back": Call((shares, self.batch, Half.BACK, *rule, *written))}
+
     def select_pages(self) -> dict[str, Call]:
         def call(half: Half, pooling: str, flags: FlagList | None = None, hysteresis: float = 0.0) -> Call:
             scores = self._scores()

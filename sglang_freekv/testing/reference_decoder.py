@@ -39,6 +39,8 @@ class Rule:
     hysteresis: float  # what a page of the present window scores more
     candidates: int  # pages whose keys are read for each one that is selected; 0: all
     num_listed: int | None  # pages up to which the keys of all are read; None: always
+    mass: float  # share of the attention that a window is to hold, of a request that asks for none; 0: its budget
+    times: int  # most pages that a head selects, for each that its budget has room for
     dense_layers: tuple[int, ...] = ()
 
     @classmethod
@@ -61,6 +63,8 @@ class Rule:
             hysteresis=config.bonus,
             candidates=config.num_candidates,
             num_listed=sizes.num_listed(config.num_candidates, memory.max_pages),
+            mass=config.mass or 0.0,
+            times=sizes.times,
             dense_layers=config.dense_layers,
         )
 
@@ -78,9 +82,10 @@ class Expected:
 class ReferenceRequest:
     """Every key and value of one request, and the windows that its decode steps must read."""
 
-    def __init__(self, rule: Rule, budget_pages: int) -> None:
+    def __init__(self, rule: Rule, budget_pages: int, mass: float | None = None) -> None:
         self.rule = rule
         self.budget_pages = budget_pages
+        self.mass = rule.mass if mass is None else mass
         self.keys: list[torch.Tensor | None] = [None] * rule.num_layers  # [length, H, D] float64
         self.values: list[torch.Tensor | None] = [None] * rule.num_layers
         self.last_query: list[torch.Tensor | None] = [None] * rule.num_layers  # [Hq, D] float64
@@ -137,7 +142,7 @@ class ReferenceRequest:
         window, scores = self.window(layer, kv_head, previous, length, length - 1, read)
         if not scores:
             return window, scores, False
-        again, scores_again = self.window(layer, kv_head, q, length, length, window)
+        again, scores_again = self.window(layer, kv_head, q, length, length, window, len(window))
         if self.rule.gate is None:
             is_flagged = self.similarity(q, previous, kv_head) < self.rule.tau
         else:
@@ -158,11 +163,19 @@ class ReferenceRequest:
         return out
 
     def window(
-        self, layer: int, kv_head: int, q: torch.Tensor, length: int, known: int, present: Sequence[int] = ()
+        self,
+        layer: int,
+        kv_head: int,
+        q: torch.Tensor,
+        length: int,
+        known: int,
+        present: Sequence[int] = (),
+        size: int | None = None,
     ) -> tuple[list[int], dict[int, float]]:
         """The window that query `q [Hq, D]` chooses for a length, and the scores it was chosen by.
 
         `known` tokens are written when it chooses. Pages of the `present` window, where there is one, are favoured.
+        The query also says how many pages there are, unless `size` does.
         """
         num_pages = math.ceil(length / self.rule.page_size)
         if num_pages <= self.budget_pages:
@@ -170,9 +183,32 @@ class ReferenceRequest:
         sink, first_recent = self.rule.sink_pages, num_pages - self.rule.recent_pages
         scores = self.scores(layer, kv_head, q, range(sink, first_recent), known)
         scores = {page: score + self.rule.hysteresis * (page in present) for page, score in scores.items()}
-        num_selected = self.budget_pages - sink - self.rule.recent_pages
+        if size is None:
+            size = self.sizes(layer, q, length, known)[kv_head]
+        num_selected = size - sink - self.rule.recent_pages
         best = sorted(scores, key=scores.get, reverse=True)[:num_selected]
         return [*range(sink), *sorted(best), *range(first_recent, num_pages)], scores
+
+    def sizes(self, layer: int, q: torch.Tensor, length: int, known: int) -> list[int]:
+        """Pages of each head's window that query `q [Hq, D]` asks for, when there are more than the budget."""
+        num_pages, heads = math.ceil(length / self.rule.page_size), range(self.rule.num_kv_heads)
+        fixed = self.rule.sink_pages + self.rule.recent_pages
+        if self.mass == 0 or self.budget_pages == fixed:
+            return [self.budget_pages for _ in heads]
+        candidates = range(self.rule.sink_pages, num_pages - self.rule.recent_pages)
+        of_heads = [sorted(self.scores(layer, h, q, candidates, known).values(), reverse=True) for h in heads]
+        room, counts = self.budget_pages - fixed, []
+        for shares in of_heads:
+            most = min(self.rule.times * room, num_pages - 1 - fixed, len(shares))
+            left_out, count = sum(math.exp(share) for share in shares[1:]), 1
+            while left_out > 1 - self.mass and count < most:
+                left_out -= math.exp(shares[count])
+                count += 1
+            counts.append(count)
+        while sum(counts) > len(heads) * room:
+            shares = {h: of_heads[h][counts[h] - 1] for h in heads if counts[h] > 1}
+            counts[min(shares, key=shares.get)] -= 1
+        return [fixed + count for count in counts]
 
     def scores(
         self, layer: int, kv_head: int, q: torch.Tensor, candidates: Iterable[int], known: int

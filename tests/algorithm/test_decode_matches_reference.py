@@ -69,6 +69,14 @@ CASES = {
         make_geometry(group_size=4),
         make_config(selector="mass", key_bits=2, tau=None, gate=0.01, hysteresis=0.3, sink_tokens=0),
     ),
+    "budgets-by-mass": (
+        make_geometry(group_size=3, num_kv_heads=3),
+        make_config(selector="mass", key_bits=2, tau=None, gate=0.02, mass=0.8, recent_tokens=PAGE),
+    ),
+    "budgets-by-mass-by-tau": (
+        make_geometry(group_size=2, num_kv_heads=4),
+        make_config(selector="mass", key_bits=2, tau=0.9, mass=0.6, recent_tokens=PAGE, hysteresis=0.2),
+    ),
     "hysteresis-scaled-pooling": (make_geometry(), make_config(hysteresis=0.02, group_pooling="scaled")),
     "no-sink": (make_geometry(group_size=3), make_config(sink_tokens=0)),
     "dense-layer": (make_geometry(group_size=3), make_config(dense_layers=(0,), key_bits=2)),
@@ -97,7 +105,8 @@ def run_changing_batch(engine: SimulatedEngine) -> int:
 
     def start(seed: int, prompt_tokens: int, budget_tokens: int | None = None) -> Request:
         trace = make_trace(engine.geometry, prompt_tokens + 60, seed)
-        request = engine.start(trace, prompt_tokens, budget_tokens=budget_tokens)
+        mass = 0.0 if seed == 4 and engine.config.mass is not None else None  # one request has fixed budgets
+        request = engine.start(trace, prompt_tokens, budget_tokens=budget_tokens, mass=mass)
         engine.prefill_whole(request)
         return request
 

@@ -43,6 +43,10 @@ CASES = {
         **{"selector": "codes", "group_pooling": "scaled", "key_bits": 1},
     },
     "by-mass-gated-hysteresis": {"selector": "mass", "key_bits": 2, "hysteresis": 0.05, "gate": 0.01, "candidates": 2},
+    "budgets-by-mass": {
+        **{"selector": "mass", "key_bits": 2, "hysteresis": 0.05, "gate": 0.01},
+        **{"mass": 0.7, "candidates": 2},
+    },
     "exact-dense-layer-every-page-fetched": {
         **{"tau": 1.01, "dense_layers": (0,), "refetch": True},
         **{"group_pooling": "mean"},

@@ -152,6 +152,7 @@ def test_a_head_is_flagged_where_the_mean_cosine_of_its_group_is_below_tau(impl,
         append(impl.ops, case)
         assert flagged(case) == expected
         counters[Count.ROWS] += 2 * 3
+        counters[Count.PAGES_READ] += case.batch.budget_pages[:2].sum()
         counters[Count.FLAGGED_ROWS] += len(expected)
         assert torch.equal(case.counters, counters)
         case.last_q.copy_(before)

@@ -127,6 +127,8 @@ class ReferenceChecks:
         rows = sum(len(step.flagged) for step in steps if step.over_budget)
         assert after["rows"] - before["rows"] == rows
         assert after["flagged_rows"] - before["flagged_rows"] == corrected
+        read = [len(window) for step in steps if step.over_budget for window in step.windows]
+        assert after["pages_read"] - before["pages_read"] == sum(read)
         return corrected, rows - corrected
 
     def host_pages(self, request: Request) -> None:

@@ -108,14 +108,15 @@ class SimulatedEngine:
         prompt_tokens: int,
         *,
         budget_tokens: int | None = None,
+        mass: float | None = None,
         prefix: Request | None = None,
         prefix_tokens: int = 0,
     ) -> Request:
         """Admit a request; its first `prefix_tokens` are a prefix hit on the pages of `prefix`."""
         row = self.free_rows.pop()
-        self.memory.admit(row, budget_tokens)
+        self.memory.admit(row, budget_tokens, mass)
         budget_pages = (budget_tokens or self.config.budget_tokens) // self.page_size
-        request = Request(trace, prompt_tokens, row, ReferenceRequest(self.rule, budget_pages))
+        request = Request(trace, prompt_tokens, row, ReferenceRequest(self.rule, budget_pages, mass))
         if prefix is not None:
             self._map_pages(request, prefix.pages[: prefix_tokens // self.page_size])
             known = zip(trace.k[:, :prefix_tokens], trace.v[:, :prefix_tokens], strict=True)

@@ -22,11 +22,12 @@ def check_prefill(values: Values, text: Text, layer: int, first: int, last: int,
 def check_decode(
     values: Values, text: Text, layer: int, length: int, windows: np.ndarray, out: np.ndarray, scale: float
 ) -> None:
-    """The last token attends to its windows ``[num_kv_heads, n]``; `out [num_kv_heads, group_size, head_dim]`."""
+    """The last token attends to its windows ``[num_kv_heads, n]``, -1 padded; `out [num_kv_heads, group_size, D]`."""
     position = (windows[:, :, None] * PAGE_SIZE + np.arange(PAGE_SIZE)).reshape(len(windows), -1)
-    kv = values.kv_of_heads(text.hashes[np.minimum(position, length - 1)], layer)
+    is_seen = (position >= 0) & (position < length)
+    kv = values.kv_of_heads(text.hashes[np.clip(position, 0, length - 1)], layer)
     q = values.queries(text, length - 1, length)[0, layer]
-    expected = _attend(q, kv[:, :, 0], kv[:, :, 1], (position < length)[:, None], scale)
+    expected = _attend(q, kv[:, :, 0], kv[:, :, 1], is_seen[:, None], scale)
     assert _is_close(out, expected), f"layer {layer}: wrong output of a decode step"
 
 

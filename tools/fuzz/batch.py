@@ -105,10 +105,10 @@ class Batch:
             first = last
 
     def front_windows(self, layer: int, index: int) -> np.ndarray:
-        """Logical pages that a decode step reads of a member: ``[num_kv_heads, n]``."""
-        memory, num_pages = self._backend.memory, len(self.pages[index])
+        """Logical pages that a decode step reads of a member: ``[num_kv_heads, n]``, -1 padded."""
+        memory = self._backend.memory
         if not memory.kinds[layer].selects:
-            return np.tile(np.arange(num_pages), (memory.geometry.num_kv_heads, 1))
+            return np.tile(np.arange(len(self.pages[index])), (memory.geometry.num_kv_heads, 1))
         (half,) = Half.FRONT.indices(int(memory.blocks.step))
         window = memory.windows.pages[half, layer, self.rows[index]].numpy()
-        return window[:, : min(num_pages, self.members[index].life.budget_pages)]
+        return window[:, : (window >= 0).sum(1).max()]

@@ -73,6 +73,11 @@ SETUPS = (
         num_pages=36,
     ),
     Setup("everything resident, by codes", _GEOMETRY, _CODES, num_blocks=29 * 2),
+    Setup(
+        "budgets by mass",
+        replace(_GEOMETRY, num_layers=2, num_kv_heads=4),
+        replace(_CONFIG, mass=0.6, sink_tokens=0, budget_tokens=4 * PAGE_SIZE, max_budget_tokens=5 * PAGE_SIZE),
+    ),
     Setup("stamps end", _GEOMETRY, _CONFIG, first_step=(1 << 29) - 12),
 )
 # Those that are compared with: what they keep of a request must survive whatever happens to others.

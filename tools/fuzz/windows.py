@@ -58,10 +58,15 @@ class WindowChecks:
         for layer in self._layers:
             window = batch.front_windows(layer, index)
             assert (window[:, 0] >= 0).all() and (window < len(pages)).all(), f"layer {layer}: window {window.tolist()}"
+            sizes, most = (window >= 0).sum(1), min(len(pages), member.life.budget_pages)
+            assert sizes.sum() <= len(sizes) * most, f"layer {layer}: windows of {sizes} pages, of {most} each"
+            assert self._rule.mass or (sizes == most).all(), (
+                f"layer {layer}: windows of {sizes} pages instead of {most}"
+            )
             is_resident = self._table[layer, pages[window], heads] >= 0
             assert is_resident.all(), f"layer {layer}: a page of the window has no block"
             if is_compared:
-                self._compare(layer, member.life, member.last, window.tolist())
+                self._compare(layer, member.life, member.last, [own[own >= 0].tolist() for own in window])
 
     def _compare(self, layer: int, life: Life, length: int, windows: list[list[int]]) -> None:
         """The window is what the rule says of the request's own keys."""
@@ -80,7 +85,7 @@ class WindowChecks:
         if life not in self._scheduler.running:
             return
         (half,) = Half.BACK.indices(int(self._memory.blocks.step))
-        window = self._windows[half, self._layers, life.req.req_pool_idx]  # [layers, num_kv_heads, max_budget_pages]
+        window = self._windows[half, self._layers, life.req.req_pool_idx]  # [layers, num_kv_heads, width]
         layer, head, entry = ((window >= 0) & (window < len(pages))).nonzero()
         logical, layer = window[layer, head, entry], np.array(self._layers)[layer]
         page = pages[logical]
