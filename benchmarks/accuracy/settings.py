@@ -25,7 +25,7 @@ class Layout(NamedTuple):
     """Sizes of a retrieval method, in tokens; the engine's defaults."""
 
     page_size: int = _DEFAULTS.page_size
-    pooling: str = _DEFAULTS.pooling
+    pooling: str = ""  # the engine's
     sink: int = _DEFAULTS.sink_tokens
     recent: int = _DEFAULTS.recent_tokens
     dense_layers: str = ""  # like the flag: "0,1"
@@ -78,7 +78,7 @@ class Setting:
         blocks = concurrency * 2 * (largest // page_size) * geometry.num_kv_heads + 1  # one more, for rounding
         flags += ["--kv-retrieval", "freekv", "--freekv-budget", largest]
         flags += ["--freekv-sink", sink, "--freekv-recent", recent]
-        flags += [] if "pooling" in self.method.ignores else ["--freekv-group-pooling", pooling]
+        flags += ["--freekv-group-pooling", pooling] if pooling and "pooling" not in self.method.ignores else []
         flags += ["--freekv-key-bits", key_bits]
         flags += ["--freekv-dense-layers", dense_layers] if dense_layers else []
         flags += ["--freekv-device-blocks-memory", f"{blocks * num_cached * block_bytes / 2**30:.9f}"]
