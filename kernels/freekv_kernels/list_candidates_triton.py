@@ -234,7 +234,7 @@ def list_candidates(
         **sizes,
         SINK=sink_pages,
         BLOCK_G=block_g,
-        BLOCK=min(1024, 8192 // block_g),
+        BLOCK=512,
         BLOCK_W=triton.next_power_of_2(num_columns),
-        num_warps=16,  # as of select_pages
+        num_warps=8,
     )
