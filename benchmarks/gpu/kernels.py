@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.gpu.session import Session
 from benchmarks.gpu.timing import Stopwatch
-from freekv_kernels import REFERENCE, Ops, triton_ops
+from freekv_kernels import GROUP_PAGES, REFERENCE, Ops, triton_ops
 from sglang_freekv.config import FreeKVConfig
 from sglang_freekv.memory.geometry import Geometry
 from sglang_freekv.testing.kernel_inputs import Call, KernelInputs
@@ -21,7 +21,7 @@ from sglang_freekv.testing.kernel_inputs import Call, KernelInputs
 # Those that a decode step of a usual server has come first.
 _SIZES = [(8, 32768), (1, 32768), (32, 32768), (8, 131072), (1, 131072), (32, 131072), (8, 8192), (1, 8192), (32, 8192)]
 # Their lists are in any order and their choices free: what they do is checked by tests/kernels.
-_FREE = {"lookup_blocks", "claim_blocks", "forget_blocks"}
+_FREE = {"list_candidates", "lookup_blocks", "claim_blocks", "forget_blocks"}
 _LAYERS = 2  # KernelInputs asks for two; more would only take memory
 
 
@@ -148,7 +148,9 @@ def bytes_of(op: str, kind: str, call: Call, inputs: KernelInputs) -> tuple[int,
     g, rows, width = inputs.geometry, inputs.num_rows, inputs.width
     pages = rows * inputs.num_pages
     share = inputs.is_flagged.float().mean().item() if "flagged" in kind else 1.0
-    codes = g.page_size * g.head_dim * g.key_bits // 8 if "by codes" in kind else 0  # of a page and KV head
+    # Of a page and KV head: its bounds, and with them its codes.
+    bounds, by_codes = 2 * g.head_dim, "by codes" in kind or "by mass" in kind
+    codes = g.page_size * g.head_dim * g.key_bits // 8 if by_codes else 0
     token = 2 * g.num_kv_heads * g.head_dim * g.dtype.itemsize  # K and V of one token in a layer
     query = rows * g.group_size * g.head_dim * g.dtype.itemsize
     listed = next((int(x.count) for x in call.args if hasattr(x, "count") and hasattr(x, "pairs")), 0)
@@ -166,7 +168,10 @@ def bytes_of(op: str, kind: str, call: Call, inputs: KernelInputs) -> tuple[int,
     moved = {
         "write_tables": inputs.batch_size * inputs.memory.max_pages * (4 + 8),
         "list_pages": pages * (8 + 4),
-        "score_pages": share * pages * (2 * g.head_dim * g.dtype.itemsize + codes + 4 * g.group_size),
+        "list_candidates": pages // GROUP_PAGES * (bounds + 3 * 4 * g.group_size) + inputs.num_listed * 4,
+        "score_pages": share * (inputs.num_listed if "list" in kind else pages) * (bounds + codes + 4 * g.group_size),
+        "share_pages": pages * 4 * (g.group_size + 1) + rows * g.page_size * g.head_dim * g.dtype.itemsize,
+        "correct_windows": pages * 4 + rows * width * 4,
         "select_pages": share * (pages * 4 * g.group_size + rows * width * 4),
         "lookup_blocks": rows * width * (4 + 8 + 4 + 4),
         "claim_blocks": listed * (8 + 4 + 4 + 4 + 4),

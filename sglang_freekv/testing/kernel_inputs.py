@@ -321,6 +321,11 @@ class KernelInputs:
         """A counter, between others, as the engine has them."""
         return torch.tensor([0, value], dtype=torch.int32, device=self.device)[1:]
 
+    @property
+    def num_listed(self) -> int:
+        """Pages that the lists of all rows hold, at most."""
+        return self._lists().numel()
+
     def _lists(self) -> torch.Tensor:
         sizes = self.sizes
         width = list_width(_CANDIDATES, self.width - sizes.sink - sizes.recent, sizes.sink, sizes.recent)

@@ -11,6 +11,7 @@ from freekv_kernels import Count
 from sglang_freekv.algorithm.audit import AuditError, audit_blocks, audit_index, audit_windows
 from sglang_freekv.config import FreeKVConfig
 from sglang_freekv.memory.geometry import Geometry
+from tests.support import fp8
 from tests.support.random_traces import make_trace
 from tests.support.simulated_requests import PAGE, SimulatedEngine
 from tests.support.small_engine import two_requests
@@ -86,6 +87,12 @@ def corrupt_summary(engine: SimulatedEngine) -> None:
     engine.memory.index.summaries[0, engine.requests[0].pages[2], 0, 1, 5] += 1
 
 
+def keep_own_bounds_at_the_end_of_a_group(engine: SimulatedEngine) -> None:
+    page, index = engine.requests[0].pages[7], engine.memory.index
+    keys = engine.memory.host.kv[page, 0, :, 0]
+    index.summaries[0, page] = fp8.bounds(torch.stack((keys.amin(1), keys.amax(1)), 1))
+
+
 def corrupt_code(engine: SimulatedEngine) -> None:
     engine.memory.index.codes[0, engine.requests[0].pages[2], 1, 4, 3] ^= 1
 
@@ -106,6 +113,7 @@ AUDIT_FAULTS = (
     lose_page_within_budget,
     select_another_page,
     corrupt_summary,
+    keep_own_bounds_at_the_end_of_a_group,
     corrupt_code,
     run_with_absent_page,
 )

@@ -165,6 +165,14 @@ def a_reused_page_keeps_its_summary(patch: MonkeyPatch) -> None:
     wrap(patch, sys.modules["freekv_kernels.store_pages"], "summarize_pages", summarize)
 
 
+@fault("wrong summary")
+def a_page_that_ends_a_group_keeps_its_own_bounds(patch: MonkeyPatch) -> None:
+    def encode(original, slots, store, codes, groups=None):
+        original(slots, store, codes)
+
+    wrap_op(patch, "encode_pages", encode)
+
+
 @fault("wrong codes")
 def a_page_that_decode_fills_keeps_its_codes(patch: MonkeyPatch) -> None:
     def encode(original, slots, *args):
