@@ -53,9 +53,7 @@ def request_mass(config: FreeKVConfig, custom_params: Mapping[str, Any] | None) 
         return default
     mass = custom_params[MASS_PARAM]
     if not is_share(mass):
-        raise ValueError(
-            f"custom_params.{MASS_PARAM} is {shorten(mass)}; give a share from 0 to 1 (0: fixed budgets)."
-        )
+        raise ValueError(f"custom_params.{MASS_PARAM} is {shorten(mass)}; give a share from 0 to 1 (0: fixed budgets).")
     if config.mass is None and mass > 0:
         raise ValueError(f"custom_params.{MASS_PARAM} needs a server started with --freekv-mass; 0 is enough.")
     return float(mass)

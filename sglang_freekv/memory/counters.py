@@ -19,6 +19,8 @@ class Counters:
     device_token_steps, host_token_steps : int
         Tokens that the device and the host store hold for the requests of a decode step, summed over the steps: see
         `DeviceFootprint`. The host store holds every token, the new one included, as full attention does on the device.
+    selection_bytes : int
+        Of the page index that decode steps read to choose pages: see `SelectionReads`.
     arena_filled_bytes : int
         Prefix laid out for prefill, all layers.
     audited_batches, audit_failures : int
@@ -27,7 +29,7 @@ class Counters:
     def __init__(self, record_bytes: int, device: str) -> None:
         self.values = torch.zeros(len(Count), dtype=torch.int64, device=device)
         self.steps = self.decoded_tokens = self.arena_filled_bytes = 0
-        self.device_token_steps = self.host_token_steps = 0
+        self.device_token_steps = self.host_token_steps = self.selection_bytes = 0
         self.audited_batches = self.audit_failures = 0
         self._record_bytes = record_bytes
 
@@ -42,6 +44,7 @@ class Counters:
             "decoded_tokens": self.decoded_tokens,
             "device_token_steps": self.device_token_steps,
             "host_token_steps": self.host_token_steps,
+            "selection_bytes": self.selection_bytes,
             **totals,
             "recalled_bytes": recalled_bytes,
             "arena_filled_bytes": self.arena_filled_bytes,

@@ -14,6 +14,7 @@ from sglang_freekv.memory.geometry import Geometry, num_pages_of
 from sglang_freekv.memory.host_store import HostStore
 from sglang_freekv.memory.layers import Layer, kinds_of
 from sglang_freekv.memory.page_indexes import INDEXES
+from sglang_freekv.memory.selection_reads import SelectionReads
 from sglang_freekv.memory.step_tables import StepTables
 from sglang_freekv.memory.windows import Windows, WindowSizes
 
@@ -92,6 +93,8 @@ class KVMemory:
         self.kinds = kinds_of(config, g.num_layers)
         self.counters = Counters(g.record_bytes, self.device)
         self._footprint = DeviceFootprint(g, self.kinds, INDEXES[config.selector_name].page_bytes(g))
+        num_selecting = sum(kind.selects for kind in self.kinds)
+        self._selection_reads = SelectionReads(g, config, num_selecting, self.max_pages)
         self.windows = Windows(g, self.max_requests, self.sizes.width, self.device)
         self.budgets = Budgets(g, self.max_requests, self.sizes, config.mass, self.device)
         self._allocate_blocks(num_blocks)
@@ -168,6 +171,7 @@ class KVMemory:
         counters.decoded_tokens += len(lens)
         counters.host_token_steps += sum(lens)
         counters.device_token_steps += self._footprint.tokens(num_pages, budgets)
+        counters.selection_bytes += self._selection_reads.bytes(num_pages, budgets)
 
     def device_bytes(self) -> dict[str, int]:
         """Device memory by purpose, measured from the tensors."""

@@ -136,6 +136,9 @@ ROWS: dict[str, list[Panel]] = {
                 "attention waits": f"{_rate('demand_misses')} / {_rate('steps')}",
             },
         ),
+        Panel(
+            "Blocks looked at for each that is taken", "short", {"looks": f"{_rate('looks')} / {_rate('evictions')}"}
+        ),
         Panel("Laid out in the prefill arena", "Bps", {"prefix": _rate("arena_filled_bytes")}),
     ],
     "Selection": [
@@ -150,6 +153,12 @@ ROWS: dict[str, list[Panel]] = {
             "short",
             {"rows": f"{_rate('rows')} / {_rate('steps')}", "corrected": f"{_rate('flagged_rows')} / {_rate('steps')}"},
         ),
+        Panel(
+            "Read to choose pages, per token",
+            "bytes",
+            {"page index": f"{_rate('selection_bytes')} / {_rate('decoded_tokens')}"},
+        ),
+        Panel("Pages that a row attends to", "short", {"pages": f"{_rate('pages_read')} / {_rate('rows')}"}),
     ],
 }
 

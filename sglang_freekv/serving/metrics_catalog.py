@@ -83,6 +83,13 @@ METRICS = {
         "Tokens of the requests of a decode step, all of them in the host store, summed over steps",
         "Divided by decoded_tokens: the mean length of a running request.",
     ),
+    "selection_bytes": Metric(
+        "counter",
+        "bytes",
+        "Bytes of the page index that decode steps read on the device to choose pages",
+        "Divided by decoded_tokens: what choosing costs a request and step. Lower it with --freekv-candidates or "
+        "--freekv-key-bits.",
+    ),
     "recalled_bytes": Metric(
         "counter",
         "bytes",
