@@ -86,6 +86,7 @@ class ReferenceRequest:
         self.rule = rule
         self.budget_pages = budget_pages
         self.mass = rule.mass if mass is None else mass
+        self._sizes: dict[tuple[int, int, int], list[int]] = {}  # by layer, length and known tokens
         self.keys: list[torch.Tensor | None] = [None] * rule.num_layers  # [length, H, D] float64
         self.values: list[torch.Tensor | None] = [None] * rule.num_layers
         self.last_query: list[torch.Tensor | None] = [None] * rule.num_layers  # [Hq, D] float64
@@ -190,14 +191,20 @@ class ReferenceRequest:
         return [*range(sink), *sorted(best), *range(first_recent, num_pages)], scores
 
     def sizes(self, layer: int, q: torch.Tensor, length: int, known: int) -> list[int]:
-        """Pages of each head's window that query `q [Hq, D]` asks for, when there are more than the budget."""
+        """Pages of each head's window that `q [Hq, D]`, of the last known token, asks for beyond the budget's pages."""
+        if (layer, length, known) not in self._sizes:
+            self._sizes[layer, length, known] = self._new_sizes(layer, q, length, known)
+        return self._sizes[layer, length, known]
+
+    def _new_sizes(self, layer: int, q: torch.Tensor, length: int, known: int) -> list[int]:
         num_pages, heads = math.ceil(length / self.rule.page_size), range(self.rule.num_kv_heads)
         fixed = self.rule.sink_pages + self.rule.recent_pages
-        if self.mass == 0 or self.budget_pages == fixed:
+        room = self.budget_pages - fixed
+        if self.mass == 0 or room == 0:
             return [self.budget_pages for _ in heads]
         candidates = range(self.rule.sink_pages, num_pages - self.rule.recent_pages)
         of_heads = [sorted(self.scores(layer, h, q, candidates, known).values(), reverse=True) for h in heads]
-        room, counts = self.budget_pages - fixed, []
+        counts = []
         for shares in of_heads:
             most = min(self.rule.times * room, num_pages - 1 - fixed, len(shares))
             left_out, count = sum(math.exp(share) for share in shares[1:]), 1
