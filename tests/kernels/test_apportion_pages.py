@@ -96,10 +96,14 @@ def test_the_cases_of_the_loop_are_all_there(impl):
     assert sum(found[0]) < sum(budgets[0]) and sum(found[1]) == sum(budgets[1])
     assert max(found[1]) > budgets[1][0] and min(found[1]) < budgets[1][0], "unequal"
     one_head = shares.clone()
-    one_head[2 * HEADS] = -math.log(shares.shape[2])  # wants all of 700 pages
-    budget_of_many = batch._replace(budget_pages=batch.budget_pages * 4)
-    room = 4 * budgets[2][0] - FIXED
-    assert run(impl, one_head, budget_of_many, masses)[2][0] == FIXED + TIMES * room
+    one_head[2 * HEADS] = -math.log(shares.shape[2])  # wants all of 700 pages, and the others one
+    one_head[2 * HEADS + 1 : 3 * HEADS] = -40.0
+    one_head[2 * HEADS + 1 : 3 * HEADS, 0, SINK] = 0.0
+    budget = int(batch.budget_pages[2, 0])
+    most = FIXED + TIMES * (budget - FIXED)
+    assert run(impl, one_head, batch, masses)[2] == [most - 2, FIXED + 1, FIXED + 1], "all that the others leave"
+    batch.budget_pages[2, 1] += 5
+    assert run(impl, one_head, batch, masses)[2][0] == most
 
 
 @pytest.mark.parametrize("mass", [0.01, 0.5, 0.95, 1.0])

@@ -94,11 +94,11 @@ def stamps_that_ended_are_never_old(patch: MonkeyPatch) -> None:
 
 @fault("wrong output|wrong window|is not of the expected form|not what q selects|index")
 def a_row_keeps_the_budget_of_its_last_owner(patch: MonkeyPatch) -> None:
-    def admit(original, self, row, budget_pages):
+    def admit(original, self, row, *asked):
         if not hasattr(self, "seen"):
             self.seen = set()
         if row not in self.seen:
-            original(self, row, budget_pages)
+            original(self, row, *asked)
         self.seen.add(row)
 
     wrap(patch, Budgets, "admit", admit)
