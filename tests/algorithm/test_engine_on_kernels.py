@@ -112,9 +112,10 @@ def test_a_prefix_that_lost_its_blocks_is_fetched_on_demand_once_for_all() -> No
 
 
 @pytest.mark.skipif(ON_GPU, reason="a GPU replays real graphs, in the test of the server")
-def test_a_recorded_step_can_be_replayed_for_other_batches_and_lengths() -> None:
+@pytest.mark.parametrize("settings", [{"tau": 0.9}, {"gate": 0.01, "mass": 0.7}], ids=["tau", "budgets-by-mass"])
+def test_a_recorded_step_can_be_replayed_for_other_batches_and_lengths(settings: dict) -> None:
     """Nothing of a step, but what lies in tensors, is decided between plan and the last layer."""
-    engine = make_engine(RecordingEngine, tau=0.9, key_bits=2)
+    engine = make_engine(RecordingEngine, key_bits=2, **settings)
     engine.record()
     assert not any(engine.memory.counters.as_dict().values()), "warm-up leaves no trace"
     first = engine.start(make_trace(engine.geometry, 31 * PAGE, 1), 30 * PAGE - 2)
