@@ -6,11 +6,12 @@ import torch
 
 from freekv_kernels.fp8 import decode_fp8
 from freekv_kernels.score_pages import group_equal, listed_rows
-from freekv_kernels.select_pages import pool_group
+from freekv_kernels.select_pages import front_windows, pool_group
 from freekv_kernels.tables import GROUP_PAGES, Batch, Half
 
 # Of the bound: a bound of many tokens is nobody's. Half of its width ranks groups better than all of it.
 WIDTH_SHARE = 0.5
+HELD_BONUS = 1000.0  # nats, more than any two groups differ by
 
 
 def list_width(candidates: int, selected_pages: int, sink_pages: int, recent_pages: int) -> int:
@@ -33,6 +34,7 @@ def list_candidates(
     candidates: int,
     sink_pages: int,
     recent_pages: int,
+    windows: torch.Tensor,
     pages: torch.Tensor,
     scores: torch.Tensor | None = None,
 ) -> None:
@@ -43,7 +45,8 @@ def list_candidates(
       between  the best groups: as many as have ``candidates * (budget - sink - recent)`` pages, or fit the list
     With lo, hi = summary[page_table[b, 4i + 3], h], the bounds of group i:
       score[g, i] = scale * sum_d(q[d] * (lo[d] + hi[d]) / 2 + WIDTH_SHARE * |q[d]| * (hi[d] - lo[d]) / 2)
-    and a group is as good as the mean over the query heads of its share, softmax over i of score[g, i].
+    and a group is as good as the mean over the query heads of its share, softmax over i of score[g, i]; groups with a
+    page of the front window come first.
 
     Parameters
     ----------
@@ -60,6 +63,8 @@ def list_candidates(
         Pages to list for each page to select.
     sink_pages, recent_pages : int
         recent_pages is at least 1, so that the groups before them are full.
+    windows : int32, ``[2, max_requests + 1, num_kv_heads, max_budget_pages]``, device
+        See `select_pages`; first windows, BOTH, have none before them.
     pages : int32, ``[batch_size * num_kv_heads, num_listed]``, device
         Written, in those rows: logical pages, ascending, -1 padded. `list_width` says how wide it must be.
     scores : float32, ``[batch_size * num_kv_heads, group_size, >= max_pages // GROUP_PAGES]``, device, optional
@@ -67,7 +72,8 @@ def list_candidates(
 
     Notes
     -----
-    Equal groups may be taken in any order. What a list is short of in groups that are partly sink or recent, it lists
+    Equal groups may be taken in any order. Bounds miss a token among look-alikes, which codes find: what a window has
+    found once stays a candidate. What a list is short of in groups that are partly sink or recent, it lists
     whole: at most 3 pages more at either end.
     """
     rows = listed_rows(batch, half, None)
@@ -87,6 +93,8 @@ def list_candidates(
     is_candidate = (group >= begin) & (group < end)
     of_groups = _score_groups(queries, summary, batch, rows, is_candidate)
     pooled = pool_group(of_groups, is_candidate, "scaled", scale)
+    if half != Half.BOTH:
+        pooled += HELD_BONUS * _has_page(front_windows(rows, batch, windows), pooled.shape[1])
     budget = batch.budget_pages.flatten()[rows, None]
     num_wanted = groups_of(candidates * (budget - sink_pages - recent_pages))
     num_fitting = (num_columns - num_pages + GROUP_PAGES * (end - begin)) // GROUP_PAGES
@@ -101,6 +109,13 @@ def list_candidates(
     latest = latest.masked_fill(latest >= num_pages, -1)
     listed = torch.where(rank < num_best, between, latest)
     pages[rows] = torch.where(rank < 0, column, listed).int()
+
+
+def _has_page(window: torch.Tensor, num_groups: int) -> torch.Tensor:
+    """Which groups have a page of a window, int32 ``[n, width]``: bool, ``[n, num_groups]``."""
+    group = torch.where(window >= 0, window.long() // GROUP_PAGES, num_groups).clamp_(max=num_groups)
+    has_page = torch.zeros(len(window), num_groups + 1, dtype=torch.bool, device=window.device)
+    return has_page.scatter_(1, group, True)[:, :num_groups]
 
 
 def _score_groups(

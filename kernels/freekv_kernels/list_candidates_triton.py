@@ -7,12 +7,13 @@ import triton
 import triton.language as tl
 
 from freekv_kernels.fp8_triton import decode_fp8
-from freekv_kernels.list_candidates import WIDTH_SHARE, groups_of
+from freekv_kernels.list_candidates import HELD_BONUS, WIDTH_SHARE, groups_of
 from freekv_kernels.select_pages_triton import _kth_largest, _load_scores, _sortable
 from freekv_kernels.tables import GROUP_PAGES, Batch, Half
 
 _GROUP_PAGES = tl.constexpr(GROUP_PAGES)
 _WIDTH_SHARE = tl.constexpr(WIDTH_SHARE)
+_HELD_BONUS = tl.constexpr(HELD_BONUS)
 _LOG2_E = tl.constexpr(1.4426950408889634)
 NUM_PROGRAMS = 1024  # as many as of score_pages
 
@@ -93,19 +94,28 @@ def _list_candidates_kernel(
     num_pages_ptr,
     half_pages_ptr,
     budget_pages_ptr,
+    rows_ptr,
+    step_ptr,
+    windows_ptr,
     pages_ptr,
     candidates,
     pages_stride,
     scores_row_stride,
     scores_group_stride,
     num_columns,
+    windows_half_stride,
+    windows_row_stride,
+    windows_head_stride,
     NUM_KV_HEADS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HAS_FRONT: tl.constexpr,
     SINK: tl.constexpr,
     RECENT: tl.constexpr,
     BEGIN: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK: tl.constexpr,
+    BLOCK_L: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
     row = tl.program_id(0)
@@ -115,7 +125,7 @@ def _list_candidates_kernel(
         return
     num_pages = tl.load(num_pages_ptr + request).to(tl.int32)
     pages_ptr += row.to(tl.int64) * pages_stride
-    column = tl.arange(0, BLOCK_W)
+    column = tl.arange(0, BLOCK_L)
     if num_pages <= num_columns:
         tl.store(pages_ptr + column, tl.where(column < num_pages, column, -1), column < num_columns)
         return
@@ -156,6 +166,18 @@ def _list_candidates_kernel(
         tl.debug_barrier()  # other threads may still read what is overwritten
         tl.store(scores_ptr + group, pooled, is_candidate)
     tl.debug_barrier()  # threads read what others have written
+    if HAS_FRONT:
+        entry = tl.arange(0, BLOCK_W)
+        windows_ptr += tl.load(rows_ptr + request) * windows_row_stride + row % NUM_KV_HEADS * windows_head_stride
+        front_ptr = windows_ptr + tl.load(step_ptr) % 2 * windows_half_stride
+        held_page = tl.load(front_ptr + entry, entry < WIDTH, other=-1)
+        held = held_page // _GROUP_PAGES
+        is_held = (held_page >= 0) & (held >= BEGIN) & (held < end)
+        favoured = tl.load(scores_ptr + held, is_held, other=0.0) + _HELD_BONUS
+        highest = tl.maximum(highest, tl.max(tl.where(is_held, _sortable(favoured), 0)))
+        tl.debug_barrier()  # two pages of a group find the same
+        tl.store(scores_ptr + held, favoured, is_held)
+        tl.debug_barrier()
     threshold, num_ties = _kth_largest(scores_ptr, lowest, highest, k, BEGIN, end, end, BLOCK)
 
     # One prefix sum counts both: groups above the threshold in the upper half, groups that equal it in the lower.
@@ -185,6 +207,7 @@ def list_candidates(
     candidates: int,
     sink_pages: int,
     recent_pages: int,
+    windows: torch.Tensor,
     pages: torch.Tensor,
     scores: torch.Tensor | None = None,
 ) -> None:
@@ -226,15 +249,22 @@ def list_candidates(
     _list_candidates_kernel[(num_rows,)](
         scores,
         *lengths,
+        batch.rows,
+        batch.step,
+        windows,
         pages,
         candidates,
         pages.stride(0),
         *scores.stride()[:2],
         num_columns,
+        *windows.stride()[:3],
         **sizes,
+        WIDTH=windows.shape[3],
+        HAS_FRONT=half != Half.BOTH,
         SINK=sink_pages,
         BLOCK_G=block_g,
         BLOCK=512,
-        BLOCK_W=triton.next_power_of_2(num_columns),
+        BLOCK_L=triton.next_power_of_2(num_columns),
+        BLOCK_W=triton.next_power_of_2(windows.shape[3]),
         num_warps=8,
     )

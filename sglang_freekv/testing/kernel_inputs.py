@@ -109,14 +109,14 @@ class KernelInputs:
     def list_candidates(self) -> dict[str, Call]:
         pages, sizes = self._lists(), self.sizes
         args = (self.layer.last_q, self.layer.store.summary, self.batch, Half.BACK, self.geometry.head_dim**-0.5)
-        return {"back": Call((*args, _CANDIDATES, sizes.sink, sizes.recent, pages, self._scores()))}
+        return {"back": Call((*args, _CANDIDATES, sizes.sink, sizes.recent, self.layer.windows, pages, self._scores()))}
 
     def score_pages(self) -> dict[str, Call]:
         args = (self.layer.last_q, self.layer.store.summary, self.batch)
         flagged, codes = {"flags": self._flags(), "out": self._scores()}, {"codes": self.memory.index.codes[_LAYER]}
         listed = self._lists()
         for call in self.list_candidates().values():
-            self.memory.ops.list_candidates(*call.args[:8], listed)
+            self.memory.ops.list_candidates(*call.args[:9], listed)
         mass = codes | {"scale": self.geometry.head_dim**-0.5}
         return {
             "front, flagged rows": Call((*args, Half.FRONT), flagged),

@@ -22,6 +22,11 @@ def inputs(impl, num_pages, heads=2, group=3, dim=16, dtype=torch.float32):
     return queries, summary, table.to(impl.device)
 
 
+def no_windows(queries):
+    """Front windows of rows that have none yet."""
+    return torch.full((2, len(queries), queries.shape[1], 3), -1, dtype=torch.int32, device=queries.device)
+
+
 def free_lists(impl, num_rows, width):
     return torch.full((num_rows, width), FREE, dtype=torch.int32, device=impl.device)
 
@@ -55,7 +60,8 @@ def check(impl, inputs, batch, sink, recent, candidates, width, half=Half.FRONT,
     queries, summary, _ = inputs
     num_kv_heads = summary.shape[1]
     pages = free_lists(impl, len(batch.rows) * num_kv_heads, width)
-    impl.ops.list_candidates(queries, summary, batch, half, SCALE, candidates, sink, recent, pages)
+    args = (candidates, sink, recent, no_windows(queries))
+    impl.ops.list_candidates(queries, summary, batch, half, SCALE, *args, pages)
     for row in range(len(pages)):
         expected = [FREE] * width
         if rows is None or row in rows:
@@ -88,7 +94,7 @@ def test_whatever_is_recent_in_this_step_or_the_next_is_listed(impl, past):
     for recent in (1, 2, 3, 4):
         pages = free_lists(impl, 2, list_width(1, 4, 1, recent))
         batch = batch_of(given[2], [num_pages], [5 + recent], num_pages_next=[num_pages + 1])
-        impl.ops.list_candidates(*given[:2], batch, Half.BACK, SCALE, 1, 1, recent, pages)
+        impl.ops.list_candidates(*given[:2], batch, Half.BACK, SCALE, 1, 1, recent, no_windows(given[0]), pages)
         for row in pages.tolist():
             assert set(range(num_pages - recent, num_pages)) <= set(row)
 
@@ -125,6 +131,36 @@ def test_requests_that_share_pages_list_by_their_own_queries(impl):
     check(impl, (queries, summary, table), batch, 4, 4, 2, list_width(2, 6, 4, 4))
 
 
+@pytest.mark.parametrize("half", [Half.FRONT, Half.BACK])
+def test_groups_with_a_page_of_the_front_window_come_first(impl, half):
+    sink, recent, width = 4, 4, list_width(2, 6, 4, 4)
+    queries, summary, table = inputs(impl, [100])
+    batch = batch_of(table, [100], [14], step=3)
+    windows = no_windows(queries).repeat(1, 1, 1, 5)
+    held = [[0, 1, 2, 3, 9, 41, 43, 77, 96, 97, 98, 99], [0, 1, 2, 3, 12, 50, 96, 97, 98, 99, -1, -1]]
+    windows[1, 1, :, :12] = torch.tensor(held, dtype=torch.int32)
+    windows[0] = 60  # of the back; nobody asks for it
+    pages = free_lists(impl, 2, width)
+    impl.ops.list_candidates(queries, summary, batch, half, SCALE, 2, sink, recent, windows, pages)
+    for row, window in enumerate(held):
+        groups = {page // 4 for page in pages[row].tolist() if 4 <= page < 96}
+        first = {page // 4 for page in window if 4 <= page < 96}
+        plain = expected_list(queries, summary, batch, row, 2, 2, sink, recent, width)
+        best = {page // 4 for page in plain if 4 <= page < 96}
+        assert first <= groups and len(groups) == len(best) == 3, "as many as without a window"
+        assert len(groups - first - best) == 0, "the others are the best"
+
+
+def test_first_windows_have_no_window_before_them(impl):
+    queries, summary, table = inputs(impl, [100])
+    batch, width = batch_of(table, [100], [14]), list_width(2, 6, 4, 4)
+    found, wanted = free_lists(impl, 2, width), free_lists(impl, 2, width)
+    args = (queries, summary, batch, Half.BOTH, SCALE, 2, 4, 4)
+    impl.ops.list_candidates(*args, no_windows(queries).fill_(41), found)
+    impl.ops.list_candidates(*args, no_windows(queries), wanted)
+    assert torch.equal(found, wanted)
+
+
 @pytest.mark.parametrize("num_programs", [1, 7, 1000])
 def test_programs_share_all_groups_of_long_requests(impl, monkeypatch, num_programs):
     monkeypatch.setattr("freekv_kernels.list_candidates_triton.NUM_PROGRAMS", num_programs)
@@ -140,7 +176,7 @@ def test_equal_groups_are_taken_as_often_as_there_is_room(impl):
     width = list_width(2, 6, 4, 4)
     pages = free_lists(impl, 2, width)
     batch = batch_of(table, [64], [14])
-    impl.ops.list_candidates(queries, summary, batch, Half.FRONT, SCALE, 2, 4, 4, pages)
+    impl.ops.list_candidates(queries, summary, batch, Half.FRONT, SCALE, 2, 4, 4, no_windows(queries), pages)
     for row in pages.tolist():
         listed = [page for page in row if page >= 0]
         assert listed == sorted(set(listed)) and len(listed) == 4 + 12 + 4 and row[len(listed) :] == [-1] * 4
@@ -152,8 +188,9 @@ def test_far_scores_neither_overflow_nor_tie(impl):
     batch = batch_of(given[2], [64], [14])
     pages, wanted = free_lists(impl, 2, 32), free_lists(impl, 2, 32)
     one = given[0][:, :, :1].contiguous()  # of one head, the order of groups does not depend on the size of its query
-    impl.ops.list_candidates(one * 1e3, given[1], batch, Half.FRONT, SCALE, 2, 4, 4, pages)
-    impl.ops.list_candidates(one, given[1], batch, Half.FRONT, SCALE, 2, 4, 4, wanted)
+    args = (given[1], batch, Half.FRONT, SCALE, 2, 4, 4, no_windows(one))
+    impl.ops.list_candidates(one * 1e3, *args, pages)
+    impl.ops.list_candidates(one, *args, wanted)
     assert torch.equal(pages, wanted)
 
 
@@ -162,7 +199,7 @@ def test_a_workspace_of_its_own_changes_nothing_else(impl):
     batch = batch_of(table, [64, 50], [14, 14])
     workspace = torch.full((4, 5, 40), float("nan"), device=impl.device)
     found, wanted = free_lists(impl, 4, 32), free_lists(impl, 4, 32)
-    args = (queries, summary, batch, Half.FRONT, SCALE, 2, 4, 4)
+    args = (queries, summary, batch, Half.FRONT, SCALE, 2, 4, 4, no_windows(queries))
     impl.ops.list_candidates(*args, found, workspace[:, :3, :17])
     impl.ops.list_candidates(*args, wanted)
     assert torch.equal(found, wanted)

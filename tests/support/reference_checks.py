@@ -11,7 +11,8 @@ import torch
 
 from freekv_kernels import GROUP_PAGES, Count
 from sglang_freekv.memory.kv_memory import KVMemory
-from sglang_freekv.testing.reference_decoder import Expected, ReferenceRequest, Rule, explain_difference
+from sglang_freekv.testing.reference_decoder import Expected, ReferenceRequest, explain_difference
+from sglang_freekv.testing.reference_scores import Rule
 from tests.support import fp8
 from tests.support.op_tables import decode_keys
 from tests.support.random_traces import Trace

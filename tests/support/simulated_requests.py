@@ -18,7 +18,8 @@ from sglang_freekv.config import FreeKVConfig
 from sglang_freekv.memory.geometry import Geometry
 from sglang_freekv.memory.kv_memory import KVMemory
 from sglang_freekv.memory.windows import WindowSizes
-from sglang_freekv.testing.reference_decoder import ReferenceRequest, Rule
+from sglang_freekv.testing.reference_decoder import ReferenceRequest
+from sglang_freekv.testing.reference_scores import Rule
 from tests.support.random_traces import Trace
 from tests.support.reference_checks import DecodedToken, ReferenceChecks, Request
 

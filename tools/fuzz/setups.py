@@ -53,6 +53,7 @@ _CONFIG = FreeKVConfig(
     arena_tokens=3 * PAGE_SIZE,
     key_bits=2,
     hysteresis=0.0,  # what a window should be is found without the window before it
+    candidates=0,
     page_size=PAGE_SIZE,
 )
 _CODES = replace(_CONFIG, selector="codes")
@@ -72,7 +73,12 @@ SETUPS = (
         max_requests=4,
         num_pages=36,
     ),
-    Setup("everything resident, by codes", _GEOMETRY, _CODES, num_blocks=29 * 2),
+    Setup(
+        "everything resident, two levels",
+        _GEOMETRY,
+        replace(_CONFIG, sink_tokens=0, candidates=2, hysteresis=0.5),
+        num_blocks=29 * 2,
+    ),
     Setup(
         "budgets by mass",
         replace(_GEOMETRY, num_layers=2, num_kv_heads=4),
