@@ -22,7 +22,7 @@ GROUP_POOLINGS = ("softmax", "scaled", "max", "mean")
 _DEFAULT_POOLING = "softmax"  # the paper's
 _DEFAULT_KEY_BITS = 2  # of these
 _DEFAULT_TAU, _PAPER_TAU, _DEFAULT_GATE = 0.9, 0.8, 0.02
-_DEFAULT_HYSTERESIS, _DEFAULT_CANDIDATES = 1.0, 5
+_DEFAULT_HYSTERESIS = 1.0
 _MAX_GIB = 1 << 20
 
 
@@ -204,12 +204,11 @@ class FreeKVConfig:
         _between(0, 20),
         metavar="NATS",
     )
-    candidates: int | None = _flag(
+    candidates: int = _flag(
         "candidates",
-        None,
-        "pages that are scored by their keys for each page that is selected, those of the groups whose bounds promise "
-        "most, at least 2; 0: every page "
-        f"(default: {_DEFAULT_CANDIDATES} with the selector mass, else 0)",
+        0,
+        "pages that are scored by their keys for each page that is selected, 2 to 1000, only with the selector mass: "
+        "those of the groups of pages whose bounds promise most; 0: every page",
         int,
         Check(lambda value: is_int(value) and (value == 0 or 2 <= value <= 1000), "0, or 2 to 1000"),
         metavar="TIMES",
@@ -315,12 +314,6 @@ class FreeKVConfig:
         """Nats that a page of the present window scores more."""
         default = _DEFAULT_HYSTERESIS if self.selector_name == "mass" else 0.0
         return default if self.hysteresis is None else self.hysteresis
-
-    @property
-    def num_candidates(self) -> int:
-        """Pages that are scored by their keys for each that is selected; 0: every page is."""
-        default = _DEFAULT_CANDIDATES if self.selector_name == "mass" else 0
-        return default if self.candidates is None else self.candidates
 
     @property
     def pooling(self) -> str:

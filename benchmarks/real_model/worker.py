@@ -19,7 +19,7 @@ from sglang_freekv.algorithm.engine import build_engine
 from sglang_freekv.config import FreeKVConfig
 from sglang_freekv.flags import add_cli_args, take_options
 from sglang_freekv.memory.kv_memory import KVMemory
-from sglang_freekv.memory.page_indexes import INDEXES
+from sglang_freekv.memory.page_indexes import index_of
 
 
 def read_full(job: Job) -> Iterator[Work]:
@@ -65,7 +65,7 @@ def config_of(cell: Cell) -> FreeKVConfig:
 
 def share_processes(cells: Sequence[Cell]) -> list[list[Cell]]:
     """Cells that can share a process, the one whose index serves all of them first."""
-    indexes = {cell: INDEXES[config_of(cell).selector_name] for cell in cells}
+    indexes = {cell: index_of(config_of(cell)) for cell in cells}
     shared: list[list[Cell]] = []
     # A subclass has what its base has.
     for cell in sorted(cells, key=lambda cell: -len(indexes[cell].__mro__)):

@@ -62,7 +62,7 @@ class MassSelector(MinMaxSelector):
         memory, sizes = self.memory, self.memory.sizes
         pages = memory.tables.list_of_pages(half, batch)
         if pages is not None:
-            rule = (memory.config.num_candidates, sizes.sink, sizes.recent)
+            rule = (memory.config.candidates, sizes.sink, sizes.recent)
             written = (layer.windows, pages, memory.tables.scores(half, len(pages)))
             summary = memory.index.summary(layer.number)
             memory.ops.list_candidates(layer.last_q, summary, batch, half, scale, *rule, *written)

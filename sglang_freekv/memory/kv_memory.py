@@ -13,7 +13,7 @@ from sglang_freekv.memory.footprint import DeviceFootprint
 from sglang_freekv.memory.geometry import Geometry, num_pages_of
 from sglang_freekv.memory.host_store import HostStore
 from sglang_freekv.memory.layers import Layer, kinds_of
-from sglang_freekv.memory.page_indexes import INDEXES
+from sglang_freekv.memory.page_indexes import index_of
 from sglang_freekv.memory.selection_reads import SelectionReads
 from sglang_freekv.memory.step_tables import StepTables
 from sglang_freekv.memory.windows import Windows, WindowSizes
@@ -69,7 +69,7 @@ class KVMemory:
         self.runs_references = self.ops is REFERENCE
         self.max_pages = num_pages_of(max_context, g.page_size)
         self.host = HostStore(g, num_host_pages, device)
-        self.index = INDEXES[config.selector_name](g, num_host_pages, device)
+        self.index = index_of(config)(g, num_host_pages, device)
         # [half, arena_tokens, 2, num_kv_heads, head_dim]
         self.arena = torch.empty((2, config.arena_tokens, 2, g.num_kv_heads, g.head_dim), dtype=g.dtype, device=device)
         self.start(config, num_blocks)
@@ -92,7 +92,7 @@ class KVMemory:
         self.sizes = WindowSizes.of(config, g.page_size)
         self.kinds = kinds_of(config, g.num_layers)
         self.counters = Counters(g.record_bytes, self.device)
-        self._footprint = DeviceFootprint(g, self.kinds, INDEXES[config.selector_name].page_bytes(g))
+        self._footprint = DeviceFootprint(g, self.kinds, index_of(config).page_bytes(g))
         num_selecting = sum(kind.selects for kind in self.kinds)
         self._selection_reads = SelectionReads(g, config, num_selecting, self.max_pages)
         self.windows = Windows(g, self.max_requests, self.sizes.width, self.device)
@@ -116,7 +116,7 @@ class KVMemory:
             max_requests=self.max_requests,
             max_pages=self.max_pages,
             step=self.blocks.step,
-            num_listed=self.sizes.num_listed(self.config.num_candidates, self.max_pages),
+            num_listed=self.sizes.num_listed(self.config.candidates, self.max_pages),
             keeps_flags=self.config.debug_dump is not None,  # a dump tells those of every layer
             by_mass=self.config.mass is not None,
             device=self.device,

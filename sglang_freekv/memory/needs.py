@@ -9,14 +9,14 @@ from freekv_kernels import GROUP_PAGES
 from sglang_freekv.config import FreeKVConfig
 from sglang_freekv.memory.geometry import Geometry, num_pages_of
 from sglang_freekv.memory.layers import num_cached_layers
-from sglang_freekv.memory.page_indexes import INDEXES
+from sglang_freekv.memory.page_indexes import index_of
 from sglang_freekv.memory.units import GIB
 from sglang_freekv.memory.windows import WindowSizes
 
 
 def bytes_by_page(geometry: Geometry, config: FreeKVConfig) -> int:
     """Of one page of the host store, on the device: what pages are chosen by, and entries of the block table."""
-    return INDEXES[config.selector_name].page_bytes(geometry) + 4 * geometry.num_layers * geometry.num_kv_heads
+    return index_of(config).page_bytes(geometry) + 4 * geometry.num_layers * geometry.num_kv_heads
 
 
 def blocks_of_request(geometry: Geometry, config: FreeKVConfig) -> int:
@@ -39,7 +39,7 @@ def workspace_bytes(geometry: Geometry, config: FreeKVConfig, max_context: int, 
     """
     g, sizes = geometry, WindowSizes.of(config, geometry.page_size)
     width, max_pages = sizes.width, num_pages_of(max_context, g.page_size)
-    num_listed = sizes.num_listed(config.num_candidates, max_pages)
+    num_listed = sizes.num_listed(config.candidates, max_pages)
     num_scored = max_pages if num_listed is None else max(num_listed, max_pages // GROUP_PAGES)
     batch = 8 * (max_pages + 4 + g.num_kv_heads + GROUP_PAGES)  # page table, row, slot, lengths, budgets, group
     scores = 2 * 4 * (g.num_qo_heads * num_scored + g.num_kv_heads * (num_listed or 0))  # of the main and side stream

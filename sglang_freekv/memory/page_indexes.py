@@ -7,6 +7,7 @@ import torch
 from freekv_kernels import Ops, PageStore
 from freekv_kernels.encode_pages import code_steps, unpack_codes
 from freekv_kernels.fp8 import LARGEST, encode_bounds
+from sglang_freekv.config import FreeKVConfig
 from sglang_freekv.memory.geometry import Geometry
 from sglang_freekv.memory.page_index import PageIndex
 
@@ -184,7 +185,7 @@ def _of_pages(tensor: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
 
 # Name of a selector (`--freekv-selector`) -> the index that it reads.
 INDEXES: dict[str, type[PageIndex]] = {
-    "mass": GroupedCodesIndex,
+    "mass": CodesIndex,
     "codes": CodesIndex,
     "min-max": MinMaxIndex,
     "paper": MinMaxIndex,
@@ -194,3 +195,8 @@ INDEXES: dict[str, type[PageIndex]] = {
     "corm": MinMaxIndex,
     "arkvale": BallsIndex,
 }
+
+
+def index_of(config: FreeKVConfig) -> type[PageIndex]:
+    """The index that the selector of these settings reads; with two levels also bounds of groups."""
+    return GroupedCodesIndex if config.candidates else INDEXES[config.selector_name]

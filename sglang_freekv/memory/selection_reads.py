@@ -8,7 +8,7 @@ from freekv_kernels import GROUP_PAGES
 from freekv_kernels.list_candidates import groups_of
 from sglang_freekv.config import FreeKVConfig
 from sglang_freekv.memory.geometry import Geometry
-from sglang_freekv.memory.page_indexes import INDEXES
+from sglang_freekv.memory.page_indexes import index_of
 from sglang_freekv.memory.windows import WindowSizes
 
 
@@ -29,10 +29,10 @@ class SelectionReads:
     """
 
     def __init__(self, geometry: Geometry, config: FreeKVConfig, num_layers: int, max_pages: int) -> None:
-        self._sizes, self._candidates = WindowSizes.of(config, geometry.page_size), config.num_candidates
+        self._sizes, self._candidates = WindowSizes.of(config, geometry.page_size), config.candidates
         self._num_listed = self._sizes.num_listed(self._candidates, max_pages)
         share = num_layers / geometry.num_layers
-        self._page_bytes = int(share * INDEXES[config.selector_name].page_bytes(geometry))
+        self._page_bytes = int(share * index_of(config).page_bytes(geometry))
         self._bounds_bytes = num_layers * geometry.num_kv_heads * 2 * geometry.head_dim
 
     def bytes(self, num_pages: Sequence[int], budgets: Sequence[Sequence[int]]) -> int:

@@ -29,7 +29,7 @@ class WindowSizes(NamedTuple):
         tokens = (config.sink_tokens, config.recent_tokens, config.budget_tokens, config.max_budget_tokens)
         sink, recent, budget, most = (n // page_size for n in tokens)
         # A list of candidates always has as many for each page.
-        times = min(_WIDEST_ROW, config.num_candidates or _WIDEST_ROW)
+        times = min(_WIDEST_ROW, config.candidates or _WIDEST_ROW)
         return cls(sink, recent, budget, most, 1 if config.mass is None else times)
 
     def longest(self, budget: int) -> int:

@@ -56,8 +56,8 @@ class Rule:
             key_bits=g.key_bits,
             by_mass=config.selector_name == "mass",
             hysteresis=config.bonus,
-            candidates=config.num_candidates,
-            num_listed=sizes.num_listed(config.num_candidates, memory.max_pages),
+            candidates=config.candidates,
+            num_listed=sizes.num_listed(config.candidates, memory.max_pages),
             mass=config.mass or 0.0,
             times=sizes.times,
             dense_layers=config.dense_layers,
@@ -138,7 +138,7 @@ class ReferenceScores:
     def page_scores(self, layer: int, kv_head: int, group: torch.Tensor, page: int) -> torch.Tensor:
         """Score of a page for each query of `group [group_size, D]`."""
         keys = known = self.page_keys(layer, kv_head, page)
-        if self.rule.by_mass and page % 4 == 3:  # its range is that of the four pages that it ends
+        if self.rule.candidates and page % 4 == 3:  # its range is that of the four pages that it ends
             known = torch.cat([self.page_keys(layer, kv_head, page - i) for i in range(4)])
         low, high = outwards(known.amin(dim=0), known.amax(dim=0))
         if self.rule.key_bits == 0:

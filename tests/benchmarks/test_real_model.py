@@ -23,7 +23,7 @@ from benchmarks.real_model.summary import table, write_drift, write_full, write_
 from benchmarks.real_model.texts import digest, draw_texts
 from benchmarks.real_model.worker import config_of, share_processes
 from benchmarks.records import RecordWriter
-from sglang_freekv.memory.page_indexes import INDEXES
+from sglang_freekv.memory.page_indexes import index_of
 
 KINDS = ["prose", "prose", "chat"]
 
@@ -120,7 +120,7 @@ def test_methods_share_a_process_with_one_whose_index_has_all_they_read():
     groups = share_processes(cells)
     assert sorted(id(cell) for group in groups for cell in group) == sorted(map(id, cells))
     for group in groups:
-        indexes = [INDEXES[config_of(cell).selector_name] for cell in group]
+        indexes = [index_of(config_of(cell)) for cell in group]
         assert all(issubclass(indexes[0], index) for index in indexes)
     assert len(groups) == 2  # codes with minimum and maximum, and ArkVale's balls
 

@@ -148,7 +148,7 @@ class ReferenceChecks:
             assert host.kv[page, :, :, 1, :num_tokens].equal(values)
             summary = self.memory.index.summaries[:, page].cpu()
             known = keys
-            if self.rule.by_mass and logical % GROUP_PAGES == GROUP_PAGES - 1 and num_tokens == self.page_size:
+            if self.rule.candidates and logical % GROUP_PAGES == GROUP_PAGES - 1 and num_tokens == self.page_size:
                 known = trace.k[:, tokens.stop - GROUP_PAGES * self.page_size : tokens.stop].transpose(1, 2)
             assert summary.equal(fp8.bounds(torch.stack((known.amin(dim=2), known.amax(dim=2)), 2)))
             if self.memory.geometry.key_bits and num_tokens == self.page_size:

@@ -53,7 +53,6 @@ _CONFIG = FreeKVConfig(
     arena_tokens=3 * PAGE_SIZE,
     key_bits=2,
     hysteresis=0.0,  # what a window should be is found without the window before it
-    candidates=0,
     page_size=PAGE_SIZE,
 )
 _CODES = replace(_CONFIG, selector="codes")

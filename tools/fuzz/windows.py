@@ -35,7 +35,7 @@ class WindowChecks:
         self._next: dict[Life, tuple[np.ndarray, ...]] = {}  # layer, head, logical and host page of resident entries
         self._rule = Rule.of(self._memory)
         config = self._memory.config  # a first level looks at the window before, which is not known here
-        self._has_reference = config.selector not in BASELINES and not config.num_candidates
+        self._has_reference = config.selector not in BASELINES and not config.candidates
 
     def after_batch(self, batch: Batch) -> None:
         """A batch has run."""
