@@ -6,7 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from freekv_kernels.select_pages_triton import columns_of, num_below, select_pages
+from freekv_kernels.ranks_triton import columns_of, num_below
+from freekv_kernels.select_pages_triton import select_pages
 from freekv_kernels.tables import Batch, Count, FlagList, Half
 
 _FLAGGED_ROWS = tl.constexpr(int(Count.FLAGGED_ROWS))

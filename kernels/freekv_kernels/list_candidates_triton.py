@@ -8,7 +8,7 @@ import triton.language as tl
 
 from freekv_kernels.fp8_triton import decode_fp8
 from freekv_kernels.list_candidates import HELD_BONUS, WIDTH_SHARE, groups_of
-from freekv_kernels.select_pages_triton import _kth_largest, _load_scores, _sortable
+from freekv_kernels.ranks_triton import kth_largest, load_scores, sortable
 from freekv_kernels.tables import GROUP_PAGES, Batch, Half
 
 _GROUP_PAGES = tl.constexpr(GROUP_PAGES)
@@ -148,7 +148,7 @@ def _list_candidates_kernel(
     total = tl.zeros((BLOCK_G,), tl.float32)
     for first in range(BEGIN // BLOCK * BLOCK, end, BLOCK):
         group = first + tl.arange(0, BLOCK)
-        x = _load_scores(scores_ptr, scores_group_stride, group, BEGIN, end, end, GROUP_SIZE, BLOCK_G) * _LOG2_E
+        x = load_scores(scores_ptr, scores_group_stride, group, BEGIN, end, end, GROUP_SIZE, BLOCK_G) * _LOG2_E
         peak_before, peak = peak, tl.maximum(peak, tl.max(x, 1))
         total = total * tl.exp2(peak_before - peak) + tl.sum(tl.exp2(x - peak[:, None]), 1)
     log_total = tl.where(is_head, peak + tl.log2(total), float("inf"))
@@ -156,13 +156,13 @@ def _list_candidates_kernel(
     lowest, highest = tl.full((), 0xFFFFFFFF, tl.uint32), tl.full((), 0, tl.uint32)
     for first in range(BEGIN // BLOCK * BLOCK, end, BLOCK):
         group = first + tl.arange(0, BLOCK)
-        x = _load_scores(scores_ptr, scores_group_stride, group, BEGIN, end, end, GROUP_SIZE, BLOCK_G) * _LOG2_E
+        x = load_scores(scores_ptr, scores_group_stride, group, BEGIN, end, end, GROUP_SIZE, BLOCK_G) * _LOG2_E
         x -= log_total[:, None]
         pooled = tl.max(x, 0)
         pooled += tl.log2(tl.sum(tl.exp2(x - pooled[None, :]), 0))
         is_candidate = (group >= BEGIN) & (group < end)
-        lowest = tl.minimum(lowest, tl.min(tl.where(is_candidate, _sortable(pooled), 0xFFFFFFFF)))
-        highest = tl.maximum(highest, tl.max(tl.where(is_candidate, _sortable(pooled), 0)))
+        lowest = tl.minimum(lowest, tl.min(tl.where(is_candidate, sortable(pooled), 0xFFFFFFFF)))
+        highest = tl.maximum(highest, tl.max(tl.where(is_candidate, sortable(pooled), 0)))
         tl.debug_barrier()  # other threads may still read what is overwritten
         tl.store(scores_ptr + group, pooled, is_candidate)
     tl.debug_barrier()  # threads read what others have written
@@ -174,11 +174,11 @@ def _list_candidates_kernel(
         held = held_page // _GROUP_PAGES
         is_held = (held_page >= 0) & (held >= BEGIN) & (held < end)
         favoured = tl.load(scores_ptr + held, is_held, other=0.0) + _HELD_BONUS
-        highest = tl.maximum(highest, tl.max(tl.where(is_held, _sortable(favoured), 0)))
+        highest = tl.maximum(highest, tl.max(tl.where(is_held, sortable(favoured), 0)))
         tl.debug_barrier()  # two pages of a group find the same
         tl.store(scores_ptr + held, favoured, is_held)
         tl.debug_barrier()
-    threshold, num_ties = _kth_largest(scores_ptr, lowest, highest, k, BEGIN, end, end, BLOCK)
+    threshold, num_ties = kth_largest(scores_ptr, lowest, highest, k, BEGIN, end, end, BLOCK)
 
     # One prefix sum counts both: groups above the threshold in the upper half, groups that equal it in the lower.
     counted = tl.full((), 0, tl.int64)
@@ -186,7 +186,7 @@ def _list_candidates_kernel(
     for first in range(BEGIN // BLOCK * BLOCK, end, BLOCK):
         group = first + tl.arange(0, BLOCK)
         is_candidate = (group >= BEGIN) & (group < end)
-        value = _sortable(tl.load(scores_ptr + group, is_candidate, other=0.0))
+        value = sortable(tl.load(scores_ptr + group, is_candidate, other=0.0))
         is_above, is_tie = is_candidate & (value > threshold), is_candidate & (value == threshold)
         ones = (is_above.to(tl.int64) << 32) + is_tie.to(tl.int64)
         before = counted + tl.cumsum(ones) - ones
