@@ -289,8 +289,17 @@ class FreeKVConfig:
             _require(fits, "--freekv-key-bits", self.key_bits, f"{bits} with --freekv-selector {self.selector}")
 
     def keywords(self) -> dict[str, Any]:
-        """The settings as `sgl.Engine` takes them, and as JSON shows them."""
-        values = {OPTION_PREFIX + f.metadata["flag"].replace("-", "_"): getattr(self, n) for n, f in flags().items()}
+        """The settings as `sgl.Engine` takes them, and as JSON shows them; defaults of the rule are filled in."""
+        rule = {
+            "selector": self.selector_name,
+            "tau": self.min_cosine,
+            "gate": self.max_lost_share,
+            "group_pooling": None if self.selector_name == "mass" else self.pooling,
+            "hysteresis": self.bonus,
+            "candidates": self.num_candidates,
+        }
+        fields = {name: rule.get(name, getattr(self, name)) for name in flags()}
+        values = {OPTION_PREFIX + flags()[n].metadata["flag"].replace("-", "_"): v for n, v in fields.items()}
         as_json = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
         return as_json | {"page_size": self.page_size}
 

@@ -95,7 +95,7 @@ METRICS = {
         "bytes",
         "Bytes copied from the host store to device blocks",
         "Its rate is the load on the link to the device. Near the link's speed decode waits for it: raise "
-        "--freekv-device-blocks-memory, or lower --freekv-tau.",
+        "--freekv-device-blocks-memory or --freekv-gate, or lower --freekv-tau where that is set.",
     ),
     "hits": Metric(
         "counter",
@@ -143,9 +143,9 @@ METRICS = {
     "flagged_rows": Metric(
         "counter",
         "rows",
-        "Rows corrected because their query had moved",
-        "flagged_rows / rows is the share of corrections, a property of the model: 80 % can be usual. It costs where "
-        "misses are many, too; then raise --freekv-device-blocks-memory, or lower --freekv-tau.",
+        "Rows corrected because their window would have lost too much of the attention, or their query had moved",
+        "flagged_rows / rows is the share of corrections, a property of the model. It costs where misses are many, "
+        "too; then raise --freekv-device-blocks-memory or --freekv-gate, or lower --freekv-tau where that is set.",
     ),
     "absent_pages": Metric(
         "counter",

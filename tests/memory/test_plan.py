@@ -219,12 +219,33 @@ def test_a_plan_is_reported_with_the_settings_as_resolved_and_in_json():
     assert report["config"]["freekv_host_memory"] == pytest.approx(8, rel=1e-3)
     assert report["config"]["freekv_dense_layers"] == [0, 31]
     assert report["config"]["freekv_max_budget"] == report["config"]["freekv_budget"] == 2048
+    rule = ("selector", "gate", "tau", "hysteresis", "candidates", "group_pooling")
+    assert [report["config"][f"freekv_{name}"] for name in rule] == ["mass", 0.02, None, 1.0, 5, None]
     assert report["memory_plan"]["host_bytes"] == plan.host_bytes
     # What was resolved can be given: the same plan comes out.
     given = {name: value for name, value in report["config"].items() if name != "page_size"}
     config, _ = take_options({"kv_retrieval": "freekv", **given})
     again = gpu_plan(config, device_gib=50)
     assert (again.num_pages, again.num_blocks) == (plan.num_pages, plan.num_blocks)
+
+
+@pytest.mark.parametrize(
+    ("settings", "rule"),
+    [
+        ({"tau": 0.7}, ("mass", None, 0.7, None)),
+        ({"selector": "codes"}, ("codes", None, 0.9, "softmax")),
+        ({"selector": "paper"}, ("paper", None, 0.8, "softmax")),
+        ({"key_bits": 0}, ("min-max", None, 0.9, "softmax")),
+    ],
+    ids=str,
+)
+def test_the_rule_that_is_reported_is_the_one_in_force_and_can_be_given(settings: dict, rule: tuple):
+    shown = FreeKVConfig(**settings).keywords()
+    assert tuple(shown[f"freekv_{name}"] for name in ("selector", "gate", "tau", "group_pooling")) == rule
+    page_size = shown.pop("page_size")
+    given, rest = take_options({"kv_retrieval": "freekv", **shown})
+    assert rest == {} and page_size == given.page_size
+    assert given.keywords() == FreeKVConfig(**settings).keywords()
 
 
 def test_a_plan_without_a_context_has_no_workspace_and_says_nothing_about_it():
