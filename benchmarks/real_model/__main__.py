@@ -59,6 +59,7 @@ def main() -> int:
         return 1
     writer = RecordWriter("real_model", args.out / f"{args.name}.jsonl")
     shared = {"model": Path(args.model).name, "dtype": args.dtype, "texts": digest(texts), "steps": args.steps}
+    shared["windows"] = args.windows
     with tempfile.TemporaryDirectory() as folder:
         job = dataclasses.replace(job, folder=Path(folder))
         contexts: set[int] = set()
