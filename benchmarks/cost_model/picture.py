@@ -10,7 +10,7 @@ from benchmarks.cost_model.cells import STEADY
 from benchmarks.cost_model.fit import Sample
 from benchmarks.cost_model.results import Measured
 from benchmarks.cost_model.step_time import step_seconds
-from sglang_freekv.config import FreeKVConfig
+from benchmarks.gpu.decode_cells import DEFAULT
 
 _COLOURS = {"plain": "tab:orange", "freekv": "tab:blue"}
 _POINTS_PER_DOUBLING = 8
@@ -42,7 +42,7 @@ def draw(run: Measured, path: Path) -> None:
 def _is_usual(sample: Sample) -> bool:
     """Of the curve: the budget and tau that most cells have, everything resident."""
     c = sample.cell
-    return c.budget is None or (c.tau == FreeKVConfig.tau and c.drift == STEADY and not c.windows)
+    return c.budget is None or (c.tau == DEFAULT and c.drift == STEADY and not c.windows)
 
 
 def _curve(axis, run: Measured, samples: list[Sample], engine: str, colour: str) -> None:
