@@ -57,7 +57,7 @@ def plan(args: argparse.Namespace) -> Plan:
     """What is asked for on the command line."""
     machine = _machine(args)
     models = tuple((Model.load(name, args.weight_bits), (args.tp,)) for name in args.models)
-    return Plan(machine, models, tuple(args.contexts), Traffic(args.turnover, args.flagged))
+    return Plan(machine, models, tuple(args.contexts), Traffic(args.turnover, args.flagged, args.exposed))
 
 
 def _machine(args: argparse.Namespace) -> Machine:
@@ -90,6 +90,8 @@ def parse_args() -> argparse.Namespace:
     group.add_argument("--contexts", type=int, nargs="+", default=[32768, 131072], help="tokens")
     group.add_argument("--turnover", type=float, default=Traffic.turnover, help="share of pages that a step changes")
     group.add_argument("--flagged", type=float, default=Traffic.flagged_share, help="share of rows corrected")
+    exposed = "share of the recalled bytes that attention waits for"
+    group.add_argument("--exposed", type=float, default=Traffic.exposed_share, help=exposed)
     return parser.parse_args()
 
 

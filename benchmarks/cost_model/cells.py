@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from benchmarks.gpu.decode_cells import DEFAULT, EXACT, SPECULATION
 from benchmarks.gpu.shapes import SHAPES, ModelShape
+from sglang_freekv.config import FreeKVConfig
 
 K = 1024
 STEADY, MOVING = 0.02, 0.3  # drift of the queries: mean of 1 - cosine with the previous step's
@@ -27,11 +28,17 @@ class Cell:
     drift: float = STEADY
     windows: float = 0
     calibrates: bool = False
+    selector: str = FreeKVConfig().selector_name
+
+    @property
+    def config(self) -> FreeKVConfig:
+        """FreeKV's settings, of a cell with a budget."""
+        return FreeKVConfig(budget_tokens=self.budget, tau=self.tau, selector=self.selector)
 
     def scaled(self, scale: int) -> Cell:
         """The same step with longer requests."""
         budget = None if self.budget is None else self.budget * scale
-        return Cell(self.context * scale, self.batch, budget, self.tau, self.drift, self.windows, self.calibrates)
+        return replace(self, context=self.context * scale, budget=budget)
 
 
 def _plain(context: int, batch: int, calibrates: bool = False) -> Cell:

@@ -44,9 +44,11 @@ class Sample:
     @property
     def setting(self) -> Setting:
         c = self.cell
-        return Setting(
-            c.context, c.batch, c.budget, tau=c.tau, flagged_share=self.flagged, recalled_bytes=self.recalled_bytes
-        )
+        if c.budget is None:
+            return Setting(c.context, c.batch)
+        # Recalls are not counted by who waits for them; a CPU waits for all.
+        exposed = self.flagged
+        return Setting(c.context, c.batch, c.config, self.flagged, self.recalled_bytes, exposed)
 
 
 def describe_machine(

@@ -88,7 +88,8 @@ def _freekv_sample(runner, memory: KVMemory, cell: Cell) -> dict:
     from benchmarks.gpu.decode_step import step_times
 
     g, num_pages = memory.geometry, memory.host.num_host_pages
-    config = dataclasses.replace(memory.config, tau=cell.tau, budget_tokens=cell.budget)
+    sizes = {"budget_tokens": cell.budget, "max_budget_tokens": cell.budget}
+    config = dataclasses.replace(memory.config, selector=cell.selector, tau=cell.tau, **sizes)
     set_drift(runner, g, cell.drift)
     num_pairs = num_pages * g.num_kv_heads
     num_blocks = int(cell.windows * cell.batch * cell.budget // g.page_size * g.num_kv_heads)

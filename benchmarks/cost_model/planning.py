@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from benchmarks.cost_model.machine import Machine
 from benchmarks.cost_model.model import Model
-from benchmarks.cost_model.step_time import Setting, step_seconds
+from benchmarks.cost_model.step_time import Setting, geometry_of, step_seconds
 from sglang_freekv.config import FreeKVConfig
 from sglang_freekv.doctor.capacity import Rank, best_fit, pages_of, plan_for_requests
 from sglang_freekv.memory.plan import MemoryPlan
@@ -26,15 +26,17 @@ _BATCH_TOLERANCE, _BUDGET_TOLERANCE = 0.05, 0.1
 class Traffic:
     """What decides how much is recalled, and is not predicted: measure it with a model and its requests.
 
-    The share of changing pages is an assumption: Llama-3.1-8B with a budget of 2,048 then asks for 26 MB per request
-    and step where nothing outside the windows is resident; traces of FreeKV's own code ask for 40 to 53 MB, this
-    project aims at 13. SmolLM2-135M-Instruct on real text (`benchmarks/results/real_model.md`) changes 0.18 of its
-    selected pages with a budget of 2,048 of 8,128 tokens, 0.33 with 512 of 4,096; as the device holds two windows, it
-    recalls 0.07 and 0.14 of them. The share of corrected rows is its, at the default tau: 0.77 and 0.79.
+    By default SmolLM2-135M-Instruct's on real text, 4,096 tokens with a budget of 512, under the default rule. With
+    device blocks for two windows it recalls 0.068 of its selected pages in a step; `recalled_bytes` expects 0.062.
     """
 
-    turnover: float = 0.11  # share of the selected pages that one step changes
-    flagged_share: float = 0.78  # of the rows, corrected
+    turnover: float = 0.082  # share of the selected pages that one step changes
+    flagged_share: float = 0.17  # of the rows, corrected
+    exposed_share: float = 0.54  # of the recalled bytes, that attention waits for
+
+
+# Of the paper's rule on the same texts, likewise: its selector, and its tau.
+BY_PAPER = Traffic(turnover=0.26, flagged_share=0.335, exposed_share=0.37)
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Choice:
 
 def rank_of(machine: Machine, model: Model, setting: Setting, tp: int) -> Rank:
     """One of `tp` ranks, as the doctor sees it: what fits is asked of the same plan that a server makes."""
-    g = model.geometry(setting.page_size, setting.key_bits, tp=tp)
+    g = geometry_of(model, setting, tp=tp)
     longest = max(model.max_context, setting.context)
     return Rank(
         geometry=g,
@@ -68,7 +70,7 @@ def rank_of(machine: Machine, model: Model, setting: Setting, tp: int) -> Rank:
         device_bytes=machine.device_bytes(model.weight_bytes // tp),
         host_bytes=machine.host_bytes(),
         max_requests=_MOST_REQUESTS,
-        max_context=whole_lines(longest + 1, setting.page_size),
+        max_context=whole_lines(longest + 1, g.page_size),
         attention_bytes=attention_bytes(g, machine.num_sms),
     )
 
@@ -76,13 +78,7 @@ def rank_of(machine: Machine, model: Model, setting: Setting, tp: int) -> Rank:
 def plan_freekv(machine: Machine, model: Model, setting: Setting, tp: int) -> MemoryPlan | str:
     """The memory of a rank that holds the requests of `setting`, or what they do not fit."""
     rank = rank_of(machine, model, setting, tp)
-    return plan_for_requests(rank, _config(setting), setting.context, setting.batch)
-
-
-def _config(setting: Setting) -> FreeKVConfig:
-    return FreeKVConfig(
-        budget_tokens=setting.budget, page_size=setting.page_size, key_bits=setting.key_bits, tau=setting.tau
-    )
+    return plan_for_requests(rank, setting.config, setting.context, setting.batch)
 
 
 def plain_misfit(machine: Machine, model: Model, setting: Setting, tp: int) -> str | None:
@@ -110,7 +106,7 @@ def best_freekv(
     model: Model,
     context: int,
     traffic: Traffic,
-    key_bits: int = 2,
+    selector: str | None = None,
     budget: int | None = None,
     tp: int | None = None,
 ) -> Choice | None:
@@ -129,7 +125,8 @@ def best_freekv(
     for tokens in (budget,) if budget else [b for b in BUDGETS if b < context]:
         choices = []
         for ranks in _ranks(machine, model, tp):
-            choices += _of_budget(machine, model, Setting(context, 1, tokens, key_bits=key_bits), ranks, traffic)
+            one = Setting(context, 1, FreeKVConfig(budget_tokens=tokens, selector=selector))
+            choices += _of_budget(machine, model, one, ranks, traffic)
         if best := _smallest_batch(choices):
             per_budget.append(best)
     fastest = max((choice.throughput for choice in per_budget), default=0)
@@ -138,9 +135,9 @@ def best_freekv(
 
 
 def _of_budget(machine: Machine, model: Model, one: Setting, tp: int, traffic: Traffic) -> Iterator[Choice]:
-    fit = best_fit(rank_of(machine, model, one, tp), _config(one), one.context)
+    fit = best_fit(rank_of(machine, model, one, tp), one.config, one.context)
     for batch in _batches(fit.num_requests):
-        setting = replace(one, batch=batch, flagged_share=traffic.flagged_share)
+        setting = replace(one, batch=batch, flagged_share=traffic.flagged_share, exposed_share=traffic.exposed_share)
         plan = plan_freekv(machine, model, setting, tp)
         g = plan.geometry
         setting = replace(setting, recalled_bytes=recalled_bytes(plan, setting, traffic) * tp)

@@ -6,16 +6,12 @@ from dataclasses import dataclass, field, replace
 
 from benchmarks.cost_model.machine import H100_X8, RTX_4090, Machine
 from benchmarks.cost_model.model import Model
-from benchmarks.cost_model.planning import BUDGETS, Choice, K, Traffic, best_freekv, best_plain
+from benchmarks.cost_model.planning import BUDGETS, BY_PAPER, Choice, K, Traffic, best_freekv, best_plain
 from sglang_freekv.config import FreeKVConfig
 
 LLAMA, QWEN = Model.load("llama-3.1-8b"), Model.load("qwen3-32b")
 LLAMA_FP8 = Model.load("llama-3.1-8b", weight_bits=8)
 DEFAULT_BUDGET = FreeKVConfig.budget_tokens
-_WITH_TRAFFIC = (
-    "Traffic that is put in: one step changes {turnover:.0%} of the selected pages (assumed), and {flagged:.0%} of the "
-    "rows are corrected (by default as measured with a small language model)."
-)
 _COLUMNS = ["budget", "requests", "why no more", "device GB/request", "host GB/request", "step ms", "nothing hidden"]
 
 
@@ -35,7 +31,10 @@ class Plan:
         gpus = (
             f"{m.gpus} x {m.device_gib:.0f} GiB at {m.memory_gbs:,.0f} GB/s, link {m.recall_gbs:.0f} GB/s each, {host}"
         )
-        return f"{gpus}. {m.source} {_WITH_TRAFFIC.format(turnover=t.turnover, flagged=t.flagged_share)}"
+        return (
+            f"{gpus}. {m.source} Traffic that is put in, by default as measured with a small language model: "
+            f"{_words(t)}; by the paper's rule {_words(BY_PAPER)}."
+        )
 
     def lines(self) -> list[list[str]]:
         lines = [["model", "context", "engine", "replicas x GPUs", *_COLUMNS, "tokens/s", "times plain"]]
@@ -52,9 +51,16 @@ class Plan:
             "plain": plain,
             "freekv": best_freekv(*request, self.traffic, budget=DEFAULT_BUDGET, tp=tp),
             "freekv, best budget": best_freekv(*request, self.traffic, tp=tp),
-            "freekv, key bits 0": best_freekv(*request, self.traffic, key_bits=0, budget=DEFAULT_BUDGET, tp=tp),
+            "freekv, paper's rule": best_freekv(*request, BY_PAPER, "paper", DEFAULT_BUDGET, tp),
         }
         return [[_name(model), f"{context:,}", engine, *_cells(choice, plain)] for engine, choice in found.items()]
+
+
+def _words(traffic: Traffic) -> str:
+    return (
+        f"one step changes {traffic.turnover:.1%} of the selected pages and corrects {traffic.flagged_share:.0%} of "
+        f"the rows, and waits for {traffic.exposed_share:.0%} of what it recalls"
+    )
 
 
 def _name(model: Model) -> str:
@@ -83,7 +89,7 @@ def _cells(choice: Choice | None, plain: Choice | None) -> list[str]:
 class BudgetPlan(Plan):
     """A table: the best batch by budget and by the traffic that is assumed."""
 
-    turnovers: tuple[float, ...] = (0.05, 0.11, 0.2)
+    turnovers: tuple[float, ...] = (0.04, Traffic.turnover, 0.2)
 
     @property
     def assumptions(self) -> str:
@@ -91,7 +97,7 @@ class BudgetPlan(Plan):
         return f"{rule} {super().assumptions} The share of changing pages is that of the column here."
 
     def lines(self) -> list[list[str]]:
-        pages = [f"{turnover:.0%} of pages change" for turnover in self.turnovers]
+        pages = [f"{turnover:.1%} of pages change" for turnover in self.turnovers]
         lines = [["model", "context", "budget", *(f"requests, step ms, tokens/s: {share}" for share in pages)]]
         for model, layouts in self.models:
             for context in self.contexts:

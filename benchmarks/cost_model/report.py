@@ -15,7 +15,8 @@ from benchmarks.tables.table import Lines, Table, conditions_of, number
 _LEFT_OUT = (
     "The model knows decode steps of equally long requests. It leaves out prefill and what waits for it, the scheduler "
     "and sampling beyond a fixed time, the network, expert models, graphs that are not captured for large batches, "
-    "and what a budget loses in accuracy. How many pages change and how many rows are corrected is put in."
+    "and what a budget loses in accuracy. How many pages change, how many rows are corrected and what is waited for "
+    "is put in."
 )
 
 

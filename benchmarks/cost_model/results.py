@@ -60,7 +60,8 @@ def _sample(record: Record) -> Sample:
     p = record.params
     values = {name: p[name] for name in Cell.__dataclass_fields__ if name in p}
     counted = {name: p[name] for name in ("p20", "p80", "flagged", "recalled_bytes") if name in p}
-    return Sample(Cell(**({"budget": None} | values)), record.value / 1e3, **counted)
+    # Records that do not name their selector are older than the one that is the default now.
+    return Sample(Cell(**({"budget": None, "selector": "codes"} | values)), record.value / 1e3, **counted)
 
 
 def model_of(shape: ModelShape) -> Model:

@@ -5,8 +5,8 @@
     step   = max(busy, hidden recalls / link) + exposed recalls / link + hidden recalls of the last layer / link
 
 Recalls for the next step run on a second stream beside the layers that follow, but scoring on that stream reads the
-memory that everybody reads, so it counts as busy. What a corrected row recalls is waited for: exposed. The last layer's
-recalls have no layer to hide behind (DESIGN.md, "The tail"). On a CPU nothing hides.
+memory that everybody reads, so it counts as busy. What this step's attention waits for is exposed. The last layer's
+recalls have no layer to hide behind. On a CPU nothing hides.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from dataclasses import dataclass
 
 from benchmarks.cost_model.machine import Kernels, Machine
 from benchmarks.cost_model.model import Model
-from sglang_freekv.memory.page_indexes import INDEXES
+from sglang_freekv.config import FreeKVConfig
+from sglang_freekv.memory.geometry import Geometry, num_pages_of
+from sglang_freekv.memory.selection_reads import SelectionReads
 
 
 @dataclass(frozen=True)
@@ -24,17 +26,30 @@ class Setting:
 
     context: int  # tokens of each request
     batch: int  # requests
-    budget: int | None = None  # tokens that a request attends to; None: plain SGLang
-    page_size: int = 32
-    key_bits: int = 2
-    tau: float = 0.9
-    flagged_share: float = 0.0  # of the rows, corrected; counts where tau is neither -1 (none) nor above 1 (all)
+    config: FreeKVConfig | None = None  # None: plain SGLang
+    flagged_share: float = 0.0  # of the rows, corrected
     recalled_bytes: float = 0.0  # per request and step
+    exposed_share: float = 0.0  # of these, that attention waits for
+
+    @property
+    def budget(self) -> int | None:
+        """Tokens that a request attends to; None: plain SGLang, all."""
+        return None if self.config is None else self.config.budget_tokens
 
     @property
     def corrected(self) -> float:
         """Share of the rows that select a second time."""
-        return 1.0 if self.tau > 1 else 0.0 if self.tau <= -1 else self.flagged_share
+        return self._unless_fixed(self.flagged_share)
+
+    @property
+    def exposed(self) -> float:
+        """Share of the recalled bytes that attention waits for."""
+        return self._unless_fixed(self.exposed_share)
+
+    def _unless_fixed(self, share: float) -> float:
+        """All where tau corrects every row, nothing where it corrects none."""
+        tau = self.config.min_cosine
+        return share if tau is None or -1 < tau <= 1 else float(tau > 1)
 
     @property
     def is_over(self) -> bool:
@@ -51,7 +66,7 @@ class Work:
     weight_bytes: float
     flops: float
     attention_bytes: float
-    scoring_bytes: float  # of summaries and codes, on a GPU a corrected row's twice
+    scoring_bytes: float  # of summaries and codes; where a cosine corrects, a GPU reads a corrected row's twice
     selections: float  # in how many layers windows are selected; a second time for corrected rows
     exposed_bytes: float  # recalled while the step waits
     hidden_bytes: float  # recalled beside it
@@ -59,23 +74,42 @@ class Work:
 
 def work_of(model: Model, setting: Setting, device: str = "cuda", tp: int = 1) -> Work:
     """Count what a step reads, from the geometry of a rank's KV cache."""
-    s, g = setting, model.geometry(setting.page_size, setting.key_bits, device, tp)
+    s, g = setting, geometry_of(model, setting, device, tp)
     attended = s.context if s.budget is None else min(s.context, s.budget)
     rounds = 1 + s.corrected if s.is_over else 0
-    scored = min(rounds, 1) if device == "cpu" else rounds  # a CPU corrects with the scores of the next step
-    num_pages = -(-s.context // s.page_size)
     recalled = s.batch * s.recalled_bytes / tp if s.is_over else 0.0
+    exposed = recalled * s.exposed if s.is_over else 0.0
     return Work(
         layers=g.num_layers,
         layer_requests=g.num_layers * s.batch,
         weight_bytes=model.read_params * model.weight_bits / 8 / tp,
         flops=2 * model.read_params * s.batch / tp,
         attention_bytes=s.batch * attended * g.token_bytes,
-        scoring_bytes=scored * s.batch * num_pages * INDEXES["codes" if g.key_bits else "min-max"].page_bytes(g),
+        scoring_bytes=s.batch * scoring_bytes(g, s, device) if s.is_over else 0.0,
         selections=rounds * g.num_layers,
-        exposed_bytes=recalled * s.corrected,
-        hidden_bytes=recalled * (1 - s.corrected),
+        exposed_bytes=exposed,
+        hidden_bytes=recalled - exposed,
     )
+
+
+def geometry_of(model: Model, setting: Setting, device: str = "cuda", tp: int = 1) -> Geometry:
+    """The KV cache of a rank; plain SGLang's as if it had FreeKV's pages."""
+    config = setting.config or FreeKVConfig()
+    return model.geometry(config.page_size, config.key_bits, device, tp)
+
+
+def scoring_bytes(geometry: Geometry, setting: Setting, device: str = "cuda") -> float:
+    """What a step reads to choose the pages of one request over its budget: as the engine counts it.
+
+    Correction by the gate reads the shares of the next window. By a cosine it scores the flagged rows' pages once more,
+    but for a CPU, which scores once for both.
+    """
+    g, config = geometry, setting.config
+    num_pages = num_pages_of(setting.context, g.page_size)
+    budget = config.budget_tokens // g.page_size
+    once = SelectionReads(g, config, g.num_layers, num_pages).bytes([num_pages], [[budget] * g.num_kv_heads])
+    scores_again = config.min_cosine is not None and device != "cpu"
+    return once * (1 + setting.corrected * scores_again)
 
 
 def kernels_of(machine: Machine, setting: Setting) -> Kernels:

@@ -29,10 +29,14 @@ from benchmarks.cost_model.results import model_of, read_run, write_run
 from benchmarks.cost_model.step_time import Setting, step_seconds, work_of
 from benchmarks.records import RecordWriter, read_records
 from benchmarks.tables.marked import fill
+from sglang_freekv.config import FreeKVConfig
+from sglang_freekv.memory.page_indexes import INDEXES
 from sglang_freekv.memory.plan import MemoryPlan
 
 LLAMA, QWEN = Model.load("llama-3.1-8b"), Model.load("qwen3-32b")
-OVER = Setting(32 * K, 8, 2 * K, recalled_bytes=1e6)
+CONFIG = FreeKVConfig(budget_tokens=2 * K)
+OVER = Setting(32 * K, 8, CONFIG, flagged_share=0.5, recalled_bytes=1e6, exposed_share=0.25)
+NEVER, ALWAYS = (replace(OVER, config=replace(CONFIG, tau=tau)) for tau in (-1, 2))
 RATES = {"memory_gbs": 8.0, "link_gbs": 3.0, "flops": 5e10}
 SIZES = {"device_gib": 24.0, "host_gib": 24.0}
 KNOWN = Machine(
@@ -90,23 +94,49 @@ class TestModel:
 
 class TestStep:
     def test_within_the_budget_nothing_is_scored_or_recalled(self):
-        within, plain = (work_of(LLAMA, replace(OVER, context=2 * K, budget=b)) for b in (2 * K, None))
+        within, plain = (work_of(LLAMA, replace(OVER, context=2 * K, config=c)) for c in (CONFIG, None))
         assert (within.scoring_bytes, within.selections, within.hidden_bytes, within.exposed_bytes) == (0, 0, 0, 0)
         assert within == plain
 
     def test_over_the_budget_only_scores_grow_with_the_context(self):
-        short, long = (work_of(LLAMA, replace(OVER, context=n)) for n in (32 * K, 64 * K))
+        every_page = replace(OVER, config=replace(CONFIG, candidates=0))
+        short, long = (work_of(LLAMA, replace(every_page, context=n)) for n in (32 * K, 64 * K))
         assert long.scoring_bytes == 2 * short.scoring_bytes
         assert replace(long, scoring_bytes=short.scoring_bytes) == short
 
+    def test_a_pass_over_every_page_reads_its_whole_index(self):
+        every_page = replace(OVER, config=replace(CONFIG, candidates=0))
+        page_bytes = INDEXES["mass"].page_bytes(LLAMA.geometry(32, 2))
+        assert work_of(LLAMA, every_page).scoring_bytes == 8 * K * page_bytes
+
+    def test_candidates_are_read_once_however_long_the_request_and_group_bounds_with_its_length(self):
+        two_levels = replace(OVER, config=replace(CONFIG, candidates=5))
+        medium, long, longest = (
+            work_of(LLAMA, replace(two_levels, context=n * K)).scoring_bytes for n in (64, 96, 128)
+        )
+        every_page = replace(OVER, config=replace(CONFIG, candidates=0), context=128 * K)
+        assert longest - long == long - medium == 8 * (32 * K // 128) * 32 * 8 * 2 * 128
+        assert longest < work_of(LLAMA, every_page).scoring_bytes / 5
+
+    def test_the_gate_reads_what_the_next_step_needs_and_nothing_more(self):
+        gate, tau = OVER, replace(OVER, config=replace(CONFIG, tau=0.9))
+        once = work_of(LLAMA, NEVER).scoring_bytes
+        assert work_of(LLAMA, gate).scoring_bytes == once
+        assert work_of(LLAMA, tau).scoring_bytes == 1.5 * once
+        assert work_of(LLAMA, tau, device="cpu").scoring_bytes == once
+
+    def test_what_is_waited_for_is_the_measured_share_and_not_that_of_the_corrected_rows(self):
+        work = work_of(LLAMA, OVER)
+        assert (work.exposed_bytes, work.hidden_bytes) == (2e6, 6e6)
+
     def test_every_corrected_row_is_scored_twice_and_waited_for(self):
-        never, always = (work_of(LLAMA, replace(OVER, tau=tau)) for tau in (-1, 2))
+        never, always = (work_of(LLAMA, setting) for setting in (NEVER, ALWAYS))
         assert always.scoring_bytes == 2 * never.scoring_bytes
         assert (never.exposed_bytes, always.hidden_bytes) == (0, 0)
         assert never.hidden_bytes == always.exposed_bytes == 8e6
 
     def test_recalls_hide_behind_the_step_but_for_the_last_layers(self):
-        quiet, some = (replace(OVER, tau=-1, recalled_bytes=n) for n in (0, 1e6))
+        quiet, some = (replace(NEVER, recalled_bytes=n) for n in (0, 1e6))
         link = 8 * 1e6 / (RTX_4090.recall_gbs * 1e9)
         more = step_seconds(RTX_4090, LLAMA, some) - step_seconds(RTX_4090, LLAMA, quiet)
         assert more == pytest.approx(link / LLAMA.layers)
@@ -116,7 +146,7 @@ class TestStep:
         assert step_seconds(on_cpu, LLAMA, some) == pytest.approx(worst)
 
     def test_no_step_is_shorter_than_its_recalls(self):
-        flood = replace(OVER, tau=-1, recalled_bytes=1e9)
+        flood = replace(NEVER, recalled_bytes=1e9)
         assert step_seconds(RTX_4090, LLAMA, flood) >= 8e9 / (RTX_4090.recall_gbs * 1e9)
 
     def test_gpus_share_the_bandwidth_of_the_host(self):
@@ -125,9 +155,9 @@ class TestStep:
 
 class TestPlanning:
     @pytest.mark.parametrize(("machine", "tp"), [(RTX_4090, 1), (H100_X8, 2)])
-    @pytest.mark.parametrize("key_bits", [0, 2])
-    def test_the_most_requests_fit_and_one_more_does_not(self, machine, tp, key_bits):
-        choice = best_freekv(machine, LLAMA, 32 * K, Traffic(), key_bits, 2 * K, tp)
+    @pytest.mark.parametrize("selector", [None, "paper"])
+    def test_the_most_requests_fit_and_one_more_does_not(self, machine, tp, selector):
+        choice = best_freekv(machine, LLAMA, 32 * K, Traffic(), selector, 2 * K, tp)
         most = replace(choice.setting, batch=choice.most_requests)
         plan = plan_freekv(machine, LLAMA, most, tp)
         pools = plan.device_blocks_bytes + plan.summaries_bytes + plan.arena_bytes
