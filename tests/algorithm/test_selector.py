@@ -94,7 +94,8 @@ class Halved(Budgets):
 def test_heads_of_a_request_may_have_budgets_of_their_own():
     engine, request = make_engine("codes", budget_pages=6)
     engine.checks = WithoutWindows(engine.memory, engine.rule)
-    engine.memory.budgets = Halved(engine.memory.max_requests, 2, 6, "cpu")
+    memory = engine.memory
+    memory.budgets = Halved(GEOMETRY, memory.max_requests, memory.sizes, memory.config.mass, "cpu")
     newcomer = engine.start(make_trace(GEOMETRY, 12 * PAGE, seed=1), 5 * PAGE - 3)  # over the budget of one head only
     engine.leave(request)
     engine.prefill_whole(newcomer)
