@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from freekv_kernels import Count
+from freekv_kernels import Count, PageStore
 from sglang_freekv.algorithm.audit import AuditError, audit_blocks, audit_index, audit_windows
 from sglang_freekv.config import FreeKVConfig
 from sglang_freekv.memory.geometry import Geometry
@@ -130,7 +130,13 @@ def test_the_audit_is_silent_until_a_fault_is_planted(
 
 
 def skip_encoding(engine: SimulatedEngine) -> None:
-    engine.memory.ops = engine.memory.ops._replace(encode_pages=lambda *_: None)
+    """Codes are written nowhere; bounds of groups, which the same op writes, are."""
+    encode_pages = engine.memory.ops.encode_pages
+
+    def skip(slots: torch.Tensor, store: PageStore, codes: torch.Tensor, groups: torch.Tensor | None = None) -> None:
+        encode_pages(slots, store, codes.clone(), groups)
+
+    engine.memory.ops = engine.memory.ops._replace(encode_pages=skip)
 
 
 def test_codes_that_prefill_leaves_to_the_last_owner_of_a_page_are_noticed(

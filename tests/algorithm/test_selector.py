@@ -12,7 +12,7 @@ from sglang_freekv.config import BASELINES, FreeKVConfig
 from sglang_freekv.config import SELECTORS as NAMES
 from sglang_freekv.memory.budgets import Budgets
 from sglang_freekv.memory.geometry import Geometry
-from sglang_freekv.memory.page_indexes import INDEXES, index_of
+from sglang_freekv.memory.page_indexes import INDEXES
 from tests.support.random_traces import make_trace
 from tests.support.reference_checks import Request, WithoutWindows
 from tests.support.simulated_requests import PAGE, SimulatedEngine
@@ -65,7 +65,7 @@ def test_windows_over_the_budget_have_their_form_and_are_what_the_selector_selec
 def test_the_plan_counts_the_bytes_of_the_index_that_the_memory_allocates(selector):
     engine, _ = make_engine(selector, budget_pages=4)
     memory = engine.memory
-    index = index_of(memory.config)
+    index = INDEXES[memory.config.selector_name]
     assert memory.index.nbytes == memory.host.num_host_pages * index.page_bytes(memory.geometry)
 
 
@@ -94,7 +94,8 @@ class Halved(Budgets):
 def test_heads_of_a_request_may_have_budgets_of_their_own():
     engine, request = make_engine("codes", budget_pages=6)
     engine.checks = WithoutWindows(engine.memory, engine.rule)
-    engine.memory.budgets = Halved(GEOMETRY, engine.memory.max_requests, engine.memory.sizes, None, "cpu")
+    memory = engine.memory
+    memory.budgets = Halved(GEOMETRY, memory.max_requests, memory.sizes, memory.config.mass, "cpu")
     newcomer = engine.start(make_trace(GEOMETRY, 12 * PAGE, seed=1), 5 * PAGE - 3)  # over the budget of one head only
     engine.leave(request)
     engine.prefill_whole(newcomer)
