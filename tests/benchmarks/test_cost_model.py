@@ -196,7 +196,7 @@ class TestPlanning:
             assert choice.throughput >= 0.9 * throughput
 
     def test_the_best_budget_is_the_largest_that_is_nearly_as_fast(self):
-        machine, context = H100_X8, 128 * K
+        machine, context = replace(H100_X8, host_gib=128), 128 * K  # few requests, whatever their budget
         speeds = {b: best_freekv(machine, LLAMA, context, Traffic(), budget=b, tp=8).throughput for b in BUDGETS}
         chosen = best_freekv(machine, LLAMA, context, Traffic(), tp=8).setting.budget
         near = [budget for budget, speed in speeds.items() if speed >= 0.9 * max(speeds.values())]
