@@ -53,7 +53,7 @@ class Count(IntEnum):
     """Index of a counter: totals since start-up. A row is one (request, KV head) of one layer and step."""
 
     ROWS = 0  # rows of requests over their budget
-    FLAGGED_ROWS = 1  # of those, rows whose query had moved: corrected before attention
+    FLAGGED_ROWS = 1  # of those, rows that selected again before attention: corrected
     HITS = 2  # selected (page, head) pairs that were resident
     MISSES = 3  # selected pairs that were not
     DEMAND_MISSES = 4  # pairs of a front window that had lost their block since they were selected

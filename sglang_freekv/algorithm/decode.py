@@ -1,7 +1,7 @@
-"""Decode: attend to the window, correct the heads whose query moved, retrieve for the next step.
+"""Decode: correct windows that lack too much, attend to them, retrieve for the next step.
 
-Per layer:  append -> correct flagged rows -> make the front resident -> attend
-            beside it, for the next step: select -> make the back resident
+Per layer:  append -> score, correct flagged rows, select for the next step -> make the front resident -> attend
+            beside it, for the next step: make the back resident
 """
 
 from __future__ import annotations

@@ -125,7 +125,7 @@ METRICS = {
         "counter",
         "blocks",
         "Blocks that were looked at for one that may be taken",
-        "Divided by evictions: the looks that a claim takes, 1 to 3. Many: nearly all blocks are in windows; raise "
+        "Divided by evictions: the looks that a claim takes, about 4. Many: nearly all blocks are in windows; raise "
         "--freekv-windows.",
     ),
     "rows": Metric(
