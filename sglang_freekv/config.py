@@ -296,7 +296,6 @@ class FreeKVConfig:
             "gate": self.max_lost_share,
             "group_pooling": None if self.selector_name == "mass" else self.pooling,
             "hysteresis": self.bonus,
-            "candidates": self.num_candidates,
         }
         fields = {name: rule.get(name, getattr(self, name)) for name in flags()}
         values = {OPTION_PREFIX + flags()[n].metadata["flag"].replace("-", "_"): v for n, v in fields.items()}
