@@ -72,6 +72,7 @@ class ReferenceScores:
         self.budget_pages = budget_pages
         self.keys: list[torch.Tensor | None] = [None] * rule.num_layers  # [length, H, D] float64
         self.values: list[torch.Tensor | None] = [None] * rule.num_layers
+        self._coarse: dict[tuple[int, int, int], torch.Tensor] = {}  # by layer, KV head and page
         self.found = [[[]] * rule.num_kv_heads for _ in range(rule.num_layers)]  # windows before correction
 
     def remember(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -131,21 +132,31 @@ class ReferenceScores:
 
     def group_scores(self, layer: int, kv_head: int, group: torch.Tensor, number: int) -> torch.Tensor:
         """Score of four pages for each query of `group [group_size, D]`: the middle of their bounds, and some width."""
-        keys = torch.cat([self.page_keys(layer, kv_head, 4 * number + i) for i in range(4)])
-        low, high = outwards(keys.amin(dim=0), keys.amax(dim=0))
+        low, high = self.bounds(layer, kv_head, range(4 * number, 4 * number + 4))
         return self.rule.scale * (group @ (low + high) / 2 + group.abs() @ (high - low) / 4)
 
     def page_scores(self, layer: int, kv_head: int, group: torch.Tensor, page: int) -> torch.Tensor:
         """Score of a page for each query of `group [group_size, D]`."""
-        keys = known = self.page_keys(layer, kv_head, page)
-        if self.rule.candidates and page % 4 == 3:  # its range is that of the four pages that it ends
-            known = torch.cat([self.page_keys(layer, kv_head, page - i) for i in range(4)])
-        low, high = outwards(known.amin(dim=0), known.amax(dim=0))
         if self.rule.key_bits == 0:
+            low, high = self.bounds(layer, kv_head, range(page, page + 1))
             return torch.maximum(group * low, group * high).sum(dim=1)
-        assert len(keys) == self.rule.page_size, "a page that is not full is no candidate"
-        logits = group @ coarse(keys, low, high, 2**self.rule.key_bits).T
+        logits = group @ self.coarse_keys(layer, kv_head, page).T
         return (self.rule.scale * logits).logsumexp(dim=1) if self.rule.by_mass else logits.amax(dim=1)
+
+    def coarse_keys(self, layer: int, kv_head: int, page: int) -> torch.Tensor:
+        """What the codes of a full page stand for, `[page_size, D]`; found once, as its keys stay."""
+        if (layer, kv_head, page) not in self._coarse:
+            keys = self.page_keys(layer, kv_head, page)
+            assert len(keys) == self.rule.page_size, "a page that is not full is no candidate"
+            ends_group = self.rule.candidates and page % 4 == 3  # its range is that of the four pages that it ends
+            bounds = self.bounds(layer, kv_head, range(page - 3 if ends_group else page, page + 1))
+            self._coarse[layer, kv_head, page] = coarse(keys, *bounds, 2**self.rule.key_bits)
+        return self._coarse[layer, kv_head, page]
+
+    def bounds(self, layer: int, kv_head: int, pages: range) -> tuple[torch.Tensor, torch.Tensor]:
+        """Minimum and maximum `[D]` of the keys of some pages, as FP8 has them."""
+        keys = self.keys[layer][self.tokens_of(pages[0]).start : self.tokens_of(pages[-1]).stop, kv_head]
+        return outwards(keys.amin(dim=0), keys.amax(dim=0))
 
     def similarity(self, q: torch.Tensor, previous: torch.Tensor, kv_head: int) -> float:
         """Mean over the query heads of a KV head of the cosine between two queries `[Hq, D]`."""
