@@ -73,6 +73,9 @@ class ReferenceScores:
         self.keys: list[torch.Tensor | None] = [None] * rule.num_layers  # [length, H, D] float64
         self.values: list[torch.Tensor | None] = [None] * rule.num_layers
         self.found = [[[]] * rule.num_kv_heads for _ in range(rule.num_layers)]  # windows before correction
+        # Of full pages, which change no more: by layer, KV head and pages.
+        self._bounds: dict[tuple[int, int, int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+        self._coarse: dict[tuple[int, int, int], torch.Tensor] = {}
 
     def remember(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Append keys and values `[n, H, D]` of tokens that follow those already known."""
@@ -131,21 +134,29 @@ class ReferenceScores:
 
     def group_scores(self, layer: int, kv_head: int, group: torch.Tensor, number: int) -> torch.Tensor:
         """Score of four pages for each query of `group [group_size, D]`: the middle of their bounds, and some width."""
-        keys = torch.cat([self.page_keys(layer, kv_head, 4 * number + i) for i in range(4)])
-        low, high = outwards(keys.amin(dim=0), keys.amax(dim=0))
+        low, high = self.bounds(layer, kv_head, 4 * number, 4 * number + 3)
         return self.rule.scale * (group @ (low + high) / 2 + group.abs() @ (high - low) / 4)
 
     def page_scores(self, layer: int, kv_head: int, group: torch.Tensor, page: int) -> torch.Tensor:
         """Score of a page for each query of `group [group_size, D]`."""
-        keys = known = self.page_keys(layer, kv_head, page)
-        if self.rule.candidates and page % 4 == 3:  # its range is that of the four pages that it ends
-            known = torch.cat([self.page_keys(layer, kv_head, page - i) for i in range(4)])
-        low, high = outwards(known.amin(dim=0), known.amax(dim=0))
+        ends_group = self.rule.candidates and page % 4 == 3  # its range is that of the four pages that it ends
+        low, high = self.bounds(layer, kv_head, page - 3 if ends_group else page, page)
         if self.rule.key_bits == 0:
             return torch.maximum(group * low, group * high).sum(dim=1)
-        assert len(keys) == self.rule.page_size, "a page that is not full is no candidate"
-        logits = group @ coarse(keys, low, high, 2**self.rule.key_bits).T
+        if (layer, kv_head, page) not in self._coarse:
+            keys = self.page_keys(layer, kv_head, page)
+            self._coarse[layer, kv_head, page] = coarse(keys, low, high, 2**self.rule.key_bits)
+        logits = group @ self._coarse[layer, kv_head, page].T
         return (self.rule.scale * logits).logsumexp(dim=1) if self.rule.by_mass else logits.amax(dim=1)
+
+    def bounds(self, layer: int, kv_head: int, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Smallest and largest keys of some pages, rounded outwards, `[D]` each."""
+        pages = (layer, kv_head, first, last)
+        if pages not in self._bounds:
+            keys = self.keys[layer][self.tokens_of(first).start : self.tokens_of(last).stop, kv_head]
+            assert len(keys) == (last + 1 - first) * self.rule.page_size, "a page that is not full is no candidate"
+            self._bounds[pages] = outwards(keys.amin(dim=0), keys.amax(dim=0))
+        return self._bounds[pages]
 
     def similarity(self, q: torch.Tensor, previous: torch.Tensor, kv_head: int) -> float:
         """Mean over the query heads of a KV head of the cosine between two queries `[Hq, D]`."""
