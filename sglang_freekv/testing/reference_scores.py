@@ -74,9 +74,6 @@ class ReferenceScores:
         self.values: list[torch.Tensor | None] = [None] * rule.num_layers
         self._coarse: dict[tuple[int, int, int], torch.Tensor] = {}  # by layer, KV head and page
         self.found = [[[]] * rule.num_kv_heads for _ in range(rule.num_layers)]  # windows before correction
-        # Of full pages, which change no more: by layer, KV head and pages.
-        self._bounds: dict[tuple[int, int, int, int], tuple[torch.Tensor, torch.Tensor]] = {}
-        self._coarse: dict[tuple[int, int, int], torch.Tensor] = {}
 
     def remember(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> None:
         """Append keys and values `[n, H, D]` of tokens that follow those already known."""

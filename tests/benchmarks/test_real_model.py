@@ -164,6 +164,7 @@ def comparison(method: str, kl: float, budget: int = 512) -> Comparison:
         **arrays,
         exposed_bytes=2048,
         hidden_bytes=1024,
+        pages=16.0,
         footprint=Footprint(0.3, 1.0),
     )
 
