@@ -17,7 +17,10 @@ from tests.support.simulated_requests import PAGE, SimulatedEngine
 from tests.support.small_engine import two_requests
 
 GEOMETRY = Geometry(num_layers=1, num_qo_heads=4, num_kv_heads=2, head_dim=16, dtype=torch.float32)
-CONFIG = FreeKVConfig(budget_tokens=4 * PAGE, max_budget_tokens=5 * PAGE, sink_tokens=PAGE, recent_tokens=PAGE)
+# With two levels, as then groups of pages have bounds, too.
+CONFIG = FreeKVConfig(
+    budget_tokens=4 * PAGE, max_budget_tokens=5 * PAGE, sink_tokens=PAGE, recent_tokens=PAGE, candidates=5
+)
 
 
 @pytest.fixture
