@@ -165,6 +165,7 @@ def comparison(method: str, kl: float, budget: int = 512) -> Comparison:
         exposed_bytes=2048,
         hidden_bytes=1024,
         footprint=Footprint(0.3, 1.0),
+        pages=16.0,
     )
 
 
