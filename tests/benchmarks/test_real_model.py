@@ -166,6 +166,7 @@ def comparison(method: str, kl: float, budget: int = 512) -> Comparison:
         hidden_bytes=1024,
         pages=16.0,
         footprint=Footprint(0.3, 1.0),
+        pages=16.0,
     )
 
 

@@ -28,11 +28,9 @@ FLAGS = {
         *("--max-total-tokens", str(_STORE_TOKENS), "--schedule-conservativeness", "0.1"),
     ),
     # Requests exceed their budget; 16 of them run at most, and then all device blocks are in their windows.
-    # Scores are pooled by their mean: softmaxed, the best pages of two query heads tie where both dominate, and
-    # rounding, which differs between batch sizes, would decide.
     "narrow": (
         *(*_FREEKV, "--freekv-budget", str(_BUDGET_TOKENS), "--freekv-max-budget", str(_MAX_BUDGET_TOKENS)),
-        *("--freekv-sink", "32", "--freekv-recent", "32", "--freekv-group-pooling", "mean"),
+        *("--freekv-sink", "32", "--freekv-recent", "32"),
         *("--freekv-host-memory", "0.05", "--freekv-device-blocks-memory", "0.0235"),
         *("--disable-overlap-schedule", "--enable-metrics", "--decode-log-interval", "10"),
     ),

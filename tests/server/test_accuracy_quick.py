@@ -16,7 +16,7 @@ from benchmarks.needle import MODEL
 
 CONTEXT, BUDGET, SESSIONS = 4096, 256, 4
 LAYOUT = Layout(sink=32, recent=32)
-METHOD_NAMES = ("full", "window", "speculation", "freekv-0.9")
+METHOD_NAMES = ("full", "window", "speculation", "freekv")
 LOOKUP, WALK, COPY = "multikey", "variables", "scattered"
 
 FULL_AT_LEAST = 0.97
@@ -54,7 +54,7 @@ def test_full_attention_answers(scores: Table, task: str):
 
 @pytest.mark.parametrize("task", FREEKV_SHARE_AT_LEAST)
 def test_freekv_keeps_the_score_of_full_attention(scores: Table, task: str):
-    assert scores[task]["freekv-0.9"].share.value >= FREEKV_SHARE_AT_LEAST[task]
+    assert scores[task]["freekv"].share.value >= FREEKV_SHARE_AT_LEAST[task]
 
 
 @pytest.mark.parametrize("task", FREEKV_SHARE_AT_LEAST)
@@ -64,12 +64,12 @@ def test_sink_and_recent_alone_do_not_answer(scores: Table, task: str):
 
 @pytest.mark.parametrize("task", [WALK, COPY])
 def test_correction_closes_the_gap_of_speculation_where_every_step_needs_another_page(scores: Table, task: str):
-    assert score(scores, task, "speculation") <= score(scores, task, "freekv-0.9") - SPECULATION_BELOW_FREEKV
+    assert score(scores, task, "speculation") <= score(scores, task, "freekv") - SPECULATION_BELOW_FREEKV
 
 
 def test_correction_is_what_the_counters_say(scores: Table):
     flagged = {method: cell.flagged_share for method, cell in scores[COPY].items()}
     assert flagged["full"] is None
     assert flagged["speculation"] == flagged["window"] == 0
-    assert 0 < flagged["freekv-0.9"] <= 1
+    assert 0 < flagged["freekv"] <= 1
     assert all(cell.absent_pages == 0 for cells in scores.values() for cell in cells.values())

@@ -18,7 +18,7 @@ SCRIPT = Path(__file__).with_name("engine_script.py")
 CHILDREN = 3  # of an engine on two ranks: a scheduler for each, and a detokenizer
 NUM_STEPS = 64
 GREEDY = {"temperature": 0, "max_new_tokens": NUM_STEPS, "ignore_eos": True}
-BUDGET_COVERS, BUDGET_SELECTS = 1024, 128  # the second as on the server "narrow", like sink, recent and pooling
+BUDGET_COVERS, BUDGET_SELECTS = 1024, 128  # the second as on the server "narrow", like sink and recent
 COMMON = {
     "kv_retrieval": "freekv",
     "freekv_sink": 32,
@@ -50,7 +50,6 @@ def engines(
                 "model_path": str(model),
                 "dtype": "float32",
                 "freekv_budget": BUDGET_SELECTS,
-                "freekv_group_pooling": "mean",
                 "tp_size": 2,
             },
             "requests": [{"input_ids": prompts, "sampling_params": GREEDY}],

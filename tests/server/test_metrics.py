@@ -99,7 +99,7 @@ def test_server_info_shows_the_settings_as_resolved(narrow: Server):
     state = json.loads(json.dumps(narrow.freekv()))
     config, plan = state["config"], state["memory_plan"]
     assert (config["freekv_budget"], config["freekv_max_budget"], config["page_size"]) == (128, 256, 32)
-    assert (config["freekv_tau"], config["freekv_group_pooling"], config["freekv_audit"]) == (0.9, "mean", False)
+    assert (config["freekv_selector"], config["freekv_gate"], config["freekv_audit"]) == ("mass", 0.02, False)
     assert 0.04 < config["freekv_host_memory"] == plan["host_bytes"] / 2**30 <= 0.05
     assert 0.02 < config["freekv_device_blocks_memory"] <= 0.0235
     assert plan["num_tokens"] == state["host_tokens"]
