@@ -165,7 +165,7 @@ def a_reused_page_keeps_its_summary(patch: MonkeyPatch) -> None:
     wrap(patch, sys.modules["freekv_kernels.store_pages"], "summarize_pages", summarize)
 
 
-@fault("wrong summary")
+@fault("wrong summary", setup="everything resident, two levels")
 def a_page_that_ends_a_group_keeps_its_own_bounds(patch: MonkeyPatch) -> None:
     def encode(original, slots, store, codes, groups=None):
         original(slots, store, codes)
