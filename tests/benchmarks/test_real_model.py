@@ -166,7 +166,6 @@ def comparison(method: str, kl: float, budget: int = 512) -> Comparison:
         hidden_bytes=1024,
         pages=16.0,
         footprint=Footprint(0.3, 1.0),
-        pages=16.0,
     )
 
 
