@@ -40,7 +40,7 @@ METHODS = {
         Method("speculation", (*_BY_CODES, *_NEVER_CORRECTS)),
         Method("freekv-0.9", (*_BY_CODES, "--freekv-tau", "0.9")),  # the defaults until they were judged by mass
         Method("freekv-0.8", (*_BY_CODES, "--freekv-tau", "0.8")),
-        Method("mass", (*_BY_MASS, *_ALWAYS_CORRECTS), ignores=_POOLS_ITSELF),
+        Method("mass", (*_BY_MASS, "--freekv-hysteresis", "0", *_ALWAYS_CORRECTS), ignores=_POOLS_ITSELF),
         Method("mass-0.5", (*_BY_MASS, "--freekv-hysteresis", "0.5", *_ALWAYS_CORRECTS), ignores=_POOLS_ITSELF),
         # FreeKV (arXiv 2505.13109): its bounds, its pooling, and its tau for long prompts.
         Method(

@@ -5,9 +5,11 @@ Imports the standard library only: spawned processes unpickle it before SGLang h
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import Field, dataclass, field, fields
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
+
+from sglang_freekv.checks import FOLDER, GIB, LAYERS, SWITCH, Check, between, is_int, layer_numbers, listed, one_of
 
 METHOD_OPTION = "kv_retrieval"
 OPTION_PREFIX = "freekv_"
@@ -23,60 +25,10 @@ _DEFAULT_POOLING = "softmax"  # the paper's
 _DEFAULT_KEY_BITS = 2  # of these
 _DEFAULT_TAU, _PAPER_TAU, _DEFAULT_GATE = 0.9, 0.8, 0.02
 _DEFAULT_HYSTERESIS = 1.0
-_MAX_GIB = 1 << 20
 
 
 class UnsupportedConfiguration(ValueError):
     """A setting, or a combination with SGLang's settings or the model, that FreeKV cannot serve."""
-
-
-def layer_numbers(text: str) -> tuple[int, ...]:
-    """Parse "0,1" to (0, 1)."""
-    return tuple(int(layer) for layer in text.split(",") if layer.strip())
-
-
-class Check(NamedTuple):
-    """What a setting must be, as a test and in words."""
-
-    holds: Callable[[Any], bool]
-    expected: str
-
-
-def is_int(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def is_share(value: Any) -> bool:
-    return _is_number(value) and 0 <= value <= 1
-
-
-def _or(values: Iterable[Any]) -> str:
-    """List the choices: "16, 32 or 64"."""
-    *others, last = map(str, values)
-    return f"{', '.join(others)} or {last}"
-
-
-def _one_of(values: tuple) -> Check:
-    return Check(lambda value: any(type(value) is type(one) and value == one for one in values), _or(values))
-
-
-def _between(low: float, high: float) -> Check:
-    return Check(lambda value: _is_number(value) and low <= value <= high, f"a number from {low} to {high}")
-
-
-def _is_layers(value: Any) -> bool:
-    is_tuple = isinstance(value, tuple) and all(is_int(layer) and layer >= 0 for layer in value)
-    return is_tuple and len(set(value)) == len(value)
-
-
-_GIB = Check(lambda value: _is_number(value) and 0 < value <= _MAX_GIB, f"GiB, more than 0 and at most {_MAX_GIB:,}")
-_LAYERS = Check(_is_layers, 'distinct layer numbers from 0, for example "0,1"')
-_SWITCH = Check(lambda value: isinstance(value, bool), "True or False")
-_FOLDER = Check(lambda value: isinstance(value, str) and value != "", "the path of a folder")
 
 
 def _flag(
@@ -118,7 +70,7 @@ class FreeKVConfig:
         f'the budget, unless a request asks for a share with custom_params {{"{MASS_PARAM}": SHARE}}; only with the '
         "selector mass (default: all heads read the budget, and no request may ask)",
         float,
-        _between(0, 1),
+        between(0, 1),
         metavar="SHARE",
     )
     sink_tokens: int = _flag("sink", 128, "tokens at the start of the prompt that are always attended to")
@@ -129,7 +81,7 @@ class FreeKVConfig:
         "cosine similarity of two steps' queries below which a KV head selects again at once, -1 to 2; "
         f"above 1: in every step (exact), -1: never (speculation only) (default: {_DEFAULT_TAU} without a gate)",
         float,
-        _between(-1, 2),
+        between(-1, 2),
         metavar="COSINE",
     )
     gate: float | None = _flag(
@@ -138,7 +90,7 @@ class FreeKVConfig:
         "estimated share of its attention, 0 to 1, that a KV head's window may lack before the head selects again at "
         f"once; only with the selector mass, and instead of --freekv-tau (default: {_DEFAULT_GATE} with mass)",
         float,
-        _between(0, 1),
+        between(0, 1),
         metavar="SHARE",
     )
     host_memory_gib: float | None = _flag(
@@ -146,7 +98,7 @@ class FreeKVConfig:
         None,
         "GiB of CPU memory for the complete KV (default: what is free less a margin)",
         float,
-        _GIB,
+        GIB,
         metavar="GIB",
     )
     device_blocks_memory_gib: float | None = _flag(
@@ -154,7 +106,7 @@ class FreeKVConfig:
         None,
         "GiB of device memory for the resident KV (default: what is left)",
         float,
-        _GIB,
+        GIB,
         metavar="GIB",
     )
     windows: float = _flag(
@@ -162,7 +114,7 @@ class FreeKVConfig:
         2.0,
         "windows of device blocks planned for each running request, 2 to 4: more recall less, and fewer requests run",
         float,
-        _between(2, 4),
+        between(2, 4),
         metavar="WINDOWS",
     )
     arena_tokens: int = _flag("arena", 32768, "tokens of prefix that prefill lays out at a time, per layer")
@@ -171,7 +123,7 @@ class FreeKVConfig:
         (),
         'layers that attend to every token, for example "0,1" (default: none)',
         layer_numbers,
-        _LAYERS,
+        LAYERS,
         metavar="LAYERS",
     )
     group_pooling: Literal["softmax", "scaled", "max", "mean"] | None = _flag(
@@ -181,7 +133,7 @@ class FreeKVConfig:
         "shares: mean of their softmaxed scores, mean or maximum of those of scores scaled as in attention (scaled, "
         f"max), or mean of raw scores (default: {_DEFAULT_POOLING})",
         str,
-        _one_of(GROUP_POOLINGS),
+        one_of(GROUP_POOLINGS),
         choices=GROUP_POOLINGS,
     )
     selector: str | None = _flag(
@@ -192,7 +144,7 @@ class FreeKVConfig:
         f"paper's tau, {_PAPER_TAU}); the others are baselines, for comparison (default: mass, or min-max with "
         "--freekv-key-bits 0)",
         str,
-        _one_of(SELECTORS),
+        one_of(SELECTORS),
         choices=SELECTORS,
     )
     hysteresis: float | None = _flag(
@@ -201,7 +153,7 @@ class FreeKVConfig:
         "nats by which another page must score better than one of the present window to take its place, 0 to 20 "
         f"(default: {_DEFAULT_HYSTERESIS} with the selector mass, else 0)",
         float,
-        _between(0, 20),
+        between(0, 20),
         metavar="NATS",
     )
     candidates: int = _flag(
@@ -220,7 +172,7 @@ class FreeKVConfig:
         "bits of each element of a key, kept on the device, by which the selectors mass and codes score pages; 0: none "
         "(default: 2, or 0 with another selector)",
         int,
-        _one_of(KEY_BITS),
+        one_of(KEY_BITS),
         choices=KEY_BITS,
     )
     refetch: bool = _flag(
@@ -228,23 +180,23 @@ class FreeKVConfig:
         False,
         "fetch every selected page in every step, resident or not: slow, for comparison",
         bool,
-        _SWITCH,
+        SWITCH,
     )
-    audit: bool = _flag("audit", False, "check every resident block and window after each step (slow)", bool, _SWITCH)
+    audit: bool = _flag("audit", False, "check every resident block and window after each step (slow)", bool, SWITCH)
     debug_dump: str | None = _flag(
         "debug-dump",
         None,
         f'folder for dumps of the windows of requests that ask for it with custom_params {{"{DUMP_PARAM}": true}}, or '
         "N for every N-th step (default: no dumps)",
         str,
-        _FOLDER,
+        FOLDER,
         metavar="DIR",
     )
     page_size: int = 32  # tokens; SGLang's --page-size
 
     def __post_init__(self) -> None:
         self._resolve()
-        sizes = _one_of(PAGE_SIZES)
+        sizes = one_of(PAGE_SIZES)
         _require(sizes.holds(self.page_size), "--page-size", self.page_size, "tokens, " + sizes.expected)
         tokens = f"tokens, a multiple of the page size ({self.page_size})"
         whole_pages = Check(lambda value: is_int(value) and value >= 0 and value % self.page_size == 0, tokens)
@@ -276,6 +228,8 @@ class FreeKVConfig:
         _require(self.gate is None or self.tau is None, "--freekv-gate", self.gate, one)
         by_mass = "it with --freekv-selector mass only, or --freekv-tau"
         _require(self.gate is None or self.selector_name == "mass", "--freekv-gate", self.gate, by_mass)
+        more = f"none with a budget of just sink + recent ({fixed} tokens), or a larger budget"
+        _require(self.mass is None or most > fixed, "--freekv-mass", self.mass, more)
         none = "0 with another selector than mass"
         _require(not self.candidates or self.selector_name == "mass", "--freekv-candidates", self.candidates, none)
         no_choice = "none with the selector mass, or --freekv-selector codes"
@@ -285,7 +239,7 @@ class FreeKVConfig:
         _require(self.mass is None or self.selector_name == "mass", "--freekv-mass", self.mass, by_shares)
         if self.selector is not None:
             reads_codes = self.selector in BY_CODES
-            fits, bits = (self.key_bits > 0) == reads_codes, _or(KEY_BITS[1:]) if reads_codes else "0"
+            fits, bits = (self.key_bits > 0) == reads_codes, listed(KEY_BITS[1:]) if reads_codes else "0"
             _require(fits, "--freekv-key-bits", self.key_bits, f"{bits} with --freekv-selector {self.selector}")
 
     def keywords(self) -> dict[str, Any]:

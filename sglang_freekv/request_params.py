@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from reprlib import repr as shorten
 from typing import Any
 
-from sglang_freekv.config import BUDGET_PARAM, DUMP_PARAM, MASS_PARAM, OPTION_PREFIX, FreeKVConfig, is_int, is_share
+from sglang_freekv.checks import is_int, is_share
+from sglang_freekv.config import BUDGET_PARAM, DUMP_PARAM, MASS_PARAM, OPTION_PREFIX, FreeKVConfig
 
 
 def request_budget_tokens(config: FreeKVConfig, custom_params: Mapping[str, Any] | None) -> int:
@@ -48,14 +49,17 @@ def request_mass(config: FreeKVConfig, custom_params: Mapping[str, Any] | None) 
     ValueError
         If ``custom_params["freekv_mass"]`` is no share, or the server has fixed budgets.
     """
-    default = 0.0 if config.mass is None else config.mass
+    default = float(config.mass or 0)
     if MASS_PARAM not in (custom_params or {}):
         return default
     mass = custom_params[MASS_PARAM]
     if not is_share(mass):
         raise ValueError(f"custom_params.{MASS_PARAM} is {shorten(mass)}; give a share from 0 to 1 (0: fixed budgets).")
     if config.mass is None and mass > 0:
-        raise ValueError(f"custom_params.{MASS_PARAM} needs a server started with --freekv-mass; 0 is enough.")
+        raise ValueError(
+            f"custom_params.{MASS_PARAM} is {shorten(mass)}; give 0, or start the server with --freekv-mass, for which "
+            f"0 is enough."
+        )
     return float(mass)
 
 

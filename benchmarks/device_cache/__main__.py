@@ -50,7 +50,9 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "python -m benchmarks.device_cache", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--rule", required=True, help="what the records call the rule by which blocks are taken")
+    parser.add_argument(
+        "--rule", required=True, help="what the records call the rule that this code has; it chooses nothing"
+    )
     parser.add_argument("--churn", nargs="+", default=list(CHURN), choices=CHURN, help="how windows move")
     windows = [2.0, 2.5, 3.0, 4.0]
     parser.add_argument("--windows", type=float, nargs="+", default=windows, help="of blocks for each request")

@@ -69,8 +69,9 @@ class Prefill:
         groups = list(cut_prefixes(page_table, chunk.prefix_lens, arena_pages, page_size))
         last_tokens = to_device(_last_tokens(chunk), memory.device)
         completed = self._first_step(chunk, page_table, last_tokens)
-        masses = torch.tensor([memory.budgets.mass_of(chunk.rows_cpu[i]) for i in _completed(chunk)])
-        memory.budgets.start(completed.rows, completed.budget_pages, to_device(masses, memory.device))
+        masses = [memory.budgets.mass_of(chunk.rows_cpu[i]) for i in _completed(chunk)]
+        masses = to_device(torch.tensor(masses, dtype=torch.float32), memory.device)
+        memory.budgets.start(completed.rows, completed.budget_pages, masses)
         page_starts = to_device(_page_starts(chunk.prefix_lens, chunk.extend_lens, page_size), memory.device)
         self._plan = PrefillPlan(
             slots=chunk.slots,

@@ -44,7 +44,8 @@ def workspace_bytes(geometry: Geometry, config: FreeKVConfig, max_context: int, 
     batch = 8 * (max_pages + 4 + g.num_kv_heads + GROUP_PAGES)  # page table, row, slot, lengths, budgets, group
     scores = 2 * 4 * (g.num_qo_heads * num_scored + g.num_kv_heads * (num_listed or 0))  # of the main and side stream
     misses = 2 * (8 + 4 + 4) * g.num_kv_heads * width  # front and back: pair, entry, block
-    flags, opened = (4 + 1) * g.num_kv_heads, 8 * g.num_kv_heads
+    flags = (4 + (g.num_layers if config.candidates else 1)) * g.num_kv_heads
+    opened = 8 * g.num_kv_heads
     window_attention = 4 * g.num_kv_heads * (width + 2)  # kv_indices, kv_indptr, last_page_len
     has_dense = num_cached_layers(config, g.num_layers) < g.num_layers
     # Budgets of rows: in this step, in the next, and by row of the request table; kv_indptr.

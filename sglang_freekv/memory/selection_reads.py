@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from freekv_kernels import GROUP_PAGES
 from freekv_kernels.list_candidates import groups_of
-from sglang_freekv.config import FreeKVConfig
+from sglang_freekv.config import BASELINES, FreeKVConfig
 from sglang_freekv.memory.geometry import Geometry
 from sglang_freekv.memory.page_indexes import index_of
 from sglang_freekv.memory.windows import WindowSizes
@@ -18,7 +18,8 @@ class SelectionReads:
     Without a list of candidates that is the index of every page. With one it is the bounds of the groups between the
     sink and the recent pages, and the index of the pages that are listed; of requests whose pages all fit the list,
     that of every page. A decode step makes one pass for each request over its budget; on a GPU, correction by the
-    cosine makes a second one over the flagged rows, which is not in it.
+    cosine makes a second one over the flagged rows, which is not in it, nor is the pass that chooses a first window.
+    Baselines that read no index have none.
 
     Parameters
     ----------
@@ -32,7 +33,8 @@ class SelectionReads:
         self._sizes, self._candidates = WindowSizes.of(config, geometry.page_size), config.candidates
         self._num_listed = self._sizes.num_listed(self._candidates, max_pages)
         share = num_layers / geometry.num_layers
-        self._page_bytes = int(share * index_of(config).page_bytes(geometry))
+        is_read = config.selector_name not in BASELINES or config.selector_name == "arkvale"
+        self._page_bytes = is_read * int(share * index_of(config).page_bytes(geometry))
         self._bounds_bytes = num_layers * geometry.num_kv_heads * 2 * geometry.head_dim
 
     def bytes(self, num_pages: Sequence[int], budgets: Sequence[Sequence[int]]) -> int:

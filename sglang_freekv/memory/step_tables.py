@@ -148,4 +148,5 @@ class StepTables:
         scores = sum(tensor.nbytes for tensor in self._scores if tensor is not None)
         lists = sum(tensor.nbytes for lists in self._misses for tensor in lists)
         listed = sum(tensor.nbytes for tensor in self._lists if tensor is not None)
-        return scores + listed + lists + self._batch.page_table.nbytes
+        by_mass = self._row_budgets.nbytes + self._kv_indptr.nbytes
+        return scores + listed + lists + by_mass + self._batch.page_table.nbytes
