@@ -100,8 +100,8 @@ class Prefill:
         self._num_fills = 0
         with self._stream.fork():
             self._stream.keep(plan.slots, plan.page_starts, plan.last_slots, plan.last_tokens, plan.num_last)
-            self._stream.keep(plan.ended_groups)
-            self._stream.keep(*plan.opened, *plan.group_pages, *plan.completed)
+            completed = (tensor for tensor in plan.completed if tensor is not None)
+            self._stream.keep(plan.ended_groups, *plan.opened, *plan.group_pages, *completed)
             self._fill_next()
 
     def _first_step(self, chunk: ExtendInput, page_table: torch.Tensor, last_tokens: torch.Tensor) -> Batch:

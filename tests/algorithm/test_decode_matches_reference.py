@@ -79,7 +79,7 @@ CASES = {
     ),
     "hysteresis-scaled-pooling": (make_geometry(), make_config(hysteresis=0.02, group_pooling="scaled")),
     "no-sink": (make_geometry(group_size=3), make_config(sink_tokens=0)),
-    "dense-layer": (make_geometry(group_size=3), make_config(dense_layers=(0,), key_bits=2)),
+    "dense-layer": (make_geometry(group_size=3), make_config(dense_layers=(0,), hysteresis=0.0, key_bits=2)),
     "bf16": (make_geometry(4, 2, 64, torch.bfloat16), make_config(key_bits=2)),
     "bf16-exact-mean-pooling": (
         make_geometry(8, 2, 32, torch.bfloat16),

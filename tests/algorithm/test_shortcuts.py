@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+import pytest
 import torch
 
 from freekv_kernels import Ops
@@ -15,10 +16,10 @@ from tests.support.simulated_requests import PAGE, SimulatedEngine
 LAYERS = 2
 
 
-def make_engine(prompt_tokens: list[int]) -> SimulatedEngine:
+def make_engine(prompt_tokens: list[int], **rule: object) -> SimulatedEngine:
     geometry = Geometry(LAYERS, num_qo_heads=4, num_kv_heads=2, head_dim=16, dtype=torch.float32)
     in_pages = {"budget_tokens": 5, "sink_tokens": 1, "recent_tokens": 1, "arena_tokens": 4}
-    config = FreeKVConfig(**{name: pages * PAGE for name, pages in in_pages.items()}, key_bits=2)
+    config = FreeKVConfig(**{name: pages * PAGE for name, pages in in_pages.items()}, key_bits=2, **rule)
     engine = SimulatedEngine(geometry, config, num_blocks=200)
     for seed, n in enumerate(prompt_tokens):
         engine.prefill_whole(engine.start(make_trace(geometry, n + 60, seed), n))
@@ -60,9 +61,15 @@ def test_pages_are_encoded_when_a_token_is_the_last_of_its_page() -> None:
     assert [count_ops(engine)["encode_pages"] for _ in range(3)] == [0, LAYERS, 0]
 
 
-def test_correction_and_the_next_step_share_their_scores() -> None:
-    engine = make_engine([9 * PAGE, 2 * PAGE])
+@pytest.mark.parametrize(
+    ("rule", "selections"),
+    [({}, {"correct_windows": LAYERS, "select_pages": LAYERS}), ({"tau": 0.9}, {"select_pages": 2 * LAYERS})],
+    ids=["gate", "tau"],
+)
+def test_correction_and_the_next_step_share_their_scores(rule: dict, selections: dict) -> None:
+    engine = make_engine([9 * PAGE, 2 * PAGE], **rule)
     for _ in range(4):
         counted = count_ops(engine)
-        assert counted["score_pages"] == LAYERS and counted["select_pages"] == 2 * LAYERS
+        assert counted["score_pages"] == counted["share_pages"] == LAYERS
+        assert {name: counted[name] for name in ("correct_windows", "select_pages") if counted[name]} == selections
     assert engine.corrected > 0

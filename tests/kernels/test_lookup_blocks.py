@@ -86,7 +86,8 @@ class Case:
 
     def run(self, ops=None) -> Case:
         blocks = BlockTables(self.table[None], *(None,) * 5)._replace(last_used=self.last_used[None])
-        unwritten = (self.windows, self.table, self.kv_indptr, self.is_flagged, *self.batch)
+        of_batch = (tensor for tensor in self.batch if tensor is not None)
+        unwritten = (self.windows, self.table, self.kv_indptr, self.is_flagged, *of_batch)
         before = [tensor.clone() for tensor in unwritten]
         front = ()
         if self.half == Half.FRONT:

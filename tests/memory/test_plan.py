@@ -220,7 +220,7 @@ def test_a_plan_is_reported_with_the_settings_as_resolved_and_in_json():
     assert report["config"]["freekv_dense_layers"] == [0, 31]
     assert report["config"]["freekv_max_budget"] == report["config"]["freekv_budget"] == 2048
     rule = ("selector", "gate", "tau", "hysteresis", "candidates", "group_pooling")
-    assert [report["config"][f"freekv_{name}"] for name in rule] == ["mass", 0.02, None, 1.0, 5, None]
+    assert [report["config"][f"freekv_{name}"] for name in rule] == ["mass", 0.02, None, 1.0, 0, None]
     assert report["memory_plan"]["host_bytes"] == plan.host_bytes
     # What was resolved can be given: the same plan comes out.
     given = {name: value for name, value in report["config"].items() if name != "page_size"}

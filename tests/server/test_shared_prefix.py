@@ -47,6 +47,7 @@ def test_sixteen_requests_hold_the_pages_of_their_prefix_once(narrow: Server, pr
 
 def test_sixteen_requests_fetch_a_page_once_for_all(narrow: Server, prefix: list[int], rng: random.Random):
     prompt = prefix + random_prompt(rng, 20)
+    evict_blocks(narrow, rng)
     start = narrow.freekv()
     alone = narrow.generate_one(prompt, NUM_STEPS)
     by_one = fetches(start, narrow.freekv())

@@ -92,7 +92,7 @@ def stamps_that_ended_are_never_old(patch: MonkeyPatch) -> None:
 # Windows and what a step reads
 
 
-@fault("wrong output|wrong window|is not of the expected form|not what q selects|index")
+@fault("wrong output|wrong window|is not of the expected form|not what q selects|index|pages instead of")
 def a_row_keeps_the_budget_of_its_last_owner(patch: MonkeyPatch) -> None:
     def admit(original, self, row, *asked):
         if not hasattr(self, "seen"):
