@@ -77,6 +77,10 @@ class Batch(NamedTuple):
     # int64 [batch_size, GROUP_PAGES] (decode), host pages of the group that ends with the new token's page, else -1
     groups: torch.Tensor | None = None
 
+    def one(self, i: int) -> Batch:
+        """Request i alone, without the group that its page ends."""
+        return Batch(*(tensor[i : i + 1] for tensor in self[: Batch._fields.index("step")]), self.step)
+
     def num_pages_at(self, half: Half) -> torch.Tensor:
         """Pages of each request at the step that reads the windows."""
         return self.num_pages if half == Half.FRONT else self.num_pages_next

@@ -117,6 +117,7 @@ class KVMemory:
             max_pages=self.max_pages,
             step=self.blocks.step,
             num_listed=self.sizes.num_listed(self.config.candidates, self.max_pages),
+            num_scored=self.sizes.num_scored(self.config.candidates, self.max_pages),
             # A dump tells those of every layer, and an audit asks for them where there are candidates.
             keeps_flags=self.config.debug_dump is not None or self.config.candidates > 0,
             by_mass=self.config.mass is not None,

@@ -40,7 +40,7 @@ def workspace_bytes(geometry: Geometry, config: FreeKVConfig, max_context: int, 
     g, sizes = geometry, WindowSizes.of(config, geometry.page_size)
     width, max_pages = sizes.width, num_pages_of(max_context, g.page_size)
     num_listed = sizes.num_listed(config.candidates, max_pages)
-    num_scored = max_pages if num_listed is None else max(num_listed, max_pages // GROUP_PAGES)
+    num_scored = sizes.num_scored(config.candidates, max_pages)
     batch = 8 * (max_pages + 4 + g.num_kv_heads + GROUP_PAGES)  # page table, row, slot, lengths, budgets, group
     scores = 2 * 4 * (g.num_qo_heads * num_scored + g.num_kv_heads * (num_listed or 0))  # of the main and side stream
     misses = 2 * (8 + 4 + 4) * g.num_kv_heads * width  # front and back: pair, entry, block

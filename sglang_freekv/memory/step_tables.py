@@ -31,6 +31,8 @@ class StepTables:
         Number of the decode step.
     num_listed : int or None
         Pages that a row scores one by one, at most; None: all.
+    num_scored : int
+        Columns of the workspace of scores.
     by_mass : bool
         Whether every layer has budgets of its own for the rows.
     keeps_flags : bool
@@ -51,6 +53,7 @@ class StepTables:
         max_pages: int,
         step: torch.Tensor,
         num_listed: int | None,
+        num_scored: int,
         keeps_flags: bool,
         by_mass: bool = False,
         device: str,
@@ -81,7 +84,7 @@ class StepTables:
         # Correction runs beside the speculation of an earlier layer, so each has its own. A CPU runs one after the
         # other, and takes memory for the scores that it needs.
         self._num_listed, halves = num_listed, ("front", "back")
-        shape = (num_rows, g.group_size, max_pages if num_listed is None else max(num_listed, max_pages // GROUP_PAGES))
+        shape = (num_rows, g.group_size, num_scored)
         self._scores = [None if device == "cpu" else zeros(*shape, dtype=torch.float32) for _ in halves]
         self._lists = [None if device == "cpu" else zeros(num_rows, num_listed or 0, dtype=torch.int32) for _ in halves]
 

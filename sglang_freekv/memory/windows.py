@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from freekv_kernels import list_width
+from freekv_kernels import GROUP_PAGES, list_width
 from sglang_freekv.config import FreeKVConfig
 from sglang_freekv.memory.geometry import Geometry
 
@@ -49,6 +49,11 @@ class WindowSizes(NamedTuple):
         """
         width = list_width(candidates, self.max_budget - self.sink - self.recent, self.sink, self.recent)
         return width if candidates and width < max_pages else None
+
+    def num_scored(self, candidates: int, max_pages: int) -> int:
+        """Columns of the workspace of scores: of the list and of the groups scored before it, or of all pages."""
+        num_listed = self.num_listed(candidates, max_pages)
+        return max_pages if num_listed is None else max(num_listed, max_pages // GROUP_PAGES)
 
 
 class Windows:

@@ -83,7 +83,7 @@ class EvictionSelector(Selector):
 
     def start(self, layer: Layer, batch: Batch, queries: torch.Tensor, num_known: torch.Tensor, scale: float) -> None:
         for i, row in enumerate(batch.rows.tolist()):  # one after the other, to bound the memory
-            one = Batch(*(tensor[i : i + 1] for tensor in batch[:6]), batch.step)
+            one = batch.one(i)
             pages = self._candidates(layer, one, Half.BOTH)
             shares = page_shares(layer, one, pages, queries[i : i + 1, : int(num_known[i])], scale)
             state = self.state[layer.number, row].fill_(self.unseen)

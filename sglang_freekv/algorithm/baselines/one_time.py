@@ -46,7 +46,7 @@ class OneTimeSelector(Selector):
         ranks = self.ranks[layer.number]
         page = torch.arange(batch.page_table.shape[1])
         for i, row in enumerate(batch.rows.tolist()):  # one after the other, to bound the memory
-            one = Batch(*(tensor[i : i + 1] for tensor in batch[:6]), batch.step)
+            one = batch.one(i)
             known = queries[i : i + 1, : int(num_known[i])]
             shares = page_shares(layer, one, page.expand(1, ranks.shape[1], -1), known, scale)
             is_prompt = page < one.num_pages_next - self.memory.sizes.recent
