@@ -91,8 +91,8 @@ def _append_tokens_kernel(
     tl.store(block_ptrs + PAGE_SIZE * HEAD_DIM, v_read, is_resident)
     if summary_ptr is not None:
         k = k.to(tl.float32)
-        low = tl.where(is_known, tl.minimum(decode_fp8(low), k), k)
-        high = tl.where(is_known, tl.maximum(decode_fp8(high), k), k)
+        low = tl.where(is_known, tl.minimum(decode_fp8(low).to(tl.float32), k), k)
+        high = tl.where(is_known, tl.maximum(decode_fp8(high).to(tl.float32), k), k)
         tl.store(low_ptrs, encode_fp8(low, False), in_dim)
         tl.store(low_ptrs + HEAD_DIM, encode_fp8(high, True), in_dim)
 

@@ -47,8 +47,8 @@ def _encode_pages_kernel(
             for part in tl.static_range(8 // BITS):
                 d = part * NUM_BYTES + byte
                 k = load_elements(record_ptr, i * HEAD_DIM + d[None, :], is_byte[None, :], CODEC).to(tl.float32)
-                low = decode_fp8(tl.load(low_ptrs + d, is_byte, other=0))
-                high = decode_fp8(tl.load(low_ptrs + HEAD_DIM + d, is_byte, other=0))
+                low = decode_fp8(tl.load(low_ptrs + d, is_byte, other=0)).to(tl.float32)
+                high = decode_fp8(tl.load(low_ptrs + HEAD_DIM + d, is_byte, other=0)).to(tl.float32)
                 if groups_ptr is not None:
                     group_ptr = groups_ptr + record // NUM_KV_HEADS * _GROUP_PAGES
                     if tl.load(group_ptr + _GROUP_PAGES - 1) >= 0:
@@ -56,8 +56,10 @@ def _encode_pages_kernel(
                         for member in tl.static_range(_GROUP_PAGES - 1):
                             member_head = tl.load(group_ptr + member) * NUM_KV_HEADS + head
                             member_ptrs = summary_ptr + member_head * (2 * HEAD_DIM) + d
-                            low = tl.minimum(low, decode_fp8(tl.load(member_ptrs, is_byte, other=0)))
-                            high = tl.maximum(high, decode_fp8(tl.load(member_ptrs + HEAD_DIM, is_byte, other=0)))
+                            low = tl.minimum(low, decode_fp8(tl.load(member_ptrs, is_byte, other=0)).to(tl.float32))
+                            high = tl.maximum(
+                                high, decode_fp8(tl.load(member_ptrs + HEAD_DIM, is_byte, other=0)).to(tl.float32)
+                            )
                         tl.store(low_ptrs + d, encode_fp8(low, False), is_byte)
                         tl.store(low_ptrs + HEAD_DIM + d, encode_fp8(high, True), is_byte)
                 step = tl.maximum((high - low) * 2.0**-BITS, _LEAST_STEP)

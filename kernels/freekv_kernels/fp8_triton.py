@@ -1,9 +1,10 @@
-"""Bounds in FP8 inside kernels; see `fp8`. In integers, because GPUs before sm_89 cannot convert them."""
+"""Bounds in FP8 inside kernels; see `fp8`. In integers where a GPU before sm_89 cannot convert them."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.target_info import cuda_capability_geq
 
 from freekv_kernels.fp8 import LARGEST_CODE
 
@@ -26,9 +27,8 @@ def encode_fp8(x, UP: tl.constexpr):
 
 @triton.jit
 def decode_fp8(codes):
-    """The numbers of codes: float32."""
-    codes = codes.to(tl.int32)
-    magnitude = codes & 0x7F
-    normal = ((magnitude << 20) + (120 << 23)).to(tl.float32, bitcast=True)
-    value = tl.where(magnitude < 8, magnitude.to(tl.float32) * 2.0**-9, normal)  # no exponent: steps of 2 ** -9
-    return tl.where(codes >= 0x80, -value, value)
+    """The numbers of codes: float16, which has all of them. The bits are the same but for the bias of the exponent."""
+    if cuda_capability_geq(8, 9):  # one instruction for two of them
+        return codes.to(tl.float8e4nv, bitcast=True).to(tl.float16)
+    bits = codes.to(tl.uint16)
+    return (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True) * 256.0

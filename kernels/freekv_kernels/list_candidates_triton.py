@@ -80,8 +80,8 @@ def _score_groups_kernel(
         page = tl.load(page_table_ptr + group * _GROUP_PAGES + (_GROUP_PAGES - 1), is_group, other=0)
         bounds_ptrs = summary_ptr + (page * NUM_KV_HEADS + head)[:, None] * (2 * HEAD_DIM) + dim[None, :]
         is_bound = is_group[:, None] & is_dim[None, :]
-        lo = decode_fp8(tl.load(bounds_ptrs, is_bound, other=0))
-        hi = decode_fp8(tl.load(bounds_ptrs + HEAD_DIM, is_bound, other=0))
+        lo = decode_fp8(tl.load(bounds_ptrs, is_bound, other=0)).to(tl.float32)
+        hi = decode_fp8(tl.load(bounds_ptrs + HEAD_DIM, is_bound, other=0)).to(tl.float32)
         scores = tl.dot(q_for_lo, lo.T, input_precision=PRECISION)
         scores = tl.dot(q_for_hi, hi.T, scores, input_precision=PRECISION)
         score_ptrs = scores_ptr + g[:, None] * scores_group_stride + group[None, :]

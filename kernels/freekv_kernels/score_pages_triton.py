@@ -7,22 +7,15 @@ import triton
 import triton.language as tl
 
 from freekv_kernels.fp8_triton import decode_fp8
+from freekv_kernels.score_codes_triton import _score_codes_kernel
+from freekv_kernels.score_grid_triton import NUM_PROGRAMS, load_pages, share_of_rows
 from freekv_kernels.tables import Batch, FlagList, Half
-
-NUM_PROGRAMS = 1024  # two waves of four per SM on a chip of 132 to 148, so that uneven requests even out
 
 
 @triton.jit(
-    do_not_specialize=[
-        "page_table_stride",
-        "pages_stride",
-        "out_row_stride",
-        "out_group_stride",
-        "num_rows",
-        "num_listed",
-    ]
+    do_not_specialize=["page_table_stride", "pages_stride", "out_row_stride", "out_group_stride", "num_rows", "width"]
 )
-def _score_pages_kernel(
+def _score_bounds_kernel(
     queries_ptr,
     summary_ptr,
     rows_ptr,
@@ -33,9 +26,7 @@ def _score_pages_kernel(
     flag_rows_ptr,
     flag_count_ptr,
     out_ptr,
-    codes_ptr,
     pages_ptr,
-    scale,
     query_row_stride,
     query_head_stride,
     query_group_stride,
@@ -47,90 +38,47 @@ def _score_pages_kernel(
     out_row_stride,
     out_group_stride,
     num_rows,
-    num_listed,
+    width,
     NUM_KV_HEADS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_G: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    PAGE_SIZE: tl.constexpr,
-    NUM_BYTES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    # A short list gets more programs per row.
-    num_entries = num_rows if flag_count_ptr is None else tl.load(flag_count_ptr)
-    if num_entries == 0:
-        return
-    num_splits = tl.num_programs(0) // num_entries
-    split = tl.program_id(0) // num_entries
+    row, split, num_splits = share_of_rows(flag_rows_ptr, flag_count_ptr, num_rows)
     if split >= num_splits:
         return
-    row = tl.program_id(0) % num_entries
-    if flag_rows_ptr is not None:
-        row = tl.load(flag_rows_ptr + row)
     request, head = row // NUM_KV_HEADS, row % NUM_KV_HEADS
     if tl.load(half_pages_ptr + request) <= tl.load(budget_pages_ptr + row):
         return
-    num_pages = tl.load(num_pages_ptr + request).to(tl.int32)
-    num_columns = num_pages
+    end = tl.load(num_pages_ptr + request).to(tl.int32)
     if pages_ptr is not None:
-        num_columns = tl.minimum(num_pages, num_listed)
+        end = tl.minimum(end, width)
         pages_ptr += row.to(tl.int64) * pages_stride
 
-    group = tl.arange(0, BLOCK_G)
-    dim = tl.arange(0, BLOCK_D)
-    is_dim = dim < HEAD_DIM
+    group, dim = tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_D)
+    is_head, is_dim = group < GROUP_SIZE, dim < HEAD_DIM
     query_ptr = queries_ptr + tl.load(rows_ptr + request) * query_row_stride + head * query_head_stride
-    is_head = group < GROUP_SIZE
-    q = tl.load(
-        query_ptr + group[:, None] * query_group_stride + dim[None, :],
-        mask=is_head[:, None] & is_dim[None, :],
-        other=0.0,
-    ).to(tl.float32)
-    if codes_ptr is None:
-        q_for_lo, q_for_hi = tl.minimum(q, 0.0), tl.maximum(q, 0.0)
-    else:
-        bits: tl.constexpr = NUM_BYTES * 8 // HEAD_DIM
-        codes_ptr += head.to(tl.int64) * (PAGE_SIZE * NUM_BYTES)
-        in_codes = tl.arange(0, PAGE_SIZE)[:, None] * NUM_BYTES + (dim % NUM_BYTES)[None, :]
-        shift = dim // NUM_BYTES * bits
+    query_ptrs = query_ptr + group[:, None] * query_group_stride + dim[None, :]
+    q = tl.load(query_ptrs, mask=is_head[:, None] & is_dim[None, :], other=0.0).to(tl.float32)
+    q_for_lo, q_for_hi = tl.minimum(q, 0.0), tl.maximum(q, 0.0)
 
     page_table_ptr += request.to(tl.int64) * page_table_stride
     summary_ptr += head.to(tl.int64) * summary_head_stride
     out_ptr += row.to(tl.int64) * out_row_stride
-    for first in range(split * BLOCK_P, num_columns, num_splits * BLOCK_P):
+    for first in range(split * BLOCK_P, end, num_splits * BLOCK_P):
         column = first + tl.arange(0, BLOCK_P)
-        logical, is_page = column, column < num_columns
-        if pages_ptr is not None:
-            logical = tl.load(pages_ptr + column, mask=is_page, other=-1)
-            is_page = logical >= 0
-        page = tl.load(page_table_ptr + logical, mask=is_page, other=0)
+        page, is_page = load_pages(pages_ptr, page_table_ptr, column, end)
         bounds_ptr = summary_ptr + page[:, None] * summary_page_stride + dim[None, :]
         is_bound = is_page[:, None] & is_dim[None, :]
-        lo = decode_fp8(tl.load(bounds_ptr, mask=is_bound, other=0))
-        hi = decode_fp8(tl.load(bounds_ptr + summary_bound_stride, mask=is_bound, other=0))
-        if codes_ptr is None:
-            scores = tl.dot(q_for_lo, lo.T, input_precision=PRECISION)
-            scores = tl.dot(q_for_hi, hi.T, scores, input_precision=PRECISION)
-        else:
-            # A byte is loaded once per channel in it, from one line of the cache: all channels are there for one dot.
-            code_ptrs = codes_ptr + page[:, None, None] * (NUM_KV_HEADS * PAGE_SIZE * NUM_BYTES) + in_codes[None, :, :]
-            code = tl.load(code_ptrs, mask=is_bound[:, None, :], other=0).to(tl.int32)
-            code = (code >> shift[None, None, :]) & (2**bits - 1)
-            step = (hi - lo) * 2.0**-bits
-            k = (lo + step / 2)[:, None, :] + code.to(tl.float32) * step[:, None, :]
-            k = k.reshape(BLOCK_P * PAGE_SIZE, BLOCK_D)
-            logits = tl.dot(q, k.T, input_precision=PRECISION)
-            logits = logits.reshape(BLOCK_G, BLOCK_P, PAGE_SIZE)
-            scores = tl.max(logits, 2)
-            if scale is not None:
-                scores = scale * scores + tl.log(tl.sum(tl.exp(scale * (logits - scores[:, :, None])), 2))
-        tl.store(
-            out_ptr + group[:, None] * out_group_stride + column[None, :],
-            scores,
-            mask=is_head[:, None] & is_page[None, :],
-        )
+        lo = decode_fp8(tl.load(bounds_ptr, mask=is_bound, other=0)).to(tl.float32)
+        hi = decode_fp8(tl.load(bounds_ptr + summary_bound_stride, mask=is_bound, other=0)).to(tl.float32)
+        scores = tl.dot(q_for_lo, lo.T, input_precision=PRECISION)
+        scores = tl.dot(q_for_hi, hi.T, scores, input_precision=PRECISION)
+        out_ptrs = out_ptr + group[:, None] * out_group_stride + column[None, :]
+        tl.store(out_ptrs, scores, mask=is_head[:, None] & is_page[None, :])
 
 
 def score_pages(
@@ -154,11 +102,7 @@ def score_pages(
     num_columns = batch.page_table.shape[1] if pages is None else pages.shape[1]
     if out is None:
         out = queries.new_empty((num_rows, group_size, num_columns), dtype=torch.float32)
-    block_d = triton.next_power_of_2(head_dim)
-    page_size, num_bytes = (1, 0) if codes is None else codes.shape[2:]
-    block_p = max(1, 8192 // (page_size * block_d))  # 8 KiB of minima, or 32 KiB of keys
-    num_programs = min(num_rows * triton.cdiv(num_columns, block_p), max(num_rows, NUM_PROGRAMS))
-    _score_pages_kernel[(num_programs,)](
+    tensors = (
         queries,
         summary,
         batch.rows,
@@ -169,9 +113,8 @@ def score_pages(
         None if flags is None else flags.rows,
         None if flags is None else flags.count,
         out,
-        codes,
-        pages,
-        scale,
+    )
+    sizes = (
         *queries.stride()[:3],
         *summary.stride()[:3],
         batch.page_table.stride(0),
@@ -179,16 +122,36 @@ def score_pages(
         *out.stride()[:2],
         num_rows,
         num_columns,
-        NUM_KV_HEADS=num_kv_heads,
-        GROUP_SIZE=group_size,
-        HEAD_DIM=head_dim,
-        BLOCK_G=16,
-        BLOCK_P=block_p,
-        BLOCK_D=block_d,
-        PAGE_SIZE=page_size,
-        NUM_BYTES=num_bytes,
-        # The products of 16-bit numbers are exact in tf32, and summed in fp32; decoded keys are rounded to 11 bits.
-        PRECISION="ieee" if queries.dtype == torch.float32 else "tf32",
-        num_warps=max(4, page_size * block_d // 2048),  # 64 elements of decoded keys a thread
     )
+    shape = {"NUM_KV_HEADS": num_kv_heads, "GROUP_SIZE": group_size}
+    is_exact = queries.dtype == torch.float32
+    if codes is None:
+        block_d = triton.next_power_of_2(head_dim)
+        shape |= {"HEAD_DIM": head_dim, "BLOCK_G": 16, "BLOCK_D": block_d, "BLOCK_P": 8192 // block_d}
+        # The products of 16-bit numbers are exact in tf32, and summed in fp32.
+        kernel, more, shape["PRECISION"] = _score_bounds_kernel, (pages,), "ieee" if is_exact else "tf32"
+    else:
+        shape |= _shape_of_codes(codes, head_dim, group_size, is_exact)
+        kernel, more = _score_codes_kernel, (codes, pages, scale)
+    blocks = triton.cdiv(num_columns, shape["BLOCK_P"])
+    kernel[(min(num_rows * blocks, max(num_rows, NUM_PROGRAMS)),)](*tensors, *more, *sizes, **shape)
     return out
+
+
+def _shape_of_codes(codes: torch.Tensor, head_dim: int, group_size: int, is_exact: bool) -> dict[str, object]:
+    """How a program goes through the pages: as many at a time as its registers hold, by what was compiled."""
+    page_size, num_bytes = codes.shape[2:]
+    bits, block_g = num_bytes * 8 // head_dim, max(8, triton.next_power_of_2(group_size))
+    is_common = head_dim == 128 and bits > 1 and block_g == 8
+    return {
+        "BLOCK_G": block_g,
+        "BLOCK_P": (16 if is_common else 8) * 32 // max(32, page_size),
+        "BLOCK_B": max(16, triton.next_power_of_2(num_bytes)),
+        "PAGE_SIZE": page_size,
+        "NUM_BYTES": num_bytes,
+        "BITS": bits,
+        "OPERAND": tl.float32 if is_exact else tl.float16,
+        "PRECISION": "ieee",
+        "NUM_STAGES": 4,
+        "num_warps": 4,
+    }

@@ -73,8 +73,8 @@ def _store_pages_kernel(
             k = k.to(tl.float32)
             low = tl.min(tl.where(mask, k, float("inf")), 0)
             high = tl.max(tl.where(mask, k, float("-inf")), 0)
-            low = tl.where(is_known, tl.minimum(decode_fp8(known_low), low), low)
-            high = tl.where(is_known, tl.maximum(decode_fp8(known_high), high), high)
+            low = tl.where(is_known, tl.minimum(decode_fp8(known_low).to(tl.float32), low), low)
+            high = tl.where(is_known, tl.maximum(decode_fp8(known_high).to(tl.float32), high), high)
             tl.store(low_ptrs, encode_fp8(low, False), in_dim)
             tl.store(low_ptrs + HEAD_DIM, encode_fp8(high, True), in_dim)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import subprocess
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -37,6 +38,7 @@ SIZES = [
     {"batch_size": 1, "context_tokens": 2112},
     {"batch_size": 16, "context_tokens": 2560},
 ]
+DISASSEMBLED = ("score_pages",)  # ops whose loops are counted
 
 
 class AbsentGPU:
@@ -66,8 +68,14 @@ def compile_op(op: str, inputs: KernelInputs) -> list[dict[str, object]]:
     compiled, log = [], io.StringIO()
 
     def record(*, src, metadata, metadata_group, **_) -> None:
-        cubin = Path(metadata_group[f"{src.name}.cubin"]).stat().st_size
-        compiled.append({"kernel": src.name, "shared_bytes": metadata["shared"], "cubin_bytes": cubin})
+        cubin, warps = Path(metadata_group[f"{src.name}.cubin"]), metadata["num_warps"]
+        constants = {
+            src.fn.arg_names[path[0]]: value for path, value in src.constants.items() if isinstance(value, int)
+        }
+        about = {"kernel": src.name, "shared_bytes": metadata["shared"], "cubin_bytes": cubin.stat().st_size}
+        compiled.append(
+            about | {"warps": warps, "constants": constants} | (longest_loop(cubin) if op in DISASSEMBLED else {})
+        )
 
     triton.knobs.compilation.listener = record
     with redirect_stdout(log):
@@ -82,6 +90,30 @@ def compile_op(op: str, inputs: KernelInputs) -> list[dict[str, object]]:
     for kernel, (stores, loads, registers) in zip(compiled, usage, strict=True):
         kernel |= {"spill_bytes": int(stores) + int(loads), "registers": int(registers)}
     return compiled
+
+
+def longest_loop(cubin: Path) -> dict[str, int]:
+    """Instructions of a warp in one turn of the longest loop, and wavefronts of shared memory, if no banks conflict."""
+    disassembler = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    sass = subprocess.run([disassembler, "-sass", cubin], capture_output=True, text=True, check=True).stdout
+    code = {
+        int(m[1], 16): (m[2], m[3]) for m in re.finditer(r"/\*([0-9a-f]{4,})\*/ +(?:@!?U?P\w+ +)?(\S+)(.*?);", sass)
+    }
+    jumps = ((re.search(r"0x([0-9a-f]+)", target), at) for at, (name, target) in code.items() if name == "BRA")
+    loops = [(int(found[1], 16), at) for found, at in jumps if found and int(found[1], 16) < at]
+    begin, end = max(loops, key=lambda loop: loop[1] - loop[0], default=(0, -1))
+    names = [name for at, (name, _) in code.items() if begin <= at <= end]
+    return {"loop_instructions": len(names), "loop_wavefronts": sum(map(wavefronts, names))}
+
+
+def wavefronts(instruction: str) -> int:
+    """Of shared memory, at least: it gives a warp 128 bytes at a time."""
+    name, *modifiers = instruction.split(".")
+    if name in ("LDSM", "STSM"):
+        return int(modifiers[-1]) if modifiers[-1].isdigit() else 1
+    if name not in ("LDS", "STS", "LDGSTS"):
+        return 0
+    return 4 if "128" in modifiers else 2 if "64" in modifiers else 1
 
 
 def main(capabilities: set[int]) -> None:

@@ -18,7 +18,7 @@ def _convert(x_ptr, codes_ptr, low_ptr, high_ptr, numbers_ptr, SIZE: tl.constexp
     x = tl.load(x_ptr + i)
     tl.store(low_ptr + i, fp8_triton.encode_fp8(x, False))
     tl.store(high_ptr + i, fp8_triton.encode_fp8(x, True))
-    tl.store(numbers_ptr + i, fp8_triton.decode_fp8(tl.load(codes_ptr + i)))
+    tl.store(numbers_ptr + i, fp8_triton.decode_fp8(tl.load(codes_ptr + i)).to(tl.float32))
 
 
 with triton.knobs.runtime.scope():  # the interpreter is chosen when a kernel is defined
