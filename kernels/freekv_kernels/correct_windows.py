@@ -1,17 +1,22 @@
-"""Correct windows: select again, at once, where the window would lose too much of the attention."""
+"""Correct windows: select again, at once, where one would lose too much of the attention; then for the next step."""
 
 from __future__ import annotations
 
 import torch
 
 from freekv_kernels.score_pages import listed_rows
-from freekv_kernels.select_pages import Candidates, front_windows, write_windows
-from freekv_kernels.tables import Batch, Count, FlagList, Half
+from freekv_kernels.select_pages import Candidates, front_windows, select_pages, write_windows
+from freekv_kernels.share_pages import share_pages
+from freekv_kernels.tables import Batch, Count, FlagList, Half, PageStore
 
 
 def correct_windows(
-    shares: torch.Tensor,
+    scores: torch.Tensor,
+    queries: torch.Tensor,
+    store: PageStore,
     batch: Batch,
+    front_budget_pages: torch.Tensor,
+    scale: float,
     gate: float,
     sink_pages: int,
     recent_pages: int,
@@ -21,18 +26,22 @@ def correct_windows(
     hysteresis: float = 0.0,
     pages: torch.Tensor | None = None,
 ) -> None:
-    """Flag the rows whose front window has too little of what this step's queries ask for, and select these again.
+    """Judge the front windows by what this step's queries ask for, correct them, and select the back windows.
 
-    With S the pages that `select_pages` would select by `shares` for FRONT, and W those that the window has selected:
-      is_flagged = sum of exp(shares) over S - the same sum over W > gate,  in rows over their budget
-    A flagged row's front window becomes sink, S, recent. Back windows are the workspace: `select_pages` writes them
-    next.
+    1. `share_pages` for BACK.
+    2. With S the pages that `select_pages` would select by the shares for FRONT, and W those that the window has:
+         is_flagged = sum of exp(shares) over S - the same sum over W > gate,  in rows over their budget
+       A flagged row's front window becomes sink, S, recent.
+    3. `select_pages` for BACK by the shares, pooling "mean".
 
     Parameters
     ----------
-    shares : float32, ``[batch_size * num_kv_heads, 1, num_listed]``, device
-        Of `share_pages`; not changed, but for rounding.
+    scores, queries, store, scale
+        See `share_pages`; the scores of the first head become the shares.
     batch : Batch
+        With the budgets of the next step.
+    front_budget_pages : int64, ``[batch_size, num_kv_heads]``, device
+        Budgets that the front windows were selected with. Only rows that are over the other, too, are judged.
     gate : float
         Share of the attention that a window may lose.
     sink_pages, recent_pages, windows, hysteresis, pages
@@ -46,22 +55,43 @@ def correct_windows(
     -----
     A cosine (FreeKV, arXiv 2505.13109) says that a query has moved, and not that the window is wrong.
     """
-    width = windows.shape[3]
-    rows = listed_rows(batch, Half.FRONT, None)
+    share_pages(scores, queries, store, batch, Half.BACK, scale, None, pages)
+    shares = scores[:, :1]
+    flagged = _correct(shares, batch, front_budget_pages, gate, sink_pages, recent_pages, windows, hysteresis, pages)
     flags.is_flagged.zero_()
+    flags.is_flagged[flagged] = True
+    flags.rows[: len(flagged)] = flagged.int()
+    flags.count.fill_(len(flagged))
+    counters[Count.FLAGGED_ROWS] += len(flagged)
+    rule = (sink_pages, recent_pages, "mean", windows, None, 1.0, hysteresis, pages)
+    select_pages(shares, batch, Half.BACK, *rule)
+
+
+def _correct(
+    shares: torch.Tensor,
+    batch: Batch,
+    front_budget_pages: torch.Tensor,
+    gate: float,
+    sink_pages: int,
+    recent_pages: int,
+    windows: torch.Tensor,
+    hysteresis: float,
+    pages: torch.Tensor | None,
+) -> torch.Tensor:
+    """Correct front windows; the rows (int64) that were."""
+    width, front = windows.shape[3], batch._replace(budget_pages=front_budget_pages)
+    rows = listed_rows(front, Half.FRONT, None)
+    rows = rows[torch.isin(rows, listed_rows(batch, Half.BACK, None))]
     if len(rows) == 0:
-        return
-    candidates = Candidates.of(shares, rows, batch, Half.FRONT, sink_pages, recent_pages, pages)
+        return rows
+    candidates = Candidates.of(shares, rows, front, Half.FRONT, sink_pages, recent_pages, pages)
     own = candidates.scores[:, 0].masked_fill(~candidates.is_candidate, float("-inf"))
-    is_held = candidates.are_in(front_windows(rows, batch, windows))
+    is_held = candidates.are_in(front_windows(rows, front, windows))
     best, is_taken = candidates.best(own + hysteresis * is_held, width)
     shares_of_best = own.exp().gather(1, best).masked_fill(~is_taken, 0.0)
     lost = shares_of_best.sum(1) - own.exp().masked_fill(~is_held, 0.0).sum(1)
 
     is_flagged = lost > gate
     flagged = rows[is_flagged]
-    write_windows(candidates.window((best, is_taken), width)[is_flagged], flagged, batch, Half.FRONT, windows)
-    flags.is_flagged[flagged] = True
-    flags.rows[: len(flagged)] = flagged.int()
-    flags.count.fill_(len(flagged))
-    counters[Count.FLAGGED_ROWS] += len(flagged)
+    write_windows(candidates.window((best, is_taken), width)[is_flagged], flagged, front, Half.FRONT, windows)
+    return flagged

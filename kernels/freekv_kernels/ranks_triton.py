@@ -60,6 +60,44 @@ def kth_largest(pooled_ptr, lowest, highest, k, begin, end, readable_end, BLOCK:
 
 
 @triton.jit
+def write_largest(
+    pooled_ptr,
+    lowest,
+    highest,
+    k,
+    begin,
+    end,
+    readable_end,
+    pages_ptr,
+    written_ptr,
+    also_written_ptr,
+    BLOCK: tl.constexpr,
+):
+    """Write the pages of the k columns that are largest, ascending; equal ones are taken from the first on."""
+    threshold, num_ties = kth_largest(pooled_ptr, lowest, highest, k, begin, end, readable_end, BLOCK)
+    # One prefix sum counts both: pages above the threshold in the upper half, pages that equal it in the lower.
+    counted = tl.full((), 0, tl.int64)
+    for first in range(begin // BLOCK * BLOCK, end, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        value = sortable(tl.load(pooled_ptr + column, mask=column < readable_end, other=0.0))
+        is_candidate = (column >= begin) & (column < end)
+        is_above, is_tie = is_candidate & (value > threshold), is_candidate & (value == threshold)
+        ones = (is_above.to(tl.int64) << 32) + is_tie.to(tl.int64)
+        before = counted + tl.cumsum(ones) - ones
+        above_before, ties_before = (before >> 32).to(tl.int32), before.to(tl.int32)
+        rank = above_before + tl.minimum(ties_before, num_ties)
+        is_best = is_above | (is_tie & (ties_before < num_ties))
+        page = column
+        if pages_ptr is not None:
+            page = tl.load(pages_ptr + column, mask=is_best, other=-1)
+        tl.store(written_ptr + rank, page, mask=is_best)
+        if also_written_ptr is not None:
+            tl.store(also_written_ptr + rank, page, mask=is_best)
+        if first + BLOCK < end:
+            counted += tl.sum(ones)
+
+
+@triton.jit
 def num_below(pages_ptr, bound, num_columns, BLOCK: tl.constexpr):
     """How many columns list a page below the bound; the list ascends, and -1 follows."""
     count = tl.full((), 0, tl.int32)

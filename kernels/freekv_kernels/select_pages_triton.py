@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from freekv_kernels.ranks_triton import columns_of, kth_largest, load_scores, num_below, sortable
+from freekv_kernels.ranks_triton import columns_of, load_scores, num_below, sortable, write_largest
 from freekv_kernels.select_pages import check_pooling
 from freekv_kernels.tables import Batch, FlagList, Half
 
@@ -40,7 +40,6 @@ def _select_pages_kernel(
     SINK: tl.constexpr,
     RECENT: tl.constexpr,
     HALF: tl.constexpr,
-    TARGET: tl.constexpr,
     HAS_HYSTERESIS: tl.constexpr,
     NUM_LOOKS: tl.constexpr,
     POOLING: tl.constexpr,
@@ -61,7 +60,7 @@ def _select_pages_kernel(
     if HALF != BOTH and not is_over:
         return
     NUM_HALVES: tl.constexpr = 2 if HALF == BOTH else 1
-    half = (tl.load(step_ptr) + TARGET) % 2
+    half = (tl.load(step_ptr) + HALF) % 2
     windows_ptr += tl.load(rows_ptr + request) * windows_row_stride + head.to(tl.int64) * windows_head_stride
 
     # Everything but the best pages; within the budget, that is every page.
@@ -133,28 +132,11 @@ def _select_pages_kernel(
         tl.store(scores_ptr + held, favoured, mask=is_held)
         tl.debug_barrier()
 
-    threshold, num_ties = kth_largest(scores_ptr, lowest, highest, k, begin, end, readable_end, BLOCK)
-
-    # One prefix sum counts both: pages above the threshold in the upper half, pages that equal it in the lower.
-    counted = tl.full((), 0, tl.int64)
-    for first in range(BEGIN_BLOCK, end, BLOCK):
-        page = first + tl.arange(0, BLOCK)
-        value = sortable(tl.load(scores_ptr + page, mask=page < readable_end, other=0.0))
-        is_candidate = (page >= begin) & (page < end)
-        is_above, is_tie = is_candidate & (value > threshold), is_candidate & (value == threshold)
-        ones = (is_above.to(tl.int64) << 32) + is_tie.to(tl.int64)
-        before = counted + tl.cumsum(ones) - ones
-        above_before, ties_before = (before >> 32).to(tl.int32), before.to(tl.int32)
-        rank = above_before + tl.minimum(ties_before, num_ties)
-        is_best = is_above | (is_tie & (ties_before < num_ties))
-        listed = page
-        if pages_ptr is not None:
-            listed = tl.load(pages_ptr + page, mask=is_best, other=-1)
-        for i in tl.static_range(NUM_HALVES):
-            window_ptr = windows_ptr + (half + i) % 2 * windows_half_stride
-            tl.store(window_ptr + SINK + rank, listed, mask=is_best)
-        if first + BLOCK < end:
-            counted += tl.sum(ones)
+    written_ptr = windows_ptr + half * windows_half_stride + SINK
+    also_written_ptr = windows_ptr + (1 - half) * windows_half_stride + SINK if HALF == BOTH else None
+    write_largest(
+        scores_ptr, lowest, highest, k, begin, end, readable_end, pages_ptr, written_ptr, also_written_ptr, BLOCK
+    )
     if HAS_HYSTERESIS and IS_POOLED:  # they stay, but for rounding
         favoured = tl.load(scores_ptr + held, mask=is_held, other=0.0)
         tl.debug_barrier()
@@ -173,17 +155,11 @@ def select_pages(
     scale: float = 1.0,
     hysteresis: float = 0.0,
     pages: torch.Tensor | None = None,
-    target: Half | None = None,
 ) -> None:
     """See `freekv_kernels.select_pages`.
 
     One program per row; nothing is allocated. Blocks of columns are walked, and their pooled scores kept in place of
     the scores of the group's first head. Equal scores at the threshold are taken in page order.
-
-    Parameters
-    ----------
-    target : Half, optional
-        Where the windows are written; by default the half that they are for.
     """
     check_pooling(pooling)
     num_rows, group_size, num_columns = scores.shape
@@ -212,7 +188,6 @@ def select_pages(
         SINK=sink_pages,
         RECENT=recent_pages,
         HALF=int(half),
-        TARGET=int(half if target is None else target),
         HAS_HYSTERESIS=hysteresis > 0 and half != Half.BOTH,
         NUM_LOOKS=num_columns.bit_length(),
         POOLING="softmax" if pooling == "scaled" else pooling,

@@ -55,6 +55,82 @@ def _mass_of_latest(
     return masses
 
 
+@triton.jit
+def share_row(
+    scores_ptr,
+    queries_ptr,
+    rows_ptr,
+    slots_ptr,
+    page_table_ptr,
+    table_ptr,
+    host_kv_ptr,
+    block_kv_ptr,
+    pages_ptr,
+    row,
+    last,
+    scale,
+    num_columns,
+    scores_group_stride,
+    query_row_stride,
+    query_head_stride,
+    query_group_stride,
+    page_table_stride,
+    host_page_stride,
+    host_head_stride,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    CODEC: tl.constexpr,
+):
+    """Write a row's shares in place of its first head's masses. `scores_ptr` and `pages_ptr` are the row's own."""
+    request, head = row // NUM_KV_HEADS, row % NUM_KV_HEADS
+    page = tl.load(page_table_ptr + request.to(tl.int64) * page_table_stride + last)
+    block = tl.load(table_ptr + page * NUM_KV_HEADS + head).to(tl.int64)
+    num_tokens = (tl.load(slots_ptr + request) % PAGE_SIZE).to(tl.int32) + 1
+    of_last = _mass_of_latest(
+        queries_ptr + tl.load(rows_ptr + request) * query_row_stride + head * query_head_stride,
+        query_group_stride,
+        block_kv_ptr + block * (2 * PAGE_SIZE * HEAD_DIM),
+        record_pointer(host_kv_ptr, page, head, host_page_stride, host_head_stride),
+        block >= 0,
+        num_tokens,
+        scale,
+        GROUP_SIZE,
+        HEAD_DIM,
+        PAGE_SIZE,
+        BLOCK_G,
+        BLOCK_D,
+        CODEC,
+    )
+
+    end = last + 1 if pages_ptr is None else num_columns
+    peak = of_last  # a number, also where the first block has no page
+    total = tl.zeros((BLOCK_G,), tl.float32)
+    for first in range(0, end, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        x = _load_masses(scores_ptr, scores_group_stride, pages_ptr, column, end, last, of_last, GROUP_SIZE)
+        x = tl.where((tl.arange(0, BLOCK_G) < GROUP_SIZE)[:, None], x, float("-inf"))
+        peak_before, peak = peak, tl.maximum(peak, tl.max(x, 1))
+        is_finite = peak > float("-inf")  # past the group there is nothing
+        total = total * tl.where(is_finite, tl.exp(peak_before - peak), 0.0)
+        total += tl.sum(tl.where(is_finite[:, None], tl.exp(x - peak[:, None]), 0.0), 1)
+    log_total = tl.where(tl.arange(0, BLOCK_G) < GROUP_SIZE, peak + tl.log(tl.maximum(total, 1.0)), float("inf"))
+
+    for first in range(0, end, BLOCK):
+        column = first + tl.arange(0, BLOCK)
+        x = _load_masses(scores_ptr, scores_group_stride, pages_ptr, column, end, last, of_last, GROUP_SIZE)
+        x -= log_total[:, None]
+        highest = tl.max(x, 0)
+        spread = tl.sum(tl.exp(x - tl.where(highest > float("-inf"), highest, 0.0)[None, :]), 0)
+        shares = highest + tl.log(tl.maximum(spread, 1.0) / GROUP_SIZE)  # where there is a page it is 1 or more
+        tl.debug_barrier()  # other threads may still read what is overwritten
+        tl.store(scores_ptr + column, shares, mask=column < end)
+
+
 @triton.jit(do_not_specialize=["scores_row_stride", "scores_group_stride", "page_table_stride", "num_columns"])
 def _share_pages_kernel(
     scores_ptr,
@@ -62,15 +138,15 @@ def _share_pages_kernel(
     rows_ptr,
     slots_ptr,
     page_table_ptr,
+    table_ptr,
+    host_kv_ptr,
+    block_kv_ptr,
+    pages_ptr,
     num_pages_ptr,
     half_pages_ptr,
     budget_pages_ptr,
     flag_rows_ptr,
     flag_count_ptr,
-    pages_ptr,
-    table_ptr,
-    host_kv_ptr,
-    block_kv_ptr,
     scale,
     num_columns,
     scores_row_stride,
@@ -96,56 +172,74 @@ def _share_pages_kernel(
         if row >= tl.load(flag_count_ptr):
             return
         row = tl.load(flag_rows_ptr + row)
-    request, head = row // NUM_KV_HEADS, row % NUM_KV_HEADS
+    request = row // NUM_KV_HEADS
     if tl.load(half_pages_ptr + request) <= tl.load(budget_pages_ptr + row):
         return
-    last = tl.load(num_pages_ptr + request).to(tl.int32) - 1
-    page = tl.load(page_table_ptr + request.to(tl.int64) * page_table_stride + last)
-    block = tl.load(table_ptr + page * NUM_KV_HEADS + head).to(tl.int64)
-    num_tokens = (tl.load(slots_ptr + request) % PAGE_SIZE).to(tl.int32) + 1
-    of_last = _mass_of_latest(
-        queries_ptr + tl.load(rows_ptr + request) * query_row_stride + head * query_head_stride,
-        query_group_stride,
-        block_kv_ptr + block * (2 * PAGE_SIZE * HEAD_DIM),
-        record_pointer(host_kv_ptr, page, head, host_page_stride, host_head_stride),
-        block >= 0,
-        num_tokens,
+    if pages_ptr is not None:
+        pages_ptr += row.to(tl.int64) * pages_stride
+    share_row(
+        scores_ptr + row.to(tl.int64) * scores_row_stride,
+        queries_ptr,
+        rows_ptr,
+        slots_ptr,
+        page_table_ptr,
+        table_ptr,
+        host_kv_ptr,
+        block_kv_ptr,
+        pages_ptr,
+        row,
+        tl.load(num_pages_ptr + request).to(tl.int32) - 1,
         scale,
+        num_columns,
+        scores_group_stride,
+        query_row_stride,
+        query_head_stride,
+        query_group_stride,
+        page_table_stride,
+        host_page_stride,
+        host_head_stride,
+        NUM_KV_HEADS,
         GROUP_SIZE,
         HEAD_DIM,
         PAGE_SIZE,
+        BLOCK,
         BLOCK_G,
         BLOCK_D,
         CODEC,
     )
 
-    end = num_columns
-    if pages_ptr is None:
-        end = last + 1
-    else:
-        pages_ptr += row.to(tl.int64) * pages_stride
-    scores_ptr += row.to(tl.int64) * scores_row_stride
-    peak = of_last  # a number, also where the first block has no page
-    total = tl.zeros((BLOCK_G,), tl.float32)
-    for first in range(0, end, BLOCK):
-        column = first + tl.arange(0, BLOCK)
-        x = _load_masses(scores_ptr, scores_group_stride, pages_ptr, column, end, last, of_last, GROUP_SIZE)
-        x = tl.where((tl.arange(0, BLOCK_G) < GROUP_SIZE)[:, None], x, float("-inf"))
-        peak_before, peak = peak, tl.maximum(peak, tl.max(x, 1))
-        is_finite = peak > float("-inf")  # past the group there is nothing
-        total = total * tl.where(is_finite, tl.exp(peak_before - peak), 0.0)
-        total += tl.sum(tl.where(is_finite[:, None], tl.exp(x - peak[:, None]), 0.0), 1)
-    log_total = tl.where(tl.arange(0, BLOCK_G) < GROUP_SIZE, peak + tl.log(tl.maximum(total, 1.0)), float("inf"))
 
-    for first in range(0, end, BLOCK):
-        column = first + tl.arange(0, BLOCK)
-        x = _load_masses(scores_ptr, scores_group_stride, pages_ptr, column, end, last, of_last, GROUP_SIZE)
-        x -= log_total[:, None]
-        highest = tl.max(x, 0)
-        spread = tl.sum(tl.exp(x - tl.where(highest > float("-inf"), highest, 0.0)[None, :]), 0)
-        shares = highest + tl.log(tl.maximum(spread, 1.0) / GROUP_SIZE)  # where there is a page it is 1 or more
-        tl.debug_barrier()  # other threads may still read what is overwritten
-        tl.store(scores_ptr + column, shares, mask=column < end)
+def tensors_and_sizes(
+    scores: torch.Tensor,
+    queries: torch.Tensor,
+    store: PageStore,
+    batch: Batch,
+    pages: torch.Tensor | None,
+    block: int,
+) -> tuple[tuple[torch.Tensor | None, ...], tuple[int, ...], dict[str, object]]:
+    """What `share_row` is given: tensors, then `num_columns` and strides, then constants."""
+    _, group_size, num_columns = scores.shape
+    num_kv_heads, head_dim = queries.shape[1], queries.shape[3]
+    tensors = (scores, queries, batch.rows, batch.slots, batch.page_table, store.table, store.host_kv, store.block_kv)
+    strides = (
+        *scores.stride()[:2],
+        *queries.stride()[:3],
+        batch.page_table.stride(0),
+        0 if pages is None else pages.stride(0),
+        *store.host_kv.stride()[:2],
+    )
+    block_g = triton.next_power_of_2(group_size)
+    constants = {
+        "NUM_KV_HEADS": num_kv_heads,
+        "GROUP_SIZE": group_size,
+        "HEAD_DIM": head_dim,
+        "PAGE_SIZE": store.block_kv.shape[2],
+        "BLOCK": min(block, 8192 // block_g),
+        "BLOCK_G": block_g,
+        "BLOCK_D": triton.next_power_of_2(head_dim),
+        "CODEC": store.codec.name,
+    }
+    return (*tensors, pages), (num_columns, *strides), constants
 
 
 def share_pages(
@@ -159,38 +253,16 @@ def share_pages(
     pages: torch.Tensor | None = None,
 ) -> None:
     """See `freekv_kernels.share_pages`. The grid depends on shapes only, and nothing is allocated."""
-    num_rows, group_size, num_columns = scores.shape
-    num_kv_heads, head_dim = queries.shape[1], queries.shape[3]
-    block_g = triton.next_power_of_2(group_size)
-    _share_pages_kernel[(num_rows,)](
-        scores,
-        queries,
-        batch.rows,
-        batch.slots,
-        batch.page_table,
+    tensors, sizes, constants = tensors_and_sizes(scores, queries, store, batch, pages, block=1024)
+    _share_pages_kernel[(len(scores),)](
+        *tensors,
         batch.num_pages,
         batch.num_pages_at(half),
         batch.budget_pages,
         None if flags is None else flags.rows,
         None if flags is None else flags.count,
-        pages,
-        store.table,
-        store.host_kv,
-        store.block_kv,
         scale,
-        num_columns,
-        *scores.stride()[:2],
-        *queries.stride()[:3],
-        batch.page_table.stride(0),
-        0 if pages is None else pages.stride(0),
-        *store.host_kv.stride()[:2],
-        NUM_KV_HEADS=num_kv_heads,
-        GROUP_SIZE=group_size,
-        HEAD_DIM=head_dim,
-        PAGE_SIZE=store.block_kv.shape[2],
-        BLOCK=min(1024, 8192 // block_g),
-        BLOCK_G=block_g,
-        BLOCK_D=triton.next_power_of_2(head_dim),
-        CODEC=store.codec.name,
+        *sizes,
+        **constants,
         num_warps=8,
     )

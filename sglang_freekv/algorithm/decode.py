@@ -177,9 +177,9 @@ class Decode:
         front, scores = plan.batch_at(layer.number, Half.FRONT), None
         if todo.selects and gate is not None:
             # What the next step needs says what this one lacks. On one stream, which the next layer's scores follow.
-            scores = selector.score(layer, plan.batch, Half.BACK, scale)
-            selector.correct_windows(layer, front, scores, gate, flags)
-            self._select_next(layer, selector, scale, scores)
+            scores = selector.correct_windows(layer, plan.batch, front.budget_pages, scale, gate, flags)
+            if plan.rows is not None:  # with budgets of their own
+                self._select_next(layer, selector, scale, scores)
         elif todo.selects:
             if todo.scores_once:
                 scores = selector.score(layer, plan.batch, Half.BACK, scale)

@@ -52,10 +52,14 @@ class MassSelector(MinMaxSelector):
     pools_group = True
 
     def score(self, layer: Layer, batch: Batch, half: Half, scale: float, flags: FlagList | None = None) -> Scores:
+        masses = self._masses(layer, batch, half, scale, flags)
+        about = (layer.last_q, layer.store, batch, half, scale, flags, masses.pages)
+        self.memory.ops.share_pages(masses.values, *about)
+        return Scores(masses.values[:, :1], masses.pages)
+
+    def _masses(self, layer: Layer, batch: Batch, half: Half, scale: float, flags: FlagList | None = None) -> Scores:
         codes, pages = self.memory.index.codes[layer.number], self._candidates(layer, batch, half, scale)
-        scores = self._score(layer, batch, half, flags, codes, scale, pages)
-        self.memory.ops.share_pages(scores, layer.last_q, layer.store, batch, half, scale, flags, pages)
-        return Scores(scores[:, :1], pages)
+        return Scores(self._score(layer, batch, half, flags, codes, scale, pages), pages)
 
     def _candidates(self, layer: Layer, batch: Batch, half: Half, scale: float) -> torch.Tensor | None:
         """List the pages of the groups whose bounds promise most; None: every page is scored."""
@@ -68,19 +72,31 @@ class MassSelector(MinMaxSelector):
             memory.ops.list_candidates(layer.last_q, summary, batch, half, scale, *rule, *written)
         return pages
 
-    def correct_windows(self, layer: Layer, batch: Batch, shares: Scores, gate: float, flags: FlagList) -> None:
-        """Select again where the front window would lose more of the attention than `gate`, and flag these rows.
+    def correct_windows(
+        self, layer: Layer, batch: Batch, front_budgets: torch.Tensor, scale: float, gate: float, flags: FlagList
+    ) -> Scores:
+        """Select again where the front window would lose more of the attention than `gate`, then for the next step.
 
         Parameters
         ----------
-        shares : of `score`
+        batch : Batch
+            With the budgets of the next step.
+        front_budgets : int64, ``[batch_size, num_kv_heads]``, device, pages
+            That the front windows were selected with.
+        scale : float, of the logits
         flags : FlagList
             Written.
+
+        Returns
+        -------
+        Scores
+            As those of `score`.
         """
-        memory, sizes = self.memory, self.memory.sizes
-        rule = (gate, sizes.sink, sizes.recent)
-        written = (layer.windows, flags, memory.counters.values)
-        memory.ops.correct_windows(shares.values, batch, *rule, *written, memory.config.bonus, shares.pages)
+        memory, sizes, masses = self.memory, self.memory.sizes, self._masses(layer, batch, Half.BACK, scale)
+        rule = (scale, gate, sizes.sink, sizes.recent, layer.windows, flags, memory.counters.values)
+        own = (masses.values, layer.last_q, layer.store, batch, front_budgets)
+        memory.ops.correct_windows(*own, *rule, memory.config.bonus, masses.pages)
+        return Scores(masses.values[:, :1], masses.pages)
 
     def apportion(self, layer: Layer, batch: Batch, half: Half, shares: Scores, budget_pages: torch.Tensor) -> Batch:
         """The batch with budgets that follow the rows' attention, for windows that are written next.
@@ -89,7 +105,7 @@ class MassSelector(MinMaxSelector):
         ----------
         batch : Batch
             With the budgets of the requests.
-        shares : of `score`
+        shares : of `correct_windows`, or `score`
         budget_pages : int64, ``[batch_size, num_kv_heads]``, device
             Where they are written.
         """

@@ -137,11 +137,10 @@ class KernelInputs:
     def correct_windows(self) -> dict[str, Call]:
         flags, windows = self._flags(), self.layer.windows
         flags.count.zero_()
-        rule = (0.01, self.sizes.sink, self.sizes.recent, windows, flags, self.memory.counters.values)
-        calls = {"every row": 0.0, "every row, hysteresis": 0.5}
-        shares = self._scores()[:, :1].log_softmax(-1)
-        changed = (windows, flags.count)
-        return {name: Call((shares, self.batch, *rule, h), changed=changed) for name, h in calls.items()}
+        scores, scale = self._scores(), self.geometry.head_dim**-0.5
+        masses = (scores, self.layer.last_q, self.layer.store, self.batch, self.batch.budget_pages, scale)
+        rule = (0.01, self.sizes.sink, self.sizes.recent, windows, flags, self.memory.counters.values, 0.5)
+        return {"every row": Call((*masses, *rule), changed=(scores, windows, flags.count))}
 
     def apportion_pages(self) -> dict[str, Call]:
         memory, budgets = self.memory, self.batch.budget_pages
