@@ -70,6 +70,7 @@ class StepTables:
         groups = zeros(max_requests, GROUP_PAGES)
         self._batch = Batch(rows, slots, page_table, num_pages, num_pages_next, budgets, step, groups)
         self._counts = zeros(3, g.num_layers, 1, dtype=torch.int32)  # of flags, front and back misses
+        self._progress = zeros(2, g.num_layers, 3, dtype=torch.int32)  # of fetching front and back misses
         num_kept = g.num_layers if keeps_flags else 1
         self._flags = zeros(num_rows, dtype=torch.int32), zeros(num_kept, num_rows, dtype=torch.bool)
         self._misses = [
@@ -122,7 +123,7 @@ class StepTables:
     def misses(self, number: int, half: Half) -> MissList:
         """A layer's list of missing pages; layers use the same memory one after the other, each with its own count."""
         pairs, entries, blocks = self._misses[half]
-        return MissList(pairs, self._counts[1 + half, number], entries, blocks)
+        return MissList(pairs, self._counts[1 + half, number], entries, blocks, self._progress[half, number])
 
     def scores(self, half: Half, num_rows: int) -> torch.Tensor | None:
         """Workspace for the scores of so many rows: float32, ``[num_rows, group_size, max_pages]``.
@@ -145,6 +146,7 @@ class StepTables:
     def clear(self) -> None:
         """Empty the lists of all layers."""
         self._counts.zero_()
+        self._progress.zero_()
 
     @property
     def nbytes(self) -> int:
