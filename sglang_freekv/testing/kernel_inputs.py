@@ -336,6 +336,10 @@ class KernelInputs:
         """A counter, between others, as the engine has them."""
         return torch.tensor([0, value], dtype=torch.int32, device=self.device)[1:]
 
+    def num_missing(self, kind: str) -> int:
+        """Pages without a block of the windows that a call of `lookup_blocks` or `fetch_blocks` is for."""
+        return int(self.is_missing[self.front_pairs if kind == "front" else self.back_pairs].sum())
+
     @property
     def num_listed(self) -> int:
         """Pages that the lists of all rows hold, at most."""
