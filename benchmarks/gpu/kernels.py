@@ -21,7 +21,7 @@ from sglang_freekv.testing.kernel_inputs import Call, KernelInputs
 # Those that a decode step of a usual server has come first.
 _SIZES = [(8, 32768), (1, 32768), (32, 32768), (8, 131072), (1, 131072), (32, 131072), (8, 8192), (1, 8192), (32, 8192)]
 # Their lists are in any order and their choices free: what they do is checked by tests/kernels.
-_FREE = {"list_candidates", "lookup_blocks", "claim_blocks", "forget_blocks"}
+_FREE = {"list_candidates", "lookup_blocks", "claim_blocks", "fetch_blocks", "forget_blocks"}
 _LAYERS = 2  # KernelInputs asks for two; more would only take memory
 
 
@@ -156,6 +156,8 @@ def bytes_of(op: str, kind: str, call: Call, inputs: KernelInputs) -> tuple[int,
     listed = next((int(x.count) for x in call.args if hasattr(x, "count") and hasattr(x, "pairs")), 0)
     if op == "recall_blocks":
         return listed * g.block_bytes, True
+    if op == "fetch_blocks":
+        return inputs.num_missing(kind) * g.block_bytes, True
     if op == "append_tokens":
         return inputs.batch_size * 4 * token + 3 * query, False
     if op == "store_pages":

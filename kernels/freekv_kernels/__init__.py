@@ -18,6 +18,7 @@ from freekv_kernels.codecs import CODECS
 from freekv_kernels.compare_queries import compare_queries
 from freekv_kernels.correct_windows import correct_windows
 from freekv_kernels.encode_pages import encode_pages
+from freekv_kernels.fetch_blocks import fetch_blocks
 from freekv_kernels.fill_arena import fill_arena
 from freekv_kernels.forget_blocks import forget_blocks
 from freekv_kernels.list_candidates import list_candidates, list_width
@@ -62,6 +63,7 @@ class Ops(NamedTuple):
     lookup_blocks: Callable[..., None]
     claim_blocks: Callable[..., None]
     recall_blocks: Callable[..., None]
+    fetch_blocks: Callable[..., None]
     store_pages: Callable[..., None]
     encode_pages: Callable[..., None]
     fill_arena: Callable[..., None]
@@ -81,6 +83,7 @@ REFERENCE = Ops(
     lookup_blocks,
     claim_blocks,
     recall_blocks,
+    fetch_blocks,
     store_pages,
     encode_pages,
     fill_arena,
@@ -118,6 +121,7 @@ __all__ = [
     "compare_queries",
     "correct_windows",
     "encode_pages",
+    "fetch_blocks",
     "fill_arena",
     "forget_blocks",
     "list_candidates",

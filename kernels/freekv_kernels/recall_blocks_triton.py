@@ -16,8 +16,10 @@ _NUM_PROGRAMS = 64
 _TILE_BYTES = 16384
 
 
-@triton.jit(do_not_specialize_on_alignment=["count_ptr", "table_ptr"])
-def _recall_blocks_kernel(
+@triton.jit
+def recall_misses(
+    program,
+    num_programs,
     host_kv_ptr,
     pairs_ptr,
     entries_ptr,
@@ -35,7 +37,7 @@ def _recall_blocks_kernel(
     BLOCK: tl.constexpr,
     CODEC: tl.constexpr,
 ):
-    program, num_programs = tl.program_id(0), tl.num_programs(0)
+    """Complete the window and copy what falls to one program of several, for `recall_blocks` and `fetch_blocks`."""
     count = tl.load(count_ptr)
 
     if kv_indices_ptr is not None:
@@ -68,18 +70,70 @@ def _recall_blocks_kernel(
         tl.atomic_add(counters_ptr + _RECALLS, num_recalls, sem="relaxed")
 
 
+@triton.jit(do_not_specialize_on_alignment=["count_ptr", "table_ptr"])
+def _recall_blocks_kernel(
+    host_kv_ptr,
+    pairs_ptr,
+    entries_ptr,
+    blocks_ptr,
+    count_ptr,
+    table_ptr,
+    block_kv_ptr,
+    kv_indices_ptr,
+    counters_ptr,
+    host_page_stride,
+    host_head_stride,
+    NUM_KV_HEADS: tl.constexpr,
+    RUN: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CODEC: tl.constexpr,
+):
+    recall_misses(
+        tl.program_id(0),
+        tl.num_programs(0),
+        host_kv_ptr,
+        pairs_ptr,
+        entries_ptr,
+        blocks_ptr,
+        count_ptr,
+        table_ptr,
+        block_kv_ptr,
+        kv_indices_ptr,
+        counters_ptr,
+        host_page_stride,
+        host_head_stride,
+        NUM_KV_HEADS,
+        RUN,
+        TILE,
+        BLOCK,
+        CODEC,
+    )
+
+
+def num_recall_programs(num_entries: int) -> int:
+    """Programs that recall a list of at most so many entries."""
+    return min(_NUM_PROGRAMS, num_entries)
+
+
+def copy_sizes(store: PageStore) -> dict[str, int | str]:
+    """What a program of `recall_misses` has in hand at once, and the format of the records."""
+    num_elements = store.block_kv[0].numel()
+    tile = min(triton.next_power_of_2(num_elements), _TILE_BYTES // store.block_kv.element_size())
+    return {"RUN": num_elements, "TILE": tile, "BLOCK": 128, "CODEC": store.codec.name}
+
+
 def recall_blocks(
     store: PageStore,
     misses: MissList,
     counters: torch.Tensor,
     kv_indices: torch.Tensor | None = None,
 ) -> None:
-    """See `freekv_kernels.recall_blocks`. The grid is fixed: a CUDA graph can hold it.
+    """See `freekv_kernels.recall_blocks`. The grid depends on shapes only: a CUDA graph can hold it.
 
     The GPU reads the pinned host store in place, 16 bytes per thread and load.
     """
-    num_elements = store.block_kv[0].numel()
-    _recall_blocks_kernel[(_NUM_PROGRAMS,)](
+    _recall_blocks_kernel[(num_recall_programs(len(misses.pairs)),)](
         store.host_kv,
         misses.pairs,
         misses.entries,
@@ -91,9 +145,6 @@ def recall_blocks(
         counters,
         *store.host_kv.stride()[:2],
         NUM_KV_HEADS=store.table.shape[1],
-        RUN=num_elements,
-        TILE=min(triton.next_power_of_2(num_elements), _TILE_BYTES // store.block_kv.element_size()),
-        BLOCK=128,
-        CODEC=store.codec.name,
+        **copy_sizes(store),
         num_warps=4,
     )

@@ -132,6 +132,8 @@ class MissList(NamedTuple):
     count: torch.Tensor  # int32 [1]
     entries: torch.Tensor  # int32 [capacity], index of the window entry in kv_indices
     blocks: torch.Tensor  # int32 [capacity], block to copy the pair into; -1: another entry's copy, or no block
+    # int32 [3], for `fetch_blocks`: programs that have started, that have looked up, that have claimed; else not needed
+    progress: torch.Tensor | None = None
 
 
 class FlagList(NamedTuple):

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import torch
 
-from freekv_kernels import Batch, window_pairs
+from freekv_kernels import Batch, Claim, Half, window_pairs
+from sglang_freekv.memory.kv_memory import KVMemory
 from sglang_freekv.memory.layers import Layer
 
 
-def list_selected(layer: Layer, batch: Batch) -> None:
+def fetch_selected(memory: KVMemory, layer: Layer, batch: Batch) -> None:
+    """Do what `fetch_blocks` does for the windows of the next step, but copy all of their pages."""
+    ops, counters = memory.ops, memory.counters.values
+    ops.lookup_blocks(layer.windows, batch, Half.BACK, layer.blocks, layer.back, counters)
+    ops.claim_blocks(layer.back, layer.blocks, batch.step, Claim.IN_STEP, counters)
+    _list_selected(layer, batch)
+    ops.recall_blocks(layer.store, layer.back, counters)
+
+
+def _list_selected(layer: Layer, batch: Batch) -> None:
     """List every (page, head) of the windows of the next step in `layer.back`, with the block it has.
 
-    To be called between `claim_blocks` and `recall_blocks`: a block that is copied again receives the bytes that it
-    holds, so attention may read it meanwhile. Rows within their budget at the next step select nothing. A pair that
-    two windows share is listed twice, as each request selected it. Decides nothing on the host, so a CUDA graph can
-    hold it.
+    A block that is copied again receives the bytes that it holds, so attention may read it meanwhile. Rows within
+    their budget at the next step select nothing. A pair that two windows share is listed twice, as each request
+    selected it. Decides nothing on the host, so a CUDA graph can hold it.
 
     Parameters
     ----------

@@ -69,7 +69,8 @@ class StepTables:
         page_table, budgets = zeros(max_requests, max_pages), zeros(max_requests, g.num_kv_heads)
         groups = zeros(max_requests, GROUP_PAGES)
         self._batch = Batch(rows, slots, page_table, num_pages, num_pages_next, budgets, step, groups)
-        self._counts = zeros(3, g.num_layers, 1, dtype=torch.int32)  # of flags, front and back misses
+        # Of flags, front and back misses: how many, and the progress of fetching them.
+        self._counts = zeros(3, g.num_layers, 4, dtype=torch.int32)
         num_kept = g.num_layers if keeps_flags else 1
         self._flags = zeros(num_rows, dtype=torch.int32), zeros(num_kept, num_rows, dtype=torch.bool)
         self._misses = [
@@ -99,7 +100,7 @@ class StepTables:
         num_rows = batch_size * self._geometry.num_kv_heads
         rows, is_flagged = (tensor[..., :num_rows] for tensor in self._flags)
         per_layer = is_flagged.expand(self._geometry.num_layers, -1)
-        return [FlagList(rows, *of_layer) for of_layer in zip(self._counts[0], per_layer, strict=True)]
+        return [FlagList(rows, *of_layer) for of_layer in zip(self._counts[0, :, :1], per_layer, strict=True)]
 
     def row_budgets(self, batch: Batch, of_layers: torch.Tensor) -> list[RowBudgets] | None:
         """Snapshot the budgets of a batch's rows in every layer; None where rows have those of their requests.
@@ -122,7 +123,8 @@ class StepTables:
     def misses(self, number: int, half: Half) -> MissList:
         """A layer's list of missing pages; layers use the same memory one after the other, each with its own count."""
         pairs, entries, blocks = self._misses[half]
-        return MissList(pairs, self._counts[1 + half, number], entries, blocks)
+        counts = self._counts[1 + half, number]
+        return MissList(pairs, counts[:1], entries, blocks, counts[1:])
 
     def scores(self, half: Half, num_rows: int) -> torch.Tensor | None:
         """Workspace for the scores of so many rows: float32, ``[num_rows, group_size, max_pages]``.

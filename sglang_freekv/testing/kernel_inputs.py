@@ -203,6 +203,21 @@ class KernelInputs:
 
         return {"front": call(self.front_pairs, self.kv_indices), "back": call(self.back_pairs)}
 
+    def fetch_blocks(self) -> dict[str, Call]:
+        layer = self.layer
+
+        def call(half: Half, *front: Any) -> Call:
+            misses = self._misses(self.back_pairs)
+            misses.count.zero_()
+            args = (layer.windows, self.batch, half, layer.store, layer.blocks, misses, self.memory.counters.values)
+            return Call((*args, *front), changed=(*layer.blocks, misses.count, misses.progress))
+
+        return {
+            "front": call(Half.FRONT, self._flags(), self.kv_indptr, self.kv_indices),
+            "back": call(Half.BACK),
+            "first": call(Half.BOTH),
+        }
+
     def store_pages(self) -> dict[str, Call]:
         page_size = self.geometry.page_size
         pages = self._pages_of_chunk()
@@ -301,6 +316,7 @@ class KernelInputs:
             torch.zeros(capacity, dtype=torch.int64, device=self.device),
             self._count(len(entries)),
             *torch.zeros((2, capacity), dtype=torch.int32, device=self.device),
+            self._count(0).new_zeros(4)[1:],
         )
         misses.pairs[: len(entries)] = listed[entries]
         misses.entries[: len(entries)] = entries.int()
@@ -319,6 +335,10 @@ class KernelInputs:
     def _count(self, value: int) -> torch.Tensor:
         """A counter, between others, as the engine has them."""
         return torch.tensor([0, value], dtype=torch.int32, device=self.device)[1:]
+
+    def num_missing(self, kind: str) -> int:
+        """Pages without a block of the windows that a call of `lookup_blocks` or `fetch_blocks` is for."""
+        return int(self.is_missing[self.front_pairs if kind == "front" else self.back_pairs].sum())
 
     @property
     def num_listed(self) -> int:

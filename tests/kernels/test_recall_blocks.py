@@ -22,7 +22,8 @@ def make_misses(
 
     count = torch.tensor([len(pairs)], dtype=torch.int32, device=impl.device)
     entries = padded(entries or [0] * len(pairs), torch.int32)
-    return MissList(padded(pairs, torch.int64), count, entries, padded(blocks, torch.int32))
+    progress = torch.zeros(3, dtype=torch.int32, device=impl.device)
+    return MissList(padded(pairs, torch.int64), count, entries, padded(blocks, torch.int32), progress)
 
 
 class Case:

@@ -28,7 +28,7 @@ def a_recall_copies_the_other_head(patch: MonkeyPatch) -> None:
     def recall(original, store, *rest):
         original(store._replace(host_kv=store.host_kv.flip(1).contiguous()), *rest)
 
-    wrap_op(patch, "recall_blocks", recall)
+    wrap(patch, sys.modules["freekv_kernels.fetch_blocks"], "recall_blocks", recall)
 
 
 @fault("disagree")
@@ -78,7 +78,7 @@ def a_window_does_not_stamp_its_blocks(patch: MonkeyPatch) -> None:
         original(windows, batch, half, blocks, *rest, **kwargs)
         blocks.last_used.copy_(before)
 
-    wrap_op(patch, "lookup_blocks", lookup)
+    wrap(patch, sys.modules["freekv_kernels.fetch_blocks"], "lookup_blocks", lookup)
 
 
 @fault("has no block|without a block|wrong output of a decode step", setup="stamps end")
