@@ -42,8 +42,8 @@ class DecodePlan:
 class Decode:
     """The decode phase of the engine, for one rank. `plan` once per step, `run` for each layer in order, then `finish`.
 
-    Between `plan` and `finish` nothing is decided on the host, so a CUDA graph can hold the runs: it is captured after a
-    `plan` and replayed after others for the same batch size. A graph must hold `finish`, too.
+    After `plan` nothing is decided on the host, so a CUDA graph can hold the rest: it is captured after a `plan` and
+    replayed after others for the same batch size. It must hold `finish`, too.
 
     Parameters
     ----------
