@@ -157,7 +157,7 @@ def bytes_of(op: str, kind: str, call: Call, inputs: KernelInputs) -> tuple[int,
     if op == "recall_blocks":
         return listed * g.block_bytes, True
     if op == "append_tokens":
-        return inputs.batch_size * 4 * token + 3 * query, False
+        return inputs.batch_size * 4 * token + 4 * query, False
     if op == "store_pages":
         return len(call.args[2]) * token, True
     if op == "encode_pages":

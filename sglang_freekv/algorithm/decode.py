@@ -153,13 +153,15 @@ class Decode:
         q = q.view(-1, g.num_kv_heads, g.group_size, g.head_dim)
         selector, attention, kv_indptr = self.selectors.get(layer.kind), self.attentions[layer.kind], None
         flags = None if selector is None else plan.flags[number]
-        tau, counters = memory.config.min_cosine, memory.counters.values
-        memory.ops.append_tokens(q, k, v, batch, tau, layer.store, layer.last_q, flags, counters)
+        tau, queries = memory.config.min_cosine, memory.tables.queries(len(q))
+        kept = (layer.last_q, flags, memory.counters.values, queries)
+        memory.ops.append_tokens(q, k, v, batch, tau, layer.store, *kept)
         if plan.todo.seals:
             memory.seal(layer, batch.slots, batch.groups)
         if selector is not None:
             selector.observe(layer, batch, scale)
             kv_indptr = self._retrieve(layer, selector, attention, flags, scale)
+        q = q if queries is None else queries
         return attention.run(q, layer.store.block_kv, scale, kv_indptr).flatten(1, 2)
 
     def finish(self) -> None:
