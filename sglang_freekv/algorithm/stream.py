@@ -58,7 +58,7 @@ class SideStreams:
     Attributes
     ----------
     scan : SideStream
-        Chooses pages of the device, so that the link is busy meanwhile.
+        Chooses the next step's pages, and has no part in the link: while a layer is scanned, the one before is fetched.
     fetch : SideStream
         All that touches the host store or the block tables beside the current stream, in order.
     """
