@@ -24,6 +24,7 @@ RULES = {
     "cosine": {"selector": "codes", "tau": 0.9},
     "cosine-in-two-levels": {"selector": "mass", "tau": 0.9, "candidates": 2, "hysteresis": 0.05},
 }
+SELECT = ("correct_windows", "select_pages")  # what writes windows
 SCAN = ("list_candidates", "score_pages", "share_pages", "apportion_pages", "select_pages")
 
 
@@ -114,10 +115,10 @@ def test_what_is_launched_beside_a_layer_waits_for_its_token_its_corrected_windo
         own = of_layer(launches, one.layer)
         before = {other.name for other in own if one.follows(other) and other.stream is streams.main}
         assert "append_tokens" in before
-        assert before & {"correct_windows", "select_pages"}
+        assert before & set(SELECT)
         if one.name in TABLE_OPS:
             assert before & set(TABLE_OPS), "a claim beside the front's could take what attention reads"
-            assert all(one.follows(other) for other in own if other.name == "select_pages")
+            assert all(one.follows(other) for other in own if other.name in SELECT)
 
 
 def test_a_layers_tables_and_what_layers_share_are_used_by_one_op_at_a_time(
@@ -153,7 +154,7 @@ def test_with_a_gate_nothing_but_the_fetch_runs_beside_attention(streams: Record
 
 
 @pytest.mark.parametrize("phase", ["decode", "prefill"])
-@pytest.mark.parametrize("at", [("select_pages",), TABLE_OPS, ("attend",)], ids=["selecting", "fetching", "attending"])
+@pytest.mark.parametrize("at", [SELECT, TABLE_OPS, ("attend",)], ids=["selecting", "fetching", "attending"])
 def test_a_step_that_fails_leaves_nothing_beside_the_next(
     engine: SimulatedEngine, streams: RecordedStreams, phase: str, at: tuple[str, ...]
 ) -> None:
