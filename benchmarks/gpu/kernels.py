@@ -159,7 +159,7 @@ def bytes_of(op: str, kind: str, call: Call, inputs: KernelInputs) -> tuple[int,
     if op == "fetch_blocks":
         return inputs.num_missing(kind) * g.block_bytes, True
     if op == "append_tokens":
-        return inputs.batch_size * 4 * token + 3 * query, False
+        return inputs.batch_size * 4 * token + 4 * query, False
     if op == "store_pages":
         return len(call.args[2]) * token, True
     if op == "encode_pages":

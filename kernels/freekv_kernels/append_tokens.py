@@ -19,6 +19,7 @@ def append_tokens(
     last_q: torch.Tensor,
     flags: FlagList | None,
     counters: torch.Tensor,
+    queries: torch.Tensor | None = None,
 ) -> None:
     """Write-through append of one token per request, and comparison of its query with the previous one.
 
@@ -27,7 +28,7 @@ def append_tokens(
       summary[page, h] = k, k where offset == 0, else min(., k), max(., k); rounded outwards, see `fp8`
       block_kv[table[page, h], :, offset] = what the record reads back as, where the page's head is resident
       is_flagged = num_pages > budget_pages[h] and mean over the group of cos(q, last_q[row]) < tau
-      last_q[row, h] = q
+      last_q[row, h] = queries[request, h] = q
 
     Parameters
     ----------
@@ -45,6 +46,8 @@ def append_tokens(
         Written; `count` must be 0 before. None in a dense layer, where nothing is selected, flagged or counted.
     counters : int64, ``[len(Count)]``, device
         ROWS, PAGES_READ (by the budgets of ROWS) and FLAGGED_ROWS are advanced.
+    queries : model dtype, ``[batch_size, num_kv_heads, group_size, head_dim]``, device, contiguous, optional
+        Written, in a dense layer too: a library's attention reads no slices of a fused projection.
 
     Notes
     -----
@@ -65,6 +68,8 @@ def append_tokens(
         request, head = (blocks >= 0).nonzero(as_tuple=True)
         store.block_kv[blocks[request, head], :, offsets[request]] = kv[request, head]
 
+    if queries is not None:
+        queries.copy_(q)
     if flags is None:
         return
     is_over = batch.num_pages[:, None] > batch.budget_pages

@@ -34,6 +34,7 @@ def _append_tokens_kernel(
     flag_count_ptr,
     is_flagged_ptr,
     counters_ptr,
+    queries_ptr,
     q_stride,
     q_head_stride,
     q_query_stride,
@@ -68,13 +69,13 @@ def _append_tokens_kernel(
         low = tl.load(low_ptrs, is_known, other=0)
         high = tl.load(low_ptrs + HEAD_DIM, is_known, other=0)
     block = tl.load(table_ptr + page_head).to(tl.int64)
+    g = tl.arange(0, BLOCK_G)[:, None]
+    in_group = (g < GROUP_SIZE) & in_dim[None, :]
+    q_ptrs = q_ptr + request * q_stride + head * q_head_stride + g * q_query_stride + d[None, :]
+    q = tl.load(q_ptrs, in_group, other=0.0)
     if flag_count_ptr is not None:
-        g = tl.arange(0, BLOCK_G)[:, None]
-        in_group = (g < GROUP_SIZE) & in_dim[None, :]
         request_head = tl.load(rows_ptr + request) * NUM_KV_HEADS + head
         last_q_ptrs = last_q_ptr + (request_head * GROUP_SIZE + g) * HEAD_DIM + d[None, :]
-        q_ptrs = q_ptr + request * q_stride + head * q_head_stride + g * q_query_stride + d[None, :]
-        q = tl.load(q_ptrs, in_group, other=0.0)
         if tau is not None:
             last_q = tl.load(last_q_ptrs, in_group, other=0.0)
         budget = tl.load(budget_pages_ptr + row)
@@ -96,6 +97,8 @@ def _append_tokens_kernel(
         tl.store(low_ptrs, encode_fp8(low, False), in_dim)
         tl.store(low_ptrs + HEAD_DIM, encode_fp8(high, True), in_dim)
 
+    if queries_ptr is not None:
+        tl.store(queries_ptr + (row * GROUP_SIZE + g) * HEAD_DIM + d[None, :], q, in_group)
     if flag_count_ptr is not None:
         tl.debug_barrier()  # a thread may overwrite a query that another one reads
         tl.store(last_q_ptrs, q, in_group)
@@ -126,6 +129,7 @@ def append_tokens(
     last_q: torch.Tensor,
     flags: FlagList | None,
     counters: torch.Tensor,
+    queries: torch.Tensor | None = None,
 ) -> None:
     """See `freekv_kernels.append_tokens`. The grid depends on the batch size only: a CUDA graph can hold it.
 
@@ -150,6 +154,7 @@ def append_tokens(
         last_q,
         *((flags.rows, flags.count, flags.is_flagged) if flags is not None else (None, None, None)),
         counters,
+        queries,
         *q.stride()[:3],
         *k.stride()[:2],
         *v.stride()[:2],

@@ -19,7 +19,8 @@ def claim_blocks(
 
     A victim is a block with ``last_used < 2 * step + claim.protect_back``. Its owner loses its entry in the block
     table; nothing is copied, as a block is never the only copy of a token. A pair that is listed twice gets one block;
-    a pair that has a block keeps it; if victims run out, pairs stay without one. No block is taken twice in a call.
+    a pair that has a block gets no other, and may lose its own as any other may, so callers list pairs that have none;
+    if victims run out, pairs stay without one. No block is taken twice in a call.
     Which pair gets which of these blocks, or none, is left to the implementation; the reference serves the first pairs
     first.
 

@@ -49,7 +49,7 @@ def _forget_blocks_kernel(
     free_blocks_ptr += layer * blocks_stride
     count = tl.load(count_ptr)
     # No pair is listed twice, so no two programs meet at a pair or a block. The atomic gives each its part of the
-    # stack, and nobody takes from the stack in this launch.
+    # stack, and nobody takes from the stack in this launch, so it orders nothing.
     for first in range(tl.program_id(0) * BLOCK_PAIRS, count, tl.num_programs(0) * BLOCK_PAIRS):
         entry = first + tl.arange(0, BLOCK_PAIRS)
         pair = tl.load(pairs_ptr + entry, entry < count, other=0)
@@ -57,7 +57,7 @@ def _forget_blocks_kernel(
         is_held = (block >= 0).to(tl.int32)
         num_held = tl.sum(is_held, 0)
         if num_held > 0:
-            top = tl.atomic_add(num_free_ptr + layer, num_held)
+            top = tl.atomic_add(num_free_ptr + layer, num_held, sem="relaxed")
             position = top + tl.cumsum(is_held, 0) - is_held
             tl.store(free_blocks_ptr + position, block, block >= 0)
             tl.store(owner_ptr + block, -1, block >= 0)

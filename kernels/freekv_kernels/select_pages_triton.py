@@ -191,9 +191,10 @@ def select_pages(
         HAS_HYSTERESIS=hysteresis > 0 and half != Half.BOTH,
         NUM_LOOKS=num_columns.bit_length(),
         POOLING="softmax" if pooling == "scaled" else pooling,
-        BLOCK=min(4096, 16384 // block_g, triton.next_power_of_2(num_columns)),  # at most 32 registers of a thread
+        # Several rows share a multiprocessor, and a short row walks no lanes that it does not fill.
+        BLOCK=min(1024, 4096 // block_g, triton.next_power_of_2(num_columns)),
         BLOCK_G=block_g,
         BLOCK_W=triton.next_power_of_2(windows.shape[3]),
         ALIGN=4 if is_aligned else 1,
-        num_warps=16,
+        num_warps=8,
     )

@@ -1,10 +1,13 @@
 """Batches on their way to the model.
 
 A ForwardBatch does not say which request has more prompt to come, the eager runner sizes its input buffers by
-`max_total_num_tokens`, which here counts host tokens, and on a GPU some models write K and V to the pool themselves.
+`max_total_num_tokens`, which here counts host tokens, on a GPU some models write K and V to the pool themselves, and
+graphs are captured on a stream that does not come before those beside it.
 """
 
 from __future__ import annotations
+
+import torch
 
 from freekv_patches.patch import HookType, Patch, freekv_config
 
@@ -39,6 +42,19 @@ def enable_fused_set_kv_buffer(original, forward_batch):
     return not isinstance(get_token_to_kv_pool(), FreeKVPool) and original(forward_batch)
 
 
+def capture_above_side_streams(original, stream=None):
+    """Capture on a stream of higher priority than side streams have, which is CUDA's lowest.
+
+    CUDA copies a stream's priority to the kernels that it captures, and torch has graphs run by the priorities of their
+    kernels, not by that of the stream that replays them.
+    """
+    from sglang.srt.runtime_context import get_server_args
+
+    if stream is None and freekv_config(get_server_args()) is not None:
+        stream = torch.cuda.Stream(priority=-1)
+    return original(stream)
+
+
 PATCHES = (
     Patch(
         target="sglang.srt.managers.tp_worker.TpModelWorker.forward_batch_generation",
@@ -68,5 +84,13 @@ PATCHES = (
         signature="(forward_batch: 'ForwardBatch')",
         reason="models fuse rotary embedding with a write to a token-major pool, which does not exist here",
         remove_when="SGLang asks the pool whether it takes such writes",
+    ),
+    Patch(
+        target="sglang.srt.distributed.parallel_state.graph_capture",
+        kind=HookType.AROUND,
+        hook=capture_above_side_streams,
+        signature="(stream=None)",
+        reason="decode would share the GPU evenly with what runs beside it and is not waited for",
+        remove_when="SGLang lets an attention backend choose the stream of its graphs",
     ),
 )

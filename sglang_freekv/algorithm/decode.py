@@ -2,6 +2,7 @@
 
 Per layer:  append -> score, correct flagged rows, select for the next step -> make the front resident -> attend
             beside it, for the next step: make the back resident
+After the logits: finish, for which alone that waits
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from sglang_freekv.algorithm.inputs import DecodeInput
 from sglang_freekv.algorithm.residency import make_front_resident, make_next_resident
 from sglang_freekv.algorithm.selector import Scores, Selector
 from sglang_freekv.algorithm.shortcuts import Shortcuts, shortcuts
-from sglang_freekv.algorithm.stream import SideStream
+from sglang_freekv.algorithm.stream import SideStreams
 from sglang_freekv.attention.base import DecodeAttention
 from sglang_freekv.memory.geometry import num_pages_of
 from sglang_freekv.memory.kv_memory import KVMemory
@@ -39,10 +40,10 @@ class DecodePlan:
 
 
 class Decode:
-    """The decode phase of the engine, for one rank. `plan` once per step, then `run` for each layer in order.
+    """The decode phase of the engine, for one rank. `plan` once per step, `run` for each layer in order, then `finish`.
 
-    Between `plan` and the last `run` nothing is decided on the host, so a CUDA graph can hold the runs: it is captured
-    after a `plan` and replayed after others for the same batch size.
+    After `plan` nothing is decided on the host, so a CUDA graph can hold the rest: it is captured after a `plan` and
+    replayed after others for the same batch size. It must hold `finish`, too.
 
     Parameters
     ----------
@@ -50,7 +51,7 @@ class Decode:
         Of every kind of layer that there is, and of WINDOWED.
     selectors : LayerKind -> Selector
         Of every kind that selects.
-    stream : SideStream
+    streams : SideStreams
     """
 
     def __init__(
@@ -58,9 +59,9 @@ class Decode:
         memory: KVMemory,
         attentions: dict[LayerKind, DecodeAttention],
         selectors: dict[LayerKind, Selector],
-        stream: SideStream,
+        streams: SideStreams,
     ) -> None:
-        self.memory, self.attentions, self.selectors, self._stream = memory, attentions, selectors, stream
+        self.memory, self.attentions, self.selectors, self._streams = memory, attentions, selectors, streams
         self._plan: DecodePlan | None = None
         self.scales = [1.0] * memory.geometry.num_layers  # of each layer's logits, noted when it runs
 
@@ -69,7 +70,7 @@ class Decode:
         return self._plan
 
     def plan(self, step: DecodeInput, in_graph: bool = False) -> DecodePlan:
-        """Start a decode step.
+        """Start a decode step. What a step that did not finish has left beside it comes first.
 
         Parameters
         ----------
@@ -78,6 +79,7 @@ class Decode:
             Whether the runs are captured in, or replayed from, a CUDA graph.
         """
         memory = self.memory
+        self._streams.join()
         num_pages = [num_pages_of(n, memory.geometry.page_size) for n in step.seq_lens_cpu]
         budgets = [memory.budgets.of(row) for row in step.rows_cpu]
         batch = self._write_tables(step, num_pages, in_graph)
@@ -151,17 +153,20 @@ class Decode:
         q = q.view(-1, g.num_kv_heads, g.group_size, g.head_dim)
         selector, attention, kv_indptr = self.selectors.get(layer.kind), self.attentions[layer.kind], None
         flags = None if selector is None else plan.flags[number]
-        tau, counters = memory.config.min_cosine, memory.counters.values
-        memory.ops.append_tokens(q, k, v, batch, tau, layer.store, layer.last_q, flags, counters)
+        tau, queries = memory.config.min_cosine, memory.tables.queries(len(q))
+        kept = (layer.last_q, flags, memory.counters.values, queries)
+        memory.ops.append_tokens(q, k, v, batch, tau, layer.store, *kept)
         if plan.todo.seals:
             memory.seal(layer, batch.slots, batch.groups)
         if selector is not None:
             selector.observe(layer, batch, scale)
             kv_indptr = self._retrieve(layer, selector, attention, flags, scale)
-        out = attention.run(q, layer.store.block_kv, scale, kv_indptr)
-        if number == g.num_layers - 1:
-            self._stream.join()
-        return out.flatten(1, 2)
+        q = q if queries is None else queries
+        return attention.run(q, layer.store.block_kv, scale, kv_indptr).flatten(1, 2)
+
+    def finish(self) -> None:
+        """Wait for what runs beside the step, on the current stream: after the last that it may run beside."""
+        self._streams.join()
 
     def _retrieve(
         self, layer: Layer, selector: Selector, attention: DecodeAttention, flags: FlagList, scale: float
@@ -184,14 +189,16 @@ class Decode:
             if todo.scores_once:
                 scores = selector.score(layer, plan.batch, Half.BACK, scale)
             selector.write_windows(layer, front, Half.FRONT, scale, flags, scores)
+            # Not before, though the query is known: what the corrected window holds is listed, and favoured.
+            with self._streams.scan.fork():
+                self._select_next(layer, selector, scale, scores)
         pairs, own = todo.every_pair, None if plan.rows is None else plan.rows[layer.number].kv_indptr
         if pairs is None or not lookup_pairs(pairs, layer.blocks, front.step, attention.kv_indices):
             kv_indptr = attention.kv_indptr[: len(flags.rows) + 1] if own is None else own
             make_front_resident(memory, layer, front, flags, kv_indptr, attention.kv_indices)
         if todo.selects:
-            with self._stream.fork():
-                if gate is None:
-                    self._select_next(layer, selector, scale, scores)
+            with self._streams.fetch.fork():
+                self._streams.scan.join()
                 make_next_resident(memory, layer, plan.batch_at(layer.number, Half.BACK), Half.BACK)
         return own
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from sglang_freekv.algorithm.decode import Decode
 from sglang_freekv.algorithm.prefill import Prefill
 from sglang_freekv.algorithm.selectors import SELECTORS
-from sglang_freekv.algorithm.stream import SideStream
+from sglang_freekv.algorithm.stream import SideStreams
 from sglang_freekv.memory.kv_memory import KVMemory
 from sglang_freekv.memory.layers import DENSE, WINDOWED
 
@@ -34,6 +34,6 @@ def build_engine(memory: KVMemory) -> tuple[Decode, Prefill]:
     }
     selector = SELECTORS[memory.config.selector_name](memory)
     selectors = {kind: selector for kind in widths if kind.selects}
-    stream = SideStream(device)
-    decode = Decode(memory, attentions, selectors, stream)
-    return decode, Prefill(memory, PrefillAttention(g, *workspace), selectors, stream)
+    streams = SideStreams(device)
+    decode = Decode(memory, attentions, selectors, streams)
+    return decode, Prefill(memory, PrefillAttention(g, *workspace), selectors, streams)

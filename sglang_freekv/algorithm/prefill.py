@@ -14,7 +14,7 @@ from freekv_kernels import GROUP_PAGES, Batch, Claim, Half, PairList, pairs_of
 from sglang_freekv.algorithm.inputs import ExtendInput
 from sglang_freekv.algorithm.residency import make_next_resident
 from sglang_freekv.algorithm.selector import Selector
-from sglang_freekv.algorithm.stream import SideStream
+from sglang_freekv.algorithm.stream import SideStreams
 from sglang_freekv.attention.base import PrefillAttention
 from sglang_freekv.attention.prefix_pieces import PrefixPiece, cut_prefixes
 from sglang_freekv.memory.geometry import num_pages_of
@@ -39,9 +39,9 @@ class PrefillPlan:
 
 
 class Prefill:
-    """The prefill phase of the engine, for one rank. `plan` once per batch, then `run` for each layer in order.
+    """The prefill phase of the engine, for one rank. `plan` once per batch, `run` for each layer in order, `finish`.
 
-    Everything that touches the host store or the block tables runs on the side stream, in order; so the arena is filled
+    Everything that touches the host store or the block tables runs on a side stream, in order; so the arena is filled
     while the layer before computes.
     """
 
@@ -50,9 +50,10 @@ class Prefill:
         memory: KVMemory,
         attention: PrefillAttention,
         selectors: dict[LayerKind, Selector],
-        stream: SideStream,
+        streams: SideStreams,
     ) -> None:
-        self.memory, self.selectors, self._attention, self._stream = memory, selectors, attention, stream
+        self.memory, self.selectors, self._attention = memory, selectors, attention
+        self._streams, self._stream = streams, streams.fetch
         self._plan: PrefillPlan | None = None
         self._num_fills = 0  # of the plan so far; fill i uses half i % 2 of the arena
         self._filled: torch.cuda.Event | None = None  # after the last of them
@@ -62,7 +63,8 @@ class Prefill:
         return self._plan
 
     def plan(self, chunk: ExtendInput) -> PrefillPlan:
-        """Start an extend batch."""
+        """Start an extend batch. What a step that did not finish has left beside it comes first."""
+        self._streams.join()
         memory, page_size = self.memory, self.memory.geometry.page_size
         page_table = snapshot_page_table(chunk.rows, chunk.req_to_token, max(chunk.lens), page_size)
         arena_pages = memory.arena.shape[1] // page_size
@@ -174,9 +176,11 @@ class Prefill:
                 self._fill_next()  # into the half that the attention before has read
             self._stream.wait(filled)
             state = attention.attend_prefix(state, q, group, self.memory.arena[half], scale)
-        if number == self.memory.geometry.num_layers - 1:
-            self._stream.join()
         return attention.finish(state)
+
+    def finish(self) -> None:
+        """Wait for what runs beside the batch, on the current stream: after the last that it may run beside."""
+        self._streams.join()
 
     def _write_through(self, layer: Layer, k: torch.Tensor, v: torch.Tensor) -> None:
         """Write the chunk to the host store, to summaries, and to blocks as far as no running request loses one."""

@@ -1,4 +1,4 @@
-"""The side stream: what a layer leaves to run beside the layers that follow."""
+"""Side streams: what a layer leaves to run beside the layers that follow, and beside the logits."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import torch
 
 
 class SideStream:
-    """A second CUDA stream. On a CPU, its work is done at once, in order.
+    """A further CUDA stream. On a CPU, its work is done at once, in order.
 
-    Fork and join are events, so a CUDA graph that captures them runs both streams side by side.
+    Fork and join are events, so a CUDA graph that captures them runs both streams side by side. Its priority is CUDA's
+    lowest: a stream that is to come first must be made for that.
     """
 
     def __init__(self, device: str) -> None:
@@ -49,3 +50,23 @@ class SideStream:
         if self._is_forked:  # a graph may not wait for a stream that is not in it
             torch.cuda.current_stream().wait_stream(self._stream)
             self._is_forked = False
+
+
+class SideStreams:
+    """The side streams of a rank, which both phases of the engine share.
+
+    Attributes
+    ----------
+    scan : SideStream
+        Chooses the next step's pages, and has no part in the link: while a layer is scanned, the one before is fetched.
+    fetch : SideStream
+        All that touches the host store or the block tables beside the current stream, in order.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.scan, self.fetch = SideStream(device), SideStream(device)
+
+    def join(self) -> None:
+        """The current stream waits for all that they were given so far."""
+        self.scan.join()
+        self.fetch.join()

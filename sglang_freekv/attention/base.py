@@ -77,11 +77,12 @@ class DecodeAttention(ABC):
         indptr = indptr_of(num_pages)
         if self.kv_indptr.is_cuda:
             indptr = indptr.pin_memory()
+        self._num_pages = []  # a plan that fails holds for nothing
         self.kv_indptr[: len(indptr)].copy_(indptr, non_blocking=True)
+        self._plan_rows(len(num_pages), indptr)
         self._num_pages = list(num_pages)
-        self._plan_rows(indptr)
 
-    def _plan_rows(self, indptr: torch.Tensor) -> None:  # noqa: B027  a hook: torch has nothing to plan
+    def _plan_rows(self, num_rows: int, indptr: torch.Tensor) -> None:  # noqa: B027  a hook: torch has nothing to plan
         """Plan the kernel for what `kv_indptr` now holds; `indptr` is its copy on the host."""
 
     @abstractmethod

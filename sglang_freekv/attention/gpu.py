@@ -74,8 +74,8 @@ class FlashInferWindowAttention(DecodeAttention):
         # In place of last_page_len, which is on the device: the plan only takes its length.
         self._full_pages = torch.full((len(self.last_page_len),), geometry.page_size, dtype=torch.int32)
 
-    def _plan_rows(self, indptr: torch.Tensor) -> None:
-        num_rows, is_split = self.num_rows, self.num_rows < 2 * self._num_sms
+    def _plan_rows(self, num_rows: int, indptr: torch.Tensor) -> None:
+        is_split = num_rows < 2 * self._num_sms
         # The last plan's copy from pinned memory, which this one overwrites, is long done; but nothing else says so.
         self._copied.synchronize()
         if num_rows not in self._wrappers:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import psutil
 import torch
@@ -13,6 +15,13 @@ from sglang_freekv.memory.pinned import free_container_bytes
 from sglang_freekv.memory.units import in_words
 
 _PACKAGES = ("sglang-freekv", "sglang", "torch", "triton", "flashinfer-python", "transformers", "prometheus-client")
+_ABSENT = "not installed"
+# Of a CUDA toolkit, what FlashInfer 0.6.15 asks for where it compiles, at the first batch; and what for.
+_TOOLKIT = {
+    "bin/nvcc": "it compiles",
+    "lib64/libcudart.so": "it links",
+    "include/curand_kernel.h": "it compiles prefill for compute capability 9.0, and sampling",
+}
 
 
 def describe_machine() -> list[str]:
@@ -25,7 +34,30 @@ def describe_machine() -> list[str]:
         f"Python {platform.python_version()}, {platform.system()} {platform.release()}, {platform.machine()}",
         f"{num_cpus} CPUs, {in_words(memory.total)} of memory, {in_words(memory.available)} free{limit}",
         *(_describe_gpus() or ["no GPU that torch can use"]),
+        *([describe_toolkit()] if torch.cuda.is_available() else []),
     ]
+
+
+def describe_toolkit() -> str:
+    """Whether FlashInfer can compile its kernels: what a server would say much later, in the words of a compiler."""
+    if (compiled := _version_of("flashinfer-jit-cache")) != _ABSENT:
+        return f"FlashInfer's kernels are compiled already (flashinfer-jit-cache {compiled})"
+    folder = _toolkit_folder()
+    missing = [f"{path}, with which {what}" for path, what in _TOOLKIT.items() if not (folder / path).exists()]
+    if not missing:
+        return f"CUDA toolkit {folder}: FlashInfer compiles with it at the first batch, for a minute or more"
+    return (
+        f"CUDA toolkit {folder}, which FlashInfer would take, lacks {'; '.join(missing)}. Set CUDA_HOME to a complete "
+        f"one, or install FlashInfer's compiled kernels (flashinfer-jit-cache, of FlashInfer's own version)"
+    )
+
+
+def _toolkit_folder() -> Path:
+    """The one that FlashInfer chooses; the parent of a wrapper script, where that is the nvcc that is found."""
+    if given := os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"):
+        return Path(given)
+    nvcc = shutil.which("nvcc")
+    return Path(nvcc).parents[1] if nvcc else Path("/usr/local/cuda")
 
 
 def describe_packages() -> list[str]:
@@ -49,4 +81,4 @@ def _version_of(name: str) -> str:
     try:
         return version(name)
     except PackageNotFoundError:
-        return "not installed"
+        return _ABSENT

@@ -46,12 +46,14 @@ def workspace_bytes(geometry: Geometry, config: FreeKVConfig, max_context: int, 
     misses = 2 * (8 + 4 + 4) * g.num_kv_heads * width  # front and back: pair, entry, block
     flags = (4 + (g.num_layers if config.candidates else 1)) * g.num_kv_heads
     opened = 8 * g.num_kv_heads
+    queries = g.num_qo_heads * g.head_dim * g.dtype.itemsize  # of one layer
     window_attention = 4 * g.num_kv_heads * (width + 2)  # kv_indices, kv_indptr, last_page_len
     has_dense = num_cached_layers(config, g.num_layers) < g.num_layers
     # Budgets of rows: in this step, in the next, and by row of the request table; kv_indptr.
     by_mass = (3 * 8 + 4) * g.num_layers * g.num_kv_heads if config.mass is not None else 0
     dense_attention = 4 * g.num_kv_heads * (max_pages + 2) if has_dense else 0
-    return max_requests * (batch + scores + misses + flags + opened + window_attention + by_mass + dense_attention)
+    lists = misses + flags + opened
+    return max_requests * (batch + queries + scores + lists + window_attention + by_mass + dense_attention)
 
 
 @dataclass(frozen=True)

@@ -181,7 +181,13 @@ class PinnedMemory:
         with contextlib.suppress(OSError):  # a kernel without huge pages
             memory.madvise(mmap.MADV_HUGEPAGE)
         # A fork would make the pages copy-on-write, and the next write here would leave the GPU with the old page.
-        memory.madvise(mmap.MADV_DONTFORK)
+        try:
+            memory.madvise(mmap.MADV_DONTFORK)
+        except OSError as error:
+            raise MemoryError(
+                f"FreeKV: this system cannot keep the host store out of processes that are forked ({error}), after "
+                f"which the GPU would read old pages; use one whose madvise takes MADV_DONTFORK"
+            ) from error
         self.tensor = torch.frombuffer(memory, dtype=torch.uint8)
         begin = self.tensor.data_ptr()
         pieces = [(begin + i, min(piece_bytes, num_bytes - i)) for i in range(0, num_bytes, piece_bytes)]

@@ -82,6 +82,8 @@ class StepTables:
         self._row_budgets = zeros(2, num_layers, max_requests + max_requests % 2, g.num_kv_heads)
         self._kv_indptr = zeros(num_layers, (num_rows // 4 + 1) * 4, dtype=torch.int32)
         self.opened = PairList(zeros(num_rows), zeros(1, dtype=torch.int32))
+        shape = (max_requests, g.num_kv_heads, g.group_size, g.head_dim)
+        self._queries = None if device == "cpu" else zeros(*shape, dtype=g.dtype)
         # Correction runs beside the speculation of an earlier layer, so each has its own. A CPU runs one after the
         # other, and takes memory for the scores that it needs.
         self._num_listed, halves = num_listed, ("front", "back")
@@ -120,6 +122,13 @@ class StepTables:
         kv_indptr[:, 1:] = num_read.flatten(1).cumsum(1)
         return [RowBudgets(*of_layer) for of_layer in zip(front, back, kv_indptr, strict=True)]
 
+    def queries(self, batch_size: int) -> torch.Tensor | None:
+        """Where a layer's queries are contiguous: model dtype, ``[batch_size, num_kv_heads, group_size, head_dim]``.
+
+        None on a CPU, whose attention takes them as they are.
+        """
+        return None if self._queries is None else self._queries[:batch_size]
+
     def misses(self, number: int, half: Half) -> MissList:
         """A layer's list of missing pages; layers use the same memory one after the other, each with its own count."""
         pairs, entries, blocks = self._misses[half]
@@ -154,4 +163,5 @@ class StepTables:
         lists = sum(tensor.nbytes for lists in self._misses for tensor in lists)
         listed = sum(tensor.nbytes for tensor in self._lists if tensor is not None)
         by_mass = self._row_budgets.nbytes + self._kv_indptr.nbytes
-        return scores + listed + lists + by_mass + self._batch.page_table.nbytes
+        queries = 0 if self._queries is None else self._queries.nbytes
+        return queries + scores + listed + lists + by_mass + self._batch.page_table.nbytes

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.layers.logits_processor import LogitsProcessor
 from sglang.srt.layers.radix_attention import RadixAttention
 
 from sglang_freekv.algorithm.audit import AuditError, audit_blocks, audit_index, audit_windows
@@ -34,6 +35,9 @@ class FreeKVAttentionBackend(AttentionBackend):
 
     With CUDA graphs, SGLang captures the runs of a decode step, and calls `init_forward_metadata_out_graph` before each
     replay. The scheduler may change its request table while the graph runs: what a step reads of it is copied there.
+
+    What a forward leaves beside it is waited for after its logits, by a hook on the module that computes them, so in
+    eager forwards and in the captured graph alike.
     """
 
     def __init__(self, model_runner: ModelRunner) -> None:
@@ -50,6 +54,9 @@ class FreeKVAttentionBackend(AttentionBackend):
         self._first_layer = pool.start_layer
         layers = (module for module in model_runner.model.modules() if isinstance(module, RadixAttention))
         self._checked_layers = check_layers(layers, self.memory.geometry, self._first_layer)
+        for module in model_runner.model.modules():
+            if isinstance(module, LogitsProcessor):
+                module.register_forward_hook(self._finish)
         folder = self.memory.config.debug_dump
         self._dump = DebugDump(Path(folder), self.memory, model_runner.ps.tp_rank) if folder else None
         self._rows: list[int] = []
@@ -62,8 +69,14 @@ class FreeKVAttentionBackend(AttentionBackend):
         if self._dump is not None:
             self._dump.begin_batch(batch.reqs)
 
+    def _finish(self, *_) -> None:
+        """Wait for what runs beside the forward, of either phase; once is enough."""
+        self.decode.finish()
+        self.prefill.finish()
+
     def end_batch(self, forward_mode) -> None:
         """Dump and audit what the batch left behind, if asked to."""
+        self._finish()  # a model that pools has no logits
         self._rows = []  # warm-up forwards have no requests
         is_asked = self._dump is not None or self.memory.config.audit
         if not is_asked or forward_mode.is_idle():

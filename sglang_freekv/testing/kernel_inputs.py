@@ -103,7 +103,8 @@ class KernelInputs:
         layer, flags, counters = self.layer, self._flags(), self.memory.counters.values
         q, k, v = self._qkv(self.batch_size)
         flags.count.zero_()
-        args = (q, k, v, self.batch, self.config.min_cosine, layer.store, layer.last_q, flags, counters)
+        kept = (layer.last_q, flags, counters, torch.empty(q.shape, dtype=q.dtype, device=self.device))
+        args = (q, k, v, self.batch, self.config.min_cosine, layer.store, *kept)
         return {"one token each": Call(args, changed=(layer.last_q, flags.count))}
 
     def list_candidates(self) -> dict[str, Call]:

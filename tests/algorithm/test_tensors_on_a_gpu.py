@@ -73,6 +73,7 @@ class Wrapper:
 
     def run(self, q: torch.Tensor, kv: torch.Tensor, **kwargs: object) -> torch.Tensor:
         assert q.is_cuda and kv.is_cuda
+        assert q._is_view(), "queries are copied in front of attention"
         return torch.empty_like(q)
 
     def forward_return_lse(self, q: torch.Tensor, *kv: torch.Tensor, **kwargs: object) -> tuple[torch.Tensor, ...]:
@@ -125,7 +126,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGPU]:
 
 
 def qkv(num_tokens: int) -> list[torch.Tensor]:
-    return [torch.empty(num_tokens, n, 64, dtype=torch.bfloat16, device="cuda") for n in (6, 2, 2)]
+    """Slices of a fused projection."""
+    fused = torch.empty(num_tokens, 10, 64, dtype=torch.bfloat16, device="cuda")
+    return list(fused.split([6, 2, 2], 1))
 
 
 @pytest.mark.parametrize("dense_layers", [(), (1,), (0, 1, 2)])

@@ -164,13 +164,15 @@ def test_heads_of_one_request_may_read_unequally_many_blocks(impl):
 
 
 class CountedPlans(TorchWindowAttention):
-    """Counts how often the kernel is planned."""
+    """Counts how often the kernel is planned, and may fail to."""
 
-    count = 0
+    count, fails = 0, False
 
-    def _plan_rows(self, indptr: torch.Tensor) -> None:
+    def _plan_rows(self, num_rows: int, indptr: torch.Tensor) -> None:
+        if self.fails:
+            raise RuntimeError("planted")
         self.count += 1
-        assert torch.equal(indptr, self.kv_indptr[: len(indptr)])
+        assert torch.equal(indptr, self.kv_indptr[: num_rows + 1])
 
 
 def test_only_other_page_counts_are_planned():
@@ -185,6 +187,25 @@ def test_only_other_page_counts_are_planned():
     attention.plan([2, 2, 3, 3, 1, 1])
     attention.plan([2, 2, 3, 3])
     assert (attention.count, attention.num_rows) == (3, 4)
+
+
+def test_after_a_plan_that_failed_the_same_batch_and_the_one_before_are_planned_anew():
+    attention = CountedPlans(Impl("cpu", torch.float32).geometry(4, 64), max_requests=4, max_pages=8)
+    before, failed = [2, 2], [3, 3]
+    attention.plan(before)
+    attention.fails = True
+    with pytest.raises(RuntimeError, match="planted"):
+        attention.plan(failed)
+    attention.fails = False
+    for count, num_pages in ((2, failed), (3, before)):
+        attention.plan(num_pages)
+        assert attention.count == count
+    attention.fails = True
+    with pytest.raises(RuntimeError, match="planted"):
+        attention.plan(failed)
+    attention.fails = False
+    attention.plan(before)
+    assert attention.count == 4
 
 
 @pytest.mark.parametrize("num_pages", [[1] * 10, [0, 1], [9, 9]])

@@ -51,12 +51,14 @@ def make(impl, heads=2, group=3, dim=16, dtype=torch.float32):
         last_q=randn(6, heads, group, dim),
         flags=flag_list(3 * heads, impl.device),
         counters=torch.arange(len(Count), device=impl.device) * 10,
+        queries=randn(3, heads, group, dim),
     )
 
 
 def append(ops, case):
     store = PageStore(case.host[:, LAYER], case.summary, case.block_kv, case.table)
-    ops.append_tokens(case.q, case.k, case.v, case.batch, case.tau, store, case.last_q, case.flags, case.counters)
+    kept = (case.last_q, case.flags, case.counters, case.queries)
+    ops.append_tokens(case.q, case.k, case.v, case.batch, case.tau, store, *kept)
     if case.q.is_cuda:
         torch.cuda.synchronize()
 
@@ -100,6 +102,7 @@ def test_append_writes_host_summary_and_only_resident_blocks_and_nothing_else(im
     assert torch.equal(case.summary, summary)
     assert torch.equal(case.table, table)
     assert torch.equal(case.last_q, last_q)
+    assert torch.equal(case.queries, case.q)
 
 
 def test_in_a_dense_layer_tokens_are_written_and_queries_are_neither_compared_nor_kept(impl):
@@ -110,7 +113,7 @@ def test_in_a_dense_layer_tokens_are_written_and_queries_are_neither_compared_no
     dense.tau, dense.flags = 2.0, None
     append(impl.ops, case)
     append(impl.ops, dense)
-    for name in ("host", "summary", "block_kv"):
+    for name in ("host", "summary", "block_kv", "queries"):
         assert torch.equal(getattr(dense, name), getattr(case, name))
     assert torch.equal(dense.last_q, last_q) and torch.equal(dense.counters, counters)
 
@@ -216,7 +219,7 @@ def test_slices_of_a_fused_projection_are_read_in_place(impl):
     assert not sliced.k.is_contiguous()
     append(impl.ops, contiguous)
     append(impl.ops, sliced)
-    for name in ("host", "summary", "block_kv", "last_q"):
+    for name in ("host", "summary", "block_kv", "last_q", "queries"):
         assert torch.equal(getattr(sliced, name), getattr(contiguous, name))
     assert flagged(sliced) == flagged(contiguous)
 

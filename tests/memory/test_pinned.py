@@ -48,6 +48,14 @@ class RecordingDriver:
         return os.sched_getaffinity(0)
 
 
+def test_a_system_that_would_share_the_memory_with_forked_processes_is_refused_before_anything_is_pinned(monkeypatch):
+    driver, unknown = RecordingDriver(), 12345
+    monkeypatch.setattr(pinned.mmap, "MADV_DONTFORK", unknown)
+    with pytest.raises(MemoryError, match=r"forked \(.*Invalid argument\).*MADV_DONTFORK"):
+        PinnedMemory(4096, driver)
+    assert not driver.calls
+
+
 @pytest.mark.parametrize("num_bytes", [4096, 8 * MIB, 8 * MIB + 12345])
 def test_the_pieces_cover_the_memory_once_and_only_the_last_is_short(num_bytes):
     driver = RecordingDriver()

@@ -154,6 +154,7 @@ def test_the_workspace_is_what_the_memory_and_the_attention_allocate(dense_layer
     assert (num_listed is None) == (candidates == 0)
     columns = max_pages if num_listed is None else max(num_listed, max_pages // GROUP_PAGES)
     scores = torch.empty((rows, LLAMA_8B.group_size, columns), device="meta")  # of both streams; a CPU keeps none
+    tensors.append(torch.empty((rows, LLAMA_8B.group_size, LLAMA_8B.head_dim), dtype=LLAMA_8B.dtype, device="meta"))
     tensors += [scores, scores, *[torch.empty((rows, num_listed or 0), dtype=torch.int32, device="meta")] * 2]
     for width in (WINDOW, *([max_pages] if dense_layers else [])):
         attention = TorchWindowAttention(LLAMA_8B, max_requests, width)

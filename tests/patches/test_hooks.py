@@ -182,3 +182,17 @@ def test_the_pool_is_as_wide_as_the_request_table_and_takes_the_plan_along(monke
     assert (plan, rest) == ("plan", ["cuda", 0, 32])
     assert max_context > 8192
     assert not hasattr(server_args, "_freekv_plan")
+
+
+def test_a_freekv_server_captures_its_graphs_above_the_side_streams_and_a_plain_one_as_sglang_does(monkeypatch):
+    from sglang.srt import runtime_context
+
+    monkeypatch.setattr(runner.torch.cuda, "Stream", lambda priority=0: ("stream", priority))
+    captured_on = []
+    for server_args in (FREEKV, PLAIN):
+        monkeypatch.setattr(runtime_context, "get_server_args", lambda args=server_args: args)
+        for given in (None, "SGLang's"):
+            runner.capture_above_side_streams(captured_on.append, given)
+    (_, priority), *others = captured_on
+    assert priority < 0, "the side streams have 0, the lowest"
+    assert others == ["SGLang's", None, "SGLang's"]

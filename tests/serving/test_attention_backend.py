@@ -6,10 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from sglang.srt.layers.logits_processor import LogitsProcessor
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.model_executor import forward_context
 
 from freekv_patches.runner import enable_fused_set_kv_buffer
+from sglang_freekv.algorithm.decode import Decode
+from sglang_freekv.algorithm.prefill import Prefill
 from sglang_freekv.config import FreeKVConfig, UnsupportedConfiguration
 from sglang_freekv.memory.geometry import Geometry, stored_head_dim
 from sglang_freekv.memory.kv_memory import KVMemory
@@ -22,7 +25,18 @@ DECODE = SimpleNamespace(is_decode=lambda: True, is_extend=lambda: False, is_idl
 EXTEND = SimpleNamespace(is_decode=lambda: False, is_extend=lambda: True, is_idle=lambda: False)
 
 
-def make_backend(stored: int) -> FreeKVAttentionBackend:
+class Logits(LogitsProcessor):
+    """SGLang's module without its groups of ranks; appends to what happens."""
+
+    def __init__(self, happens: list[str]) -> None:
+        torch.nn.Module.__init__(self)
+        self.happens = happens
+
+    def forward(self) -> None:
+        self.happens.append("logits")
+
+
+def make_backend(stored: int, *modules: torch.nn.Module) -> FreeKVAttentionBackend:
     """A backend for one layer whose heads are stored `stored` wide; row 1 has the slots from page 1 on."""
     geometry = Geometry(1, NUM_QO_HEADS, NUM_KV_HEADS, stored, torch.float32, key_bits=CONFIG.key_bits)
     memory = KVMemory(geometry, CONFIG, num_host_pages=40, num_blocks=200, max_requests=4, max_context=20 * PAGE)
@@ -33,7 +47,7 @@ def make_backend(stored: int) -> FreeKVAttentionBackend:
     runner = SimpleNamespace(
         token_to_kv_pool=pool,
         req_to_token_pool=SimpleNamespace(req_to_token=req_to_token),
-        model=torch.nn.ModuleList([attention_layer()]),
+        model=torch.nn.ModuleList([attention_layer(), *modules]),
     )
     memory.admit(1)
     return FreeKVAttentionBackend(runner)
@@ -143,6 +157,29 @@ def test_capturing_a_graph_leaves_no_trace_on_running_requests() -> None:
     for _ in range(3):
         backend.forward_decode(*flat_qkv(4), attention_layer(), padding)
     assert all(tensor.equal(old) for tensor, old in zip(state, before, strict=True))
+
+
+@pytest.fixture
+def happens(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What happens, by name: logits, and whose side work is waited for."""
+    happens: list[str] = []
+    for phase in (Decode, Prefill):
+        monkeypatch.setattr(phase, "finish", lambda self: happens.append(type(self).__name__))
+    return happens
+
+
+def test_what_runs_beside_a_forward_is_waited_for_after_its_logits(happens: list[str]) -> None:
+    model = torch.nn.ModuleDict({"language_model": torch.nn.ModuleList([Logits(happens)])})
+    make_backend(HEAD_DIM, model)
+    model["language_model"][0]()
+    assert happens == ["logits", "Decode", "Prefill"]
+
+
+def test_a_model_without_logits_is_waited_for_before_its_batch_is_looked_at(happens: list[str]) -> None:
+    backend = make_backend(HEAD_DIM)
+    backend._dump = SimpleNamespace(begin_batch=lambda _: None, end_batch=lambda *_: happens.append("dump"))
+    prefill(backend, *flat_qkv(PAGE))
+    assert happens == ["Decode", "Prefill", "dump"]
 
 
 def test_models_find_both_pools_and_store_nothing_in_them() -> None:

@@ -192,6 +192,7 @@ class SimulatedEngine:
                 for (request, _), part in zip(chunks, parts, strict=True)
             ]
             self.checks.output(outputs[-1], torch.cat(expected))
+        self.prefiller.finish()
         self.checks.invariants(self.requests)
         return list(torch.stack(outputs).split(lens, dim=1))
 
@@ -214,6 +215,7 @@ class SimulatedEngine:
             for b, token in enumerate(tokens):
                 token.outputs.append(out[b])
                 token.expected.append(token.request.reference.decode(layer, q[b], k[b], v[b]))
+        self.decoder.finish()
         front, back = (self._windows(ahead) for ahead in (0, 1))
         for token in tokens:
             self.checks.windows(token, front, back)
