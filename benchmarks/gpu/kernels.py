@@ -1,4 +1,4 @@
-"""Phase kernels: every op at real sizes, in a CUDA graph with a cold L2: time, bytes and share of the peak.
+"""Phase kernels: every op at real sizes, as one of several in a CUDA graph, with a cold L2: time, bytes, share of peak.
 
 Bytes are what the op cannot do without: each input and output once. An op on the host store is held against the link,
 any other against the memory of the GPU.
@@ -11,35 +11,37 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.session import Session
+from benchmarks.gpu.session import Failures, Session
 from benchmarks.gpu.timing import Stopwatch
 from freekv_kernels import GROUP_PAGES, REFERENCE, Ops, triton_ops
 from sglang_freekv.config import FreeKVConfig
-from sglang_freekv.memory.geometry import Geometry
 from sglang_freekv.testing.kernel_inputs import Call, KernelInputs
 
-# Those that a decode step of a usual server has come first.
-_SIZES = [(8, 32768), (1, 32768), (32, 32768), (8, 131072), (1, 131072), (32, 131072), (8, 8192), (1, 8192), (32, 8192)]
+SIZES = ((8, 32768), (1, 32768), (1, 131072), (32, 32768))  # batch, context; those of a usual server come first
+REHEARSED_SIZES = ((2, 512),)
 # Their lists are in any order and their choices free: what they do is checked by tests/kernels.
 _FREE = {"list_candidates", "lookup_blocks", "claim_blocks", "forget_blocks"}
 _LAYERS = 2  # KernelInputs asks for two; more would only take memory
 
 
 def run(session: Session) -> None:
-    check_ops(session)
-    stopwatch, ops = Stopwatch(session.device), triton_ops()
-    peak = _measure_peak(session, stopwatch)
-    session.record("graph_floor", stopwatch.floor().median * 1e6, "us")
-    for batch_size, context in [(2, 512)] if session.is_rehearsal else _SIZES:
+    stopwatch, ops, failures = Stopwatch(session.device), triton_ops(), Failures(session)
+    peak = measure_peak(session, stopwatch)
+    one = torch.zeros(1, device=session.device)
+    session.record("empty_kernel", stopwatch.slope(one.zero_).median * 1e6, "us")
+    with failures.kept("ops against their references"):
+        check_ops(session)
+    for batch_size, context in REHEARSED_SIZES if session.is_rehearsal else SIZES:
         if not session.has_time(6, f"batch {batch_size}, context {context}"):
             break
         inputs = build_inputs(session, batch_size, context)
         for op in Ops._fields:
-            for kind, call in getattr(inputs, op)().items():
-                measure(session, stopwatch, getattr(ops, op), op, kind, call, inputs, peak)
-        measure_attention(session, stopwatch, inputs, peak)
+            with failures.kept(f"{op}, batch {batch_size}, context {context}"):
+                for kind, call in getattr(inputs, op)().items():
+                    measure(session, stopwatch, getattr(ops, op), op, kind, call, inputs, peak)
         inputs.memory.unpin()
         del inputs, call  # before the next, which are as large
+    failures.raise_first()
 
 
 def build_inputs(session: Session, batch_size: int, context: int) -> KernelInputs:
@@ -122,7 +124,7 @@ def measure(
         for tensor, before in zip(call.changed, saved, strict=True):
             tensor.copy_(before)
 
-    timing = stopwatch.time(lambda: op(*call.args, **call.kwargs), restore)
+    timing = stopwatch.slope(lambda: op(*call.args, **call.kwargs), restore)
     restore()
     num_bytes, is_link = bytes_of(name, kind, call, inputs)
     rate = num_bytes / timing.median / 1e9
@@ -180,7 +182,7 @@ def bytes_of(op: str, kind: str, call: Call, inputs: KernelInputs) -> tuple[int,
     return int(moved[op]), False
 
 
-def _measure_peak(session: Session, stopwatch: Stopwatch) -> float:
+def measure_peak(session: Session, stopwatch: Stopwatch) -> float:
     """GB/s of a large copy on the device, bytes read plus bytes written."""
     size = (1 << 20) if session.is_rehearsal else (4 << 30)
     source = torch.empty(size, dtype=torch.uint8, device=session.device).random_()
@@ -188,74 +190,3 @@ def _measure_peak(session: Session, stopwatch: Stopwatch) -> float:
     rate = 2 * size / stopwatch.time(lambda: target.copy_(source), repeats=7).median / 1e9
     session.record("device_copy", rate, "GB/s", bytes=size)
     return rate
-
-
-def measure_attention(session: Session, stopwatch: Stopwatch, inputs: KernelInputs, peak: float) -> None:
-    """Attention over the windows, and what it stands beside: FlashInfer over the whole context, and its top-k."""
-    g, batch, width, device = inputs.geometry, inputs.batch_size, inputs.width, session.device
-    if session.is_rehearsal:
-        from sglang_freekv.attention.cpu import TorchWindowAttention
-
-        attention = TorchWindowAttention(g, batch, width)
-    else:
-        from sglang_freekv.attention.gpu import FlashInferWindowAttention, allocate_float_workspace
-
-        attention = FlashInferWindowAttention(g, batch, width, device, allocate_float_workspace(g, device))
-    block_kv = inputs.layer.block_kv.normal_()
-    attention.plan([width] * batch)
-    attention.last_page_len.fill_(g.page_size)
-    num_entries = inputs.num_rows * width
-    attention.kv_indices[:num_entries] = torch.randperm(len(block_kv), device=device)[:num_entries].int()
-    q = torch.randn((batch, g.num_kv_heads, g.group_size, g.head_dim), device=device).to(g.dtype)
-    scale = g.head_dim**-0.5
-    timing = stopwatch.time(lambda: attention.run(q, block_kv, scale))
-    _record_attention(session, "window", timing, num_entries * g.block_bytes, inputs, peak)
-    if not session.is_rehearsal:
-        call, num_bytes = _full_attention(inputs, q.view(batch, -1, g.head_dim))
-        _record_attention(session, "full, FlashInfer", stopwatch.time(call), num_bytes, inputs, peak)
-        import flashinfer
-
-        scores = torch.randn((inputs.num_rows, inputs.num_pages), device=device)
-        timing = stopwatch.time(lambda: flashinfer.top_k(scores, width), in_graph=False)
-        _record_attention(session, "FlashInfer top_k of pooled scores", timing, scores.nbytes, inputs, peak)
-
-
-def _full_attention(inputs: KernelInputs, q: torch.Tensor) -> tuple[Callable[[], object], int]:
-    """FlashInfer's decode over every token, in pages of one token, as plain SGLang calls it."""
-    from flashinfer import BatchDecodeWithPagedKVCacheWrapper
-
-    g: Geometry = inputs.geometry
-    batch, context, device = inputs.batch_size, inputs.context_tokens, q.device
-    kv = torch.empty((2, batch * context, 1, g.num_kv_heads, g.head_dim), dtype=g.dtype, device=device).normal_()
-    indptr = torch.arange(batch + 1, dtype=torch.int32, device=device) * context
-    indices = torch.arange(batch * context, dtype=torch.int32, device=device)
-    ones = torch.ones(batch, dtype=torch.int32, device=device)
-    wrapper = BatchDecodeWithPagedKVCacheWrapper(
-        torch.zeros(512 << 20, dtype=torch.uint8, device=device),
-        "NHD",
-        use_cuda_graph=True,
-        use_tensor_cores=True,
-        paged_kv_indptr_buffer=indptr.clone(),
-        paged_kv_indices_buffer=indices.clone(),
-        paged_kv_last_page_len_buffer=ones.clone(),
-    )
-    wrapper.plan(indptr, indices, ones, g.num_qo_heads, g.num_kv_heads, g.head_dim, 1, q_data_type=g.dtype)
-    return lambda: wrapper.run(q, (kv[0], kv[1])), kv.nbytes
-
-
-def _record_attention(
-    session: Session, kind: str, timing: Any, num_bytes: int, inputs: KernelInputs, peak: float
-) -> None:
-    rate = num_bytes / timing.median / 1e9
-    session.record(
-        "attention_time",
-        round(timing.median * 1e6, 2),
-        "us",
-        kind=kind,
-        batch=inputs.batch_size,
-        context=inputs.context_tokens,
-        p20=round(timing.p20 * 1e6, 2),
-        p80=round(timing.p80 * 1e6, 2),
-        gbytes_per_s=round(rate, 1),
-        share_of_peak=round(rate / peak, 3),
-    )
