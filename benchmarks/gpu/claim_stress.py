@@ -1,4 +1,4 @@
-"""Phase claim-stress: claims of thousands of contending programs at real sizes; after each the whole contract is checked.
+"""Phase claim-stress: claims of contending programs at real sizes; after each the whole contract is checked.
 
 An interpreter runs programs one after the other, so that nothing contends. Here many entries want one pair, few blocks
 may go, some are free, and stamps are of every kind.

@@ -1,6 +1,6 @@
-"""Phase host-order: what append writes to the host store is what recall and encode read back, on both streams of a graph.
+"""Phase host-order: what append writes to the host store is what recall and encode read back, in a CUDA graph.
 
-A kernel's writes to CPU memory must be there for the kernels that follow it in a CUDA graph, on its own stream and on one
+A kernel's writes to CPU memory must be there for the kernels that follow it in a graph, on its own stream and on one
 that is forked from it. Pages have no block, so that the host store holds the only copy of what is compared.
 """
 

@@ -29,8 +29,7 @@ def run(session: Session) -> None:
     peak = measure_peak(session, stopwatch)
     one = torch.zeros(1, device=session.device)
     session.record("empty_kernel", stopwatch.slope(one.zero_).median * 1e6, "us")
-    with failures.kept("ops against their references"):
-        check_ops(session)
+    check_ops(session, failures)
     for batch_size, context in REHEARSED_SIZES if session.is_rehearsal else SIZES:
         if not session.has_time(6, f"batch {batch_size}, context {context}"):
             break
@@ -59,24 +58,42 @@ def build_inputs(session: Session, batch_size: int, context: int) -> KernelInput
     )
 
 
-def check_ops(session: Session) -> None:
+def check_ops(session: Session, failures: Failures) -> None:
     """Each op whose result is determined gives what its reference gives on the CPU, at a small size."""
-    ops = triton_ops()
     inputs = build_inputs(session, 2, 512 if session.is_rehearsal else 8192)
     for op in [op for op in Ops._fields if op not in _FREE]:
         for kind, call in getattr(inputs, op)().items():
-            args, kwargs = call.args, dict(call.kwargs)
-            if op == "score_pages":  # a tensor of its own would hold anything beyond the pages of a request
-                kwargs["out"] = torch.zeros(
-                    (inputs.num_rows, inputs.geometry.group_size, inputs.memory.max_pages), device=session.device
-                )
-            on_cpu = _to_cpu((args, kwargs))
-            getattr(ops, op)(*args, **kwargs)
-            getattr(REFERENCE, op)(*on_cpu[0], **on_cpu[1])
-            first = int(op == "select_pages")  # the scores are its workspace
-            difference = _difference((args[first:], kwargs), (on_cpu[0][first:], on_cpu[1]))
-            session.check(f"{op}, {kind}, is its reference", not difference, difference)
+            with failures.kept(f"{op}, {kind}"):
+                difference = _difference_from_reference(session, inputs, op, call)
+                session.check(f"{op}, {kind}, is its reference", not difference, difference)
     inputs.memory.unpin()
+
+
+def _difference_from_reference(session: Session, inputs: KernelInputs, op: str, call: Call) -> str:
+    args, kwargs = call.args, dict(call.kwargs)
+    if op == "score_pages":  # a tensor of its own would hold anything beyond the pages of a request
+        shape = (inputs.num_rows, inputs.geometry.group_size, inputs.memory.max_pages)
+        kwargs["out"] = torch.zeros(shape, device=session.device)
+    elif op == "share_pages":  # reads blocks, where its reference reads the host store
+        _fill_blocks(inputs)
+    on_cpu = _to_cpu((args, kwargs))
+    getattr(triton_ops(), op)(*args, **kwargs)
+    getattr(REFERENCE, op)(*on_cpu[0], **on_cpu[1])
+    found, expected = args, on_cpu[0]
+    if op == "select_pages":  # the scores are its workspace
+        found, expected = found[1:], expected[1:]
+    elif op == "share_pages":  # of the group's first head, up to the last page; the rest is undefined
+        found, expected = (scores[:, 0, : inputs.num_pages] for scores in (found[0], expected[0]))
+    return _difference((found, kwargs), (expected, on_cpu[1]))
+
+
+def _fill_blocks(inputs: KernelInputs) -> None:
+    """Resident blocks hold what the host has."""
+    owner, store = inputs.layer.blocks.owner[0], inputs.layer.store
+    blocks = (owner >= 0).nonzero().flatten()
+    pairs = owner[blocks].cpu()
+    pages, heads = pairs // inputs.geometry.num_kv_heads, pairs % inputs.geometry.num_kv_heads
+    store.block_kv[blocks] = store.host_kv[pages, heads].to(store.block_kv.device)
 
 
 def _to_cpu(value: Any) -> Any:
@@ -173,6 +190,7 @@ def bytes_of(op: str, kind: str, call: Call, inputs: KernelInputs) -> tuple[int,
         "list_candidates": pages // GROUP_PAGES * (bounds + 3 * 4 * g.group_size) + inputs.num_listed * 4,
         "score_pages": share * (inputs.num_listed if "list" in kind else pages) * (bounds + codes + 4 * g.group_size),
         "share_pages": pages * 4 * (g.group_size + 1) + rows * g.page_size * g.head_dim * g.dtype.itemsize,
+        "apportion_pages": pages * 4 + rows * 8,
         "correct_windows": pages * 4 + rows * width * 4,
         "select_pages": share * (pages * 4 * g.group_size + rows * width * 4),
         "lookup_blocks": rows * width * (4 + 8 + 4 + 4),

@@ -1,4 +1,4 @@
-"""Phase sanitize: races in shared memory, and accesses beyond tensors, as compute-sanitizer sees them in small tests."""
+"""Phase sanitize: races in shared memory, and accesses beyond tensors, as compute-sanitizer sees them."""
 
 from __future__ import annotations
 

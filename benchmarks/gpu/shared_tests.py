@@ -18,7 +18,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop(session: pytest.Session) -> bool:
-    """Run what no other process has taken. A test is taken before the one ahead of it runs: pytest asks what is next."""
+    """Run what no other process has taken; one test is taken ahead, as pytest asks which is next."""
     taken = _take(session)
     item = next(taken, None)
     while item is not None:

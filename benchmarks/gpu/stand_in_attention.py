@@ -95,7 +95,8 @@ class StandInAttention(DecodeAttention):
     ) -> torch.Tensor:
         g, num_rows = self.geometry, self.num_rows
         indptr = self.kv_indptr if kv_indptr is None else kv_indptr
-        num_splits = min(_MAX_SPLITS, triton.next_power_of_2(max(1, _PROGRAMS // num_rows)))
+        num_programs = _PROGRAMS if q.is_cuda else num_rows  # an interpreter runs one after the other
+        num_splits = min(_MAX_SPLITS, triton.next_power_of_2(max(1, num_programs // num_rows)))
         q, out = q.contiguous(), torch.empty(q.shape, dtype=q.dtype, device=q.device)
         parts = torch.empty((num_rows, num_splits, g.group_size, g.head_dim), device=q.device)
         lse = torch.empty(parts.shape[:-1], device=q.device)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 _FLUSH_BYTES = 256 << 20  # several times the L2 of any GPU
+_HIDE_HOST_CYCLES = 10_000_000  # of the GPU's clock, some 5 ms
 _SHORT, _LONG, _REPLAYS = 4, 12, 9  # calls in the graphs of a slope, and how often they are replayed
 
 
@@ -112,6 +113,36 @@ class Stopwatch:
         end.record()
         end.synchronize()
         return start.elapsed_time(end) / 1e3
+
+
+def hide_host() -> None:
+    """Keep the current stream waiting while the host launches what is timed behind it."""
+    torch.cuda._sleep(_HIDE_HOST_CYCLES)
+
+
+class TwoStreams:
+    """Times what two streams do side by side; on a CPU, which only rehearses, one after the other."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self._side = None if device == "cpu" else torch.cuda.Stream(device)
+
+    def together(self, main: Callable[[], object], side: Callable[[], object]) -> tuple[float, float]:
+        """Seconds that each takes, where both start at once."""
+        if self._side is None:
+            return _clocked(main, lambda: None), _clocked(side, lambda: None)
+        torch.cuda.synchronize()
+        start, main_end, side_end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+        hide_host()
+        start.record()
+        self._side.wait_event(start)
+        with torch.cuda.stream(self._side):
+            side()
+            side_end.record()
+        main()
+        main_end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(main_end) / 1e3, start.elapsed_time(side_end) / 1e3
 
 
 def _clocked(call: Callable[[], object], prepare: Callable[[], object]) -> float:
