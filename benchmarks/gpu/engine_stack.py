@@ -14,7 +14,6 @@ from sglang_freekv.algorithm.decode import Decode
 from sglang_freekv.algorithm.inputs import DecodeInput
 from sglang_freekv.algorithm.selectors import SELECTORS
 from sglang_freekv.algorithm.stream import SideStream
-from sglang_freekv.config import FreeKVConfig
 from sglang_freekv.memory.geometry import num_pages_of
 from sglang_freekv.memory.kv_memory import KVMemory
 from sglang_freekv.memory.layers import WINDOWED
@@ -29,10 +28,8 @@ class EngineStack:
         Most tokens of a request beyond `context`.
     """
 
-    def __init__(
-        self, session: Session, config: FreeKVConfig, batch_size: int, context: int, num_layers: int, num_steps: int
-    ) -> None:
-        g, device = session.shape.geometry(num_layers), session.device
+    def __init__(self, session: Session, batch_size: int, context: int, num_layers: int, num_steps: int) -> None:
+        g, config, device = session.shape.geometry(num_layers), session.config, session.device
         self.batch_size, self.context, self.num_steps, self.device = batch_size, context, num_steps, device
         self.work = LayerWork(session.shape, batch_size, device, g.dtype)
         num_pages = num_pages_of(context + num_steps, g.page_size) + 2

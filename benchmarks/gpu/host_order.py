@@ -11,11 +11,10 @@ import torch
 from benchmarks.gpu.session import Session
 from freekv_kernels import GROUP_PAGES, REFERENCE, Batch, MissList, PageStore, pairs_of, triton_ops
 from sglang_freekv.algorithm.stream import SideStream
-from sglang_freekv.config import FreeKVConfig
 from sglang_freekv.memory.kv_memory import KVMemory
 
 _BATCH, _REPLAYS = 8, 2000
-_REHEARSED_BATCH, _REHEARSED_REPLAYS = 2, 34  # a page and a little
+_REHEARSED_BATCH, _REHEARSED_REPLAYS = 2, 6
 
 
 class WrittenPages:
@@ -26,7 +25,7 @@ class WrittenPages:
         num_pairs = batch_size * g.num_kv_heads
         self.memory = KVMemory(
             g,
-            FreeKVConfig(),
+            session.config,
             num_host_pages=1 + batch_size,
             num_blocks=num_pairs,
             max_requests=batch_size,
@@ -88,7 +87,7 @@ def run(session: Session) -> None:
     for number in range(2 + replays):
         if session.left < 1:
             break
-        offset = number % written.geometry.page_size
+        offset = (number - 4) % written.geometry.page_size  # a page is full soon
         written.write(offset)
         if number == 2 and session.device == "cuda":  # the steps before have compiled the kernels
             graph = torch.cuda.CUDAGraph()

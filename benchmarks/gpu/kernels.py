@@ -6,19 +6,19 @@ any other against the memory of the GPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from benchmarks.gpu.session import Failures, Session
 from benchmarks.gpu.timing import Stopwatch
-from freekv_kernels import GROUP_PAGES, REFERENCE, Ops, triton_ops
-from sglang_freekv.config import FreeKVConfig
+from freekv_kernels import GROUP_PAGES, REFERENCE, Half, Ops, triton_ops
 from sglang_freekv.testing.kernel_inputs import Call, KernelInputs
 
 SIZES = ((8, 32768), (1, 32768), (1, 131072), (32, 32768))  # batch, context; those of a usual server come first
-REHEARSED_SIZES = ((2, 512),)
+REHEARSED_SIZES = ((1, 320),)
 # Their lists are in any order and their choices free: what they do is checked by tests/kernels.
 _FREE = {"list_candidates", "lookup_blocks", "claim_blocks", "forget_blocks"}
 _LAYERS = 2  # KernelInputs asks for two; more would only take memory
@@ -29,7 +29,6 @@ def run(session: Session) -> None:
     peak = measure_peak(session, stopwatch)
     one = torch.zeros(1, device=session.device)
     session.record("empty_kernel", stopwatch.slope(one.zero_).median * 1e6, "us")
-    check_ops(session, failures)
     for batch_size, context in REHEARSED_SIZES if session.is_rehearsal else SIZES:
         if not session.has_time(6, f"batch {batch_size}, context {context}"):
             break
@@ -44,29 +43,30 @@ def run(session: Session) -> None:
 
 
 def build_inputs(session: Session, batch_size: int, context: int) -> KernelInputs:
-    if session.is_rehearsal:
-        config = FreeKVConfig(budget_tokens=256, sink_tokens=32, recent_tokens=32, arena_tokens=256)
-    else:
-        config = FreeKVConfig()
     return KernelInputs(
         session.shape.geometry(_LAYERS),
         batch_size=batch_size,
         context_tokens=context,
-        config=config,
+        config=session.config,
         max_context=min(session.shape.max_position, max(context, 512) * 2),
         device=session.device,
     )
 
 
-def check_ops(session: Session, failures: Failures) -> None:
-    """Each op whose result is determined gives what its reference gives on the CPU, at a small size."""
-    inputs = build_inputs(session, 2, 512 if session.is_rehearsal else 8192)
+def check(session: Session) -> None:
+    """Phase op-checks: each op whose result is determined gives what its reference gives on the CPU, at a small size.
+
+    What is timed later is compiled here, while nothing is.
+    """
+    failures = Failures(session)
+    inputs = build_inputs(session, *(REHEARSED_SIZES[0] if session.is_rehearsal else (2, 8192)))
     for op in [op for op in Ops._fields if op not in _FREE]:
         for kind, call in getattr(inputs, op)().items():
             with failures.kept(f"{op}, {kind}"):
                 difference = _difference_from_reference(session, inputs, op, call)
                 session.check(f"{op}, {kind}, is its reference", not difference, difference)
     inputs.memory.unpin()
+    failures.raise_first()
 
 
 def _difference_from_reference(session: Session, inputs: KernelInputs, op: str, call: Call) -> str:
@@ -77,14 +77,36 @@ def _difference_from_reference(session: Session, inputs: KernelInputs, op: str, 
     elif op == "share_pages":  # reads blocks, where its reference reads the host store
         _fill_blocks(inputs)
     on_cpu = _to_cpu((args, kwargs))
-    getattr(triton_ops(), op)(*args, **kwargs)
-    getattr(REFERENCE, op)(*on_cpu[0], **on_cpu[1])
-    found, expected = args, on_cpu[0]
+    with _restored(call):
+        getattr(triton_ops(), op)(*args, **kwargs)
+        getattr(REFERENCE, op)(*on_cpu[0], **on_cpu[1])
+        found, expected = (_defined(op, arguments, inputs) for arguments in (args, on_cpu[0]))
+        return _difference((found, kwargs), (expected, on_cpu[1]))
+
+
+@contextmanager
+def _restored(call: Call) -> Iterator[Callable[[], None]]:
+    """Within, the call may be repeated after what it yields; at the end what the call changes is as it was."""
+    saved = [tensor.clone() for tensor in call.changed]
+
+    def restore() -> None:
+        for tensor, before in zip(call.changed, saved, strict=True):
+            tensor.copy_(before)
+
+    yield restore
+    restore()
+
+
+def _defined(op: str, args: tuple, inputs: KernelInputs) -> tuple:
+    """The arguments of a call after it, without what it leaves undefined."""
     if op == "select_pages":  # the scores are its workspace
-        found, expected = found[1:], expected[1:]
-    elif op == "share_pages":  # of the group's first head, up to the last page; the rest is undefined
-        found, expected = (scores[:, 0, : inputs.num_pages] for scores in (found[0], expected[0]))
-    return _difference((found, kwargs), (expected, on_cpu[1]))
+        return args[1:]
+    if op == "share_pages":  # shares are where the group's first head was, up to the last page
+        return (args[0][:, 0, : inputs.num_pages],)
+    if op == "correct_windows":  # back windows are its workspace
+        (front,) = Half.FRONT.indices(int(inputs.batch.step))
+        return (args[5][front], *args[6:])
+    return args
 
 
 def _fill_blocks(inputs: KernelInputs) -> None:
@@ -135,14 +157,8 @@ def measure(
     inputs: KernelInputs,
     peak: float,
 ) -> None:
-    saved = [tensor.clone() for tensor in call.changed]
-
-    def restore() -> None:
-        for tensor, before in zip(call.changed, saved, strict=True):
-            tensor.copy_(before)
-
-    timing = stopwatch.slope(lambda: op(*call.args, **call.kwargs), restore)
-    restore()
+    with _restored(call) as restore:
+        timing = stopwatch.slope(lambda: op(*call.args, **call.kwargs), restore)
     num_bytes, is_link = bytes_of(name, kind, call, inputs)
     rate = num_bytes / timing.median / 1e9
     session.record(

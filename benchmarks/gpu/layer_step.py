@@ -14,16 +14,13 @@ from typing import NamedTuple
 
 import torch
 
+from benchmarks.gpu.decode_cells import MOVING, STILL, K
 from benchmarks.gpu.engine_stack import EngineStack
 from benchmarks.gpu.layer_work import LayerWork, plain_layer
 from benchmarks.gpu.session import Failures, Session
 from benchmarks.gpu.timing import Stopwatch
 from sglang_freekv.algorithm.audit import audit_blocks, audit_windows
-from sglang_freekv.config import FreeKVConfig
 
-# Mean of 1 - cosine of two steps' queries. With random keys and the default budget at 32K, MOVING corrects and
-# exchanges about as much as the default rule does on a language model; STILL nothing.
-STILL, MOVING = 0.0, 0.11
 _AUDITED_BATCH = 8  # an audit reads every block over the link
 
 
@@ -33,17 +30,10 @@ class Sizes(NamedTuple):
     cells: tuple[tuple[int, int], ...]  # batch, context
     depths: tuple[int, int]  # layers of the two graphs
     steps: int
-    config: FreeKVConfig
 
 
-K = 1024
-_SIZES = Sizes(((8, 32 * K), (1, 128 * K), (1, 32 * K), (32, 32 * K)), (2, 4), 24, FreeKVConfig())
-_REHEARSED = Sizes(
-    ((1, 320),),
-    (1, 2),
-    1,
-    FreeKVConfig(budget_tokens=192, sink_tokens=32, recent_tokens=32, arena_tokens=256),
-)
+_SIZES = Sizes(((8, 32 * K), (1, 128 * K), (1, 32 * K), (32, 32 * K)), (2, 4), 24)
+_REHEARSED = Sizes(((1, 320),), (1, 2), 1)
 
 
 def run(session: Session) -> None:
@@ -55,7 +45,7 @@ def run(session: Session) -> None:
             stopwatch = stopwatch or Stopwatch(session.device)
             work = LayerWork(session.shape, batch_size, session.device)
             logits = stopwatch.slope(work.compute_logits).median
-            window = min(context, sizes.config.budget_tokens)
+            window = min(context, session.config.budget_tokens)
             for mode, attended in (("full", context), ("window", window)):
                 layer = stopwatch.slope(plain_layer(session, work, attended)).median
                 cell = {"mode": mode, "batch": batch_size, "context": context}
@@ -70,7 +60,7 @@ def _measure_engine(session: Session, sizes: Sizes, batch_size: int, context: in
     """The engine's layer and step, with queries that move and with such that do not."""
     shallow, deep = sizes.depths
     num_steps = sizes.steps + 2  # what compiles and warms up
-    stack = EngineStack(session, sizes.config, batch_size, context, deep, num_steps)
+    stack = EngineStack(session, batch_size, context, deep, num_steps)
     for drift in (MOVING,) if session.is_rehearsal else (MOVING, STILL):
         if not session.has_time(2, f"batch {batch_size}, context {context}, drift {drift}"):
             break
