@@ -1,17 +1,15 @@
 """With this folder on PYTHONPATH Python finds no installed package but those of a bare machine.
 
-They are torch, Triton, pytest and what these depend on. NumPy is there for them, as Triton's interpreter is made of it,
-which stands in for a GPU in a rehearsal; the repository's own files do not find it.
+They are torch, Triton, pytest, what these depend on, and NumPy: Triton's interpreter is made of it, which stands in for
+a GPU in a rehearsal.
 """
 
 import sys
 from importlib.machinery import ModuleSpec, PathFinder
-from pathlib import Path
 
-_ROOT, _SITE = str(Path(__file__).parents[3]), "site-packages"
 _PACKAGES = {
     *("torch", "torchgen", "functorch", "triton", "nvidia", "sympy", "mpmath", "networkx", "jinja2", "markupsafe"),
-    *("filelock", "fsspec", "typing_extensions", "setuptools", "_distutils_hack", "pkg_resources"),
+    *("filelock", "fsspec", "typing_extensions", "setuptools", "_distutils_hack", "pkg_resources", "numpy"),
     *("pytest", "_pytest", "py", "pluggy", "iniconfig", "packaging", "pygments"),
 }
 
@@ -20,23 +18,14 @@ class BareMachine(PathFinder):
     @classmethod
     def find_spec(cls, name: str, path=None, target=None) -> ModuleSpec | None:
         spec = super().find_spec(name, path, target)
-        if spec is None or path is not None or not _is_installed(spec) or name in _PACKAGES:
-            return spec
-        importer = _importer()
-        is_own = importer.startswith(_ROOT) and _SITE not in importer
-        return spec if name == "numpy" and not is_own else None
+        is_other = path is None and spec is not None and name not in _PACKAGES and _is_installed(spec)
+        return None if is_other else spec
 
 
 def _is_installed(spec: ModuleSpec) -> bool:
-    return any(_SITE in place for place in (spec.origin or "", *(spec.submodule_search_locations or [])))
-
-
-def _importer() -> str:
-    """File of the code that imports now."""
-    frame = sys._getframe(1)
-    while "importlib" in frame.f_code.co_filename or frame.f_code.co_filename == __file__:
-        frame = frame.f_back
-    return frame.f_code.co_filename
+    """Whether all of it is; the parts of a namespace may lie in several places."""
+    places = [spec.origin] if spec.has_location else list(spec.submodule_search_locations or [])
+    return bool(places) and all("site-packages" in place for place in places)
 
 
 sys.meta_path[sys.meta_path.index(PathFinder)] = BareMachine
