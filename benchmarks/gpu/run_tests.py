@@ -28,11 +28,11 @@ def test_kernels(session: Session) -> None:
 
 
 def test_gpu(session: Session) -> None:
-    """Everything that is marked as needing a GPU, and the engine on its kernels; a rehearsal has other tests."""
+    """Attention and the engine where they need a GPU; a rehearsal has other tests."""
     if session.is_rehearsal:
         run_pytest(session, ["tests/kernels/test_write_tables.py", "-m", "not gpu"])
     else:
-        run_pytest(session, ["tests/attention", "tests/algorithm", "-m", "gpu"])
+        run_pytest(session, ["tests/attention", "tests/algorithm/test_engine_on_kernels.py", "-m", "gpu"])
 
 
 def run_pytest(session: Session, arguments: list[str]) -> None:

@@ -79,7 +79,11 @@ class DecodeAttention(ABC):
             indptr = indptr.pin_memory()
         self.kv_indptr[: len(indptr)].copy_(indptr, non_blocking=True)
         self._num_pages = list(num_pages)
-        self._plan_rows(indptr)
+        try:
+            self._plan_rows(indptr)
+        except BaseException:
+            self._num_pages = []  # no plan holds
+            raise
 
     def _plan_rows(self, indptr: torch.Tensor) -> None:  # noqa: B027  a hook: torch has nothing to plan
         """Plan the kernel for what `kv_indptr` now holds; `indptr` is its copy on the host."""

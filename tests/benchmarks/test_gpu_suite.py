@@ -131,6 +131,20 @@ def test_a_phase_is_a_command_of_its_own_with_its_own_limit():
     assert (suite.phase, suite.phases, suite.minutes) == (None, ["env", "link"], 9)
 
 
+def test_the_command_for_a_machine_without_network_brings_its_files_back(tmp_path: Path):
+    _, section = (ROOT / "benchmarks/gpu/README.md").read_text().split("## Stage 0 on a machine without network")
+    command = "\n".join(line[4:] for line in section.splitlines() if line.startswith("    "))
+    assert len(command) <= 2000 and command.count("stage0") == 1
+    out = tmp_path / "out"
+    out.mkdir()
+    environment = os.environ | {"TMPDIR": str(tmp_path), "OUT": str(out), "OMP_NUM_THREADS": "1"}
+    one_phase = command.replace("stage0", "env --rehearse").replace("python3", sys.executable)
+    done = subprocess.run(["bash", "-c", one_phase], cwd=ROOT, env=environment, capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert {file.name for file in out.iterdir()} == {"gpu_suite.jsonl", "machine.json", "logs.tar.gz"}
+    assert {record.commit for record in read_records(out / "gpu_suite.jsonl")} == {"unknown"}
+
+
 def test_a_stage_is_a_command_for_its_phases_within_its_minutes():
     stage = parse_args(["stage0", "--out", "d"])
     assert (stage.phase, stage.out, stage.minutes) == (None, Path("d"), 4)

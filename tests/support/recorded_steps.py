@@ -1,4 +1,4 @@
-"""What a CUDA graph does, on a CPU: record the ops of one decode step, and run them again with the same arguments.
+"""Decode steps that are replays of one step: of a CUDA graph, or, on a CPU, of its ops with the same arguments.
 
 A replayed step sees new values only through tensors at the same addresses. Whatever an op was told by a Python number,
 or through another tensor, stays what it was when the step was recorded.
@@ -6,6 +6,7 @@ or through another tensor, stays what it was when the step was recorded.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -19,7 +20,7 @@ from tests.support.reference_checks import Request
 from tests.support.simulated_requests import SimulatedEngine
 
 
-class RecordingEngine(SimulatedEngine):
+class ReplayingEngine(SimulatedEngine):
     """A simulated engine whose decode steps are replays of one step, recorded before there was any request.
 
     As with SGLang's graphs, it is recorded for a fixed batch size on rows of padding, and smaller batches are padded.
@@ -27,15 +28,23 @@ class RecordingEngine(SimulatedEngine):
 
     def record(self) -> None:
         g, size = self.geometry, self.memory.max_requests
-        shape = (size * g.num_kv_heads, g.group_size, self.memory.max_pages)
-        self.memory.tables._scores = [torch.zeros(shape), torch.zeros(shape)]  # at fixed addresses, as on a GPU
         heads = (g.num_qo_heads, g.num_kv_heads, g.num_kv_heads)
-        self._qkv = [torch.randn(g.num_layers, size, n, g.head_dim, dtype=g.dtype) for n in heads]
-        self._calls: list[Callable[[], torch.Tensor | None]] = []
+        shapes = [(g.num_layers, size, n, g.head_dim) for n in heads]
+        self._qkv = [torch.randn(shape, dtype=g.dtype, device=self.device) for shape in shapes]
         self._plan_padded([])
-        with self._recording(self.decoder):
-            for layer in range(g.num_layers):
-                self.decoder.run(layer, *(x[layer] for x in self._qkv), self.scale)
+        self._capture()
+
+    @abstractmethod
+    def _capture(self) -> None:
+        """Record `_run_layers`."""
+
+    @abstractmethod
+    def _replay(self) -> list[torch.Tensor]:
+        """Run what is recorded; outputs of the layers, ``[max_requests, num_qo_heads, head_dim]``."""
+
+    def _run_layers(self) -> list[torch.Tensor]:
+        layers = range(self.geometry.num_layers)
+        return [self.decoder.run(layer, *(x[layer] for x in self._qkv), self.scale) for layer in layers]
 
     def plan_decode(self, requests: list[Request]) -> None:
         self._plan_padded(requests)
@@ -43,8 +52,7 @@ class RecordingEngine(SimulatedEngine):
             tokens = [request.trace.tokens(layer, request.length - 1, request.length) for request in requests]
             for buffer, values in zip(self._qkv, zip(*tokens, strict=True), strict=True):
                 buffer[layer, : len(requests)] = torch.cat(values)
-        outputs = [call() for call in self._calls]
-        self._outputs = [out.flatten(1, 2)[: len(requests)] for out in outputs if out is not None]
+        self._outputs = [out[: len(requests)].clone() for out in self._replay()]
 
     def run_decode(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return self._outputs[layer]
@@ -55,6 +63,38 @@ class RecordingEngine(SimulatedEngine):
         slots = self.req_to_token[self._tensor(rows), self._tensor(lens) - 1].long()
         padded_rows, padded_lens = self._tensor([*rows, *[0] * padding]), self._tensor([*lens, *[1] * padding])
         self.decoder.plan(DecodeInput(padded_rows, padded_lens, slots, self.req_to_token, rows, lens), in_graph=True)
+
+
+class GraphEngine(ReplayingEngine):
+    """Replays a CUDA graph."""
+
+    def _capture(self) -> None:
+        for _ in range(2):  # as SGLang does: what is compiled and allocated at first is not captured
+            self._run_layers()
+        torch.cuda.synchronize()
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._captured = self._run_layers()
+
+    def _replay(self) -> list[torch.Tensor]:
+        self._graph.replay()
+        return self._captured
+
+
+class RecordingEngine(ReplayingEngine):
+    """Replays ops, on a CPU."""
+
+    def _capture(self) -> None:
+        g, memory = self.geometry, self.memory
+        shape = (memory.max_requests * g.num_kv_heads, g.group_size, memory.max_pages)
+        memory.tables._scores = [torch.zeros(shape), torch.zeros(shape)]  # at fixed addresses, as on a GPU
+        self._calls: list[Callable[[], torch.Tensor | None]] = []
+        with self._recording(self.decoder):
+            self._run_layers()
+
+    def _replay(self) -> list[torch.Tensor]:
+        outputs = [call() for call in self._calls]
+        return [out.flatten(1, 2) for out in outputs if out is not None]
 
     @contextmanager
     def _recording(self, decode: Decode) -> Iterator[None]:
