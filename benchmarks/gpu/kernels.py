@@ -14,13 +14,14 @@ import torch
 
 from benchmarks.gpu.session import Failures, Session
 from benchmarks.gpu.timing import Stopwatch
-from freekv_kernels import GROUP_PAGES, REFERENCE, Half, Ops, triton_ops
+from freekv_kernels import GROUP_PAGES, REFERENCE, Ops, triton_ops
 from sglang_freekv.testing.kernel_inputs import Call, KernelInputs
 
 SIZES = ((8, 32768), (1, 32768), (1, 131072), (32, 32768))  # batch, context; those of a usual server come first
 REHEARSED_SIZES = ((1, 320),)
 # Their lists are in any order and their choices free: what they do is checked by tests/kernels.
 _FREE = {"list_candidates", "lookup_blocks", "claim_blocks", "forget_blocks"}
+_SHARES = {"share_pages", "correct_windows"}  # read blocks, where their references read the host store
 _LAYERS = 2  # KernelInputs asks for two; more would only take memory
 
 
@@ -74,7 +75,7 @@ def _difference_from_reference(session: Session, inputs: KernelInputs, op: str, 
     if op == "score_pages":  # a tensor of its own would hold anything beyond the pages of a request
         shape = (inputs.num_rows, inputs.geometry.group_size, inputs.memory.max_pages)
         kwargs["out"] = torch.zeros(shape, device=session.device)
-    elif op == "share_pages":  # reads blocks, where its reference reads the host store
+    elif op in _SHARES:
         _fill_blocks(inputs)
     on_cpu = _to_cpu((args, kwargs))
     with _restored(call):
@@ -101,11 +102,8 @@ def _defined(op: str, args: tuple, inputs: KernelInputs) -> tuple:
     """The arguments of a call after it, without what it leaves undefined."""
     if op == "select_pages":  # the scores are its workspace
         return args[1:]
-    if op == "share_pages":  # shares are where the group's first head was, up to the last page
-        return (args[0][:, 0, : inputs.num_pages],)
-    if op == "correct_windows":  # back windows are its workspace
-        (front,) = Half.FRONT.indices(int(inputs.batch.step))
-        return (args[5][front], *args[6:])
+    if op in _SHARES:  # shares are where the masses of the group's first head were, up to the last page
+        return (args[0][:, 0, : inputs.num_pages], *args[1:])
     return args
 
 
@@ -207,7 +205,7 @@ def bytes_of(op: str, kind: str, call: Call, inputs: KernelInputs) -> tuple[int,
         "score_pages": share * (inputs.num_listed if "list" in kind else pages) * (bounds + codes + 4 * g.group_size),
         "share_pages": pages * 4 * (g.group_size + 1) + rows * g.page_size * g.head_dim * g.dtype.itemsize,
         "apportion_pages": pages * 4 + rows * 8,
-        "correct_windows": pages * 4 + rows * width * 4,
+        "correct_windows": pages * 4 * (g.group_size + 1) + 2 * rows * width * 4,
         "select_pages": share * (pages * 4 * g.group_size + rows * width * 4),
         "lookup_blocks": rows * width * (4 + 8 + 4 + 4),
         "claim_blocks": listed * (8 + 4 + 4 + 4 + 4),

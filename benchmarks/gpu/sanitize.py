@@ -65,6 +65,7 @@ def _start(session: Session, program: str | None, tool: str, log: Path) -> subpr
         command.append("--collect-only")
     else:
         options = ["--error-exitcode", str(_FAULTS), "--report-api-errors", "no", "--kernel-name", _KERNELS]
+        options += ["--target-processes", "application-only"]  # compilers are processes, too
         command = [program, "--tool", tool, *options, *command]
     session.say(" ".join(command))
     with log.open("w") as file:
