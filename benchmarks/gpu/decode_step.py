@@ -47,9 +47,9 @@ def run_plain(session: Session) -> None:
         with failures.kept(f"plain, {context} tokens, batch {batch}"):
             capture(runner, batch)
             requests = make_requests(runner, batch, context, _WARM_UP + _STEPS, num_pages)
-            _record_step(
-                session, step_times(requests), "plain", context, batch, shares_pages=int(requests.shares_pages)
-            )
+            about = {"shares_pages": int(requests.shares_pages)}
+            about["attention_backend"] = str(runner.server_args.attention_backend)
+            _record_step(session, step_times(requests), "plain", context, batch, **about)
     # How many requests fit, with the KV capped, is arithmetic; their step is a cell above.
     capped = int(_CAP_BYTES // (32 * K * session.shape.geometry().token_bytes))
     session.record("capped_batch", capped, "requests", mode="plain", context=32 * K)
