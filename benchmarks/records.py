@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import shlex
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, field, fields
@@ -110,14 +111,21 @@ def read_records(path: Path) -> list[Record]:
 
 
 def describe_commit() -> str:
-    """The commit of the working tree, "-dirty" appended where it differs; results do not count."""
+    """The commit of the working tree, "-dirty" appended where it differs; results do not count.
+
+    `FREEKV_COMMIT` says it where the tree was copied to without its repository.
+    """
+    if told := os.environ.get("FREEKV_COMMIT"):
+        return told
     commit = _git("rev-parse", "--short=12", "HEAD") or "uncommitted"
     changes = _git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!benchmarks/README.md")
     return f"{commit}-dirty" if changes else commit
 
 
 def _git(*args: str) -> str:
-    """What git prints; empty where there is no repository, or no commit yet."""
+    """What git prints; empty where there is no repository, no commit yet, or no git."""
+    if shutil.which("git") is None:
+        return ""
     result = subprocess.run(["git", "-C", ROOT, *args], capture_output=True, text=True, check=False)
     return result.stdout.strip() if result.returncode == 0 else ""
 

@@ -1,12 +1,14 @@
 """Everything that only a GPU can tell, in one command: correctness, then numbers, in under nine minutes.
 
     python -m benchmarks.gpu --out DIR [--only PHASE,..] [--model-shape llama-8b]
-    python -m benchmarks.gpu --rehearse               the same lines on a CPU, with tiny sizes
+    python -m benchmarks.gpu stage0 --out DIR         what needs torch, Triton and pytest only, in under four minutes
+    python -m benchmarks.gpu [stage0] --rehearse      the same lines on a CPU, with tiny sizes
     python -m benchmarks.gpu PHASE --out DIR          one phase, in this process
 
-Needs the package's dependencies and a CUDA compiler, no network, no make and no installation of this package. Every
-phase is a process with a time limit and a log of its own; one that fails does not stop the others. Measurements are
-appended to DIR/gpu_suite.jsonl as they come; DIR/report.md has them all, and the goals that were met or missed.
+Needs the package's dependencies and a CUDA compiler, stage 0 neither; no network, no make and no installation of this
+package. Every phase is a process with a time limit and a log of its own; one that fails does not stop the others.
+Measurements are appended to DIR/gpu_suite.jsonl as they come; DIR/report.md has them all, and the goals that were met
+or missed.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from importlib import import_module
 from pathlib import Path
 
 # What imports torch is imported when the command line has been read.
-from benchmarks.gpu.phases import PHASES
+from benchmarks.gpu.phases import PHASES, STAGES
 from benchmarks.gpu.shapes import SHAPES
 
 _ROOT = Path(__file__).parents[2]
@@ -33,22 +35,33 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, help="folder of records, logs, caches and report; default build/gpu_suite")
     parser.add_argument("--only", help=f"phases, separated by commas, of {', '.join(names)}")
-    parser.add_argument(
-        "--minutes", type=float, help="for everything (default: 9); later phases are shortened or skipped"
-    )
-    _add_common(parser)
-    commands = parser.add_subparsers(dest="phase", metavar="PHASE", help=", ".join(names))
+    _add_suite(parser, 9)
+    stages = {f"stage{stage}": stage for stage in STAGES}
+    commands = parser.add_subparsers(dest="phase", metavar="STAGE or PHASE", help=", ".join([*stages, *names]))
+    for name, stage in stages.items():
+        what, minutes = STAGES[stage]
+        command = commands.add_parser(name, help=f"the phases that need {what}")
+        command.set_defaults(only=",".join(phase.name for phase in PHASES if phase.stage == stage))
+        _add_suite(command, minutes)
     for phase in PHASES:
         command = commands.add_parser(phase.name)
         command.add_argument("--out", type=Path, required=True, help="folder of records")
         command.add_argument("--seconds", type=float, default=phase.seconds, help="what has not begun then is left out")
         _add_common(command)
     args = parser.parse_args(argv)
-    if args.phase is None:
+    if args.phase is None or args.phase in stages:
+        args.phase = None
         _complete(args, parser, names)
     return args
+
+
+def _add_suite(parser: argparse.ArgumentParser, minutes: int) -> None:
+    parser.add_argument("--out", type=Path, help="folder of records, logs, caches and report; default build/gpu_suite")
+    help = f"for everything (default: {minutes}); later phases are shortened or skipped"
+    parser.add_argument("--minutes", type=float, help=help)
+    parser.set_defaults(default_minutes=minutes)
+    _add_common(parser)
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
@@ -58,7 +71,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 def _complete(args: argparse.Namespace, parser: argparse.ArgumentParser, names: list[str]) -> None:
     """Defaults of the suite that depend on other options."""
-    args.minutes = args.minutes or (30 if args.rehearse else 9)
+    args.minutes = args.minutes or (30 if args.rehearse else args.default_minutes)
     args.phases = args.only.split(",") if args.only else names
     if unknown := set(args.phases) - set(names):
         parser.error(f"--only names {', '.join(sorted(unknown))}; the phases are {', '.join(names)}")

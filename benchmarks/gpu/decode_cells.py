@@ -8,6 +8,9 @@ K = 1024
 TARGETS_MB = (13, 26, 48)  # recalled per request and step, at 32K and batch 8
 WINDOWS = 3  # device blocks of a request, in windows; two are the least
 SPECULATION, DEFAULT, EXACT = -1.0, 0.9, 2.0  # tau
+# Of phase layer: mean of 1 - cosine of two steps' queries. With random keys and the default budget at 32K, MOVING
+# corrects and exchanges about as much as the default rule does on a language model; STILL nothing.
+STILL, MOVING = 0.0, 0.11
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from benchmarks.gpu.decode_model import capture, load_dummy, set_drift
 from benchmarks.gpu.decode_requests import Requests, fill_host_store, give_first_windows, make_requests, restart
 from benchmarks.gpu.session import Failures, Session
 from freekv_kernels import Count
+from sglang_freekv.memory.geometry import num_pages_of
 from sglang_freekv.memory.pinned import free_host_bytes
 from sglang_freekv.memory.units import GIB
 
@@ -46,9 +47,9 @@ def run_plain(session: Session) -> None:
         with failures.kept(f"plain, {context} tokens, batch {batch}"):
             capture(runner, batch)
             requests = make_requests(runner, batch, context, _WARM_UP + _STEPS, num_pages)
-            _record_step(
-                session, step_times(requests), "plain", context, batch, shares_pages=int(requests.shares_pages)
-            )
+            about = {"shares_pages": int(requests.shares_pages)}
+            about["attention_backend"] = str(runner.server_args.attention_backend)
+            _record_step(session, step_times(requests), "plain", context, batch, **about)
     # How many requests fit, with the KV capped, is arithmetic; their step is a cell above.
     capped = int(_CAP_BYTES // (32 * K * session.shape.geometry().token_bytes))
     session.record("capped_batch", capped, "requests", mode="plain", context=32 * K)
@@ -108,9 +109,11 @@ class FreeKVBench:
         g, memory = self.memory.geometry, self.memory
         set_drift(self.runner, g, drift)
         config = dataclasses.replace(memory.config, tau=cell.tau)
-        num_pairs = memory.host.num_host_pages * g.num_kv_heads
-        num_blocks = int(cell.windows * cell.batch * memory.sizes.max_budget * g.num_kv_heads)
-        restart(memory, config, min(num_blocks, num_pairs) if cell.windows else num_pairs)
+        per_request = cell.windows * memory.sizes.max_budget  # pages
+        if not cell.windows:
+            per_request = num_pages_of(cell.context + _WARM_UP + _STEPS, g.page_size) + 1
+        num_blocks = int(cell.batch * per_request) * g.num_kv_heads
+        restart(memory, config, min(num_blocks, memory.host.num_host_pages * g.num_kv_heads))
         capture(self.runner, cell.batch)
 
     def _start(self, cell: Cell, max_steps: int) -> Requests:

@@ -1,4 +1,4 @@
-"""Phase kernels: every op at real sizes, in a CUDA graph with a cold L2: time, bytes and share of the peak.
+"""Phase kernels: every op at real sizes, as one of several in a CUDA graph, with a cold L2: time, bytes, share of peak.
 
 Bytes are what the op cannot do without: each input and output once. An op on the host store is held against the link,
 any other against the memory of the GPU.
@@ -6,75 +6,114 @@ any other against the memory of the GPU.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
-from benchmarks.gpu.session import Session
+from benchmarks.gpu.session import Failures, Session
 from benchmarks.gpu.timing import Stopwatch
 from freekv_kernels import GROUP_PAGES, REFERENCE, Ops, triton_ops
-from sglang_freekv.config import FreeKVConfig
-from sglang_freekv.memory.geometry import Geometry
 from sglang_freekv.testing.kernel_inputs import Call, KernelInputs
 
-# Those that a decode step of a usual server has come first.
-_SIZES = [(8, 32768), (1, 32768), (32, 32768), (8, 131072), (1, 131072), (32, 131072), (8, 8192), (1, 8192), (32, 8192)]
+SIZES = ((8, 32768), (1, 32768), (1, 131072), (32, 32768))  # batch, context; those of a usual server come first
+REHEARSED_SIZES = ((1, 320),)
 # Their lists are in any order and their choices free: what they do is checked by tests/kernels.
 _FREE = {"list_candidates", "lookup_blocks", "claim_blocks", "fetch_blocks", "forget_blocks"}
+_SHARES = {"share_pages", "correct_windows"}  # read blocks, where their references read the host store
 _LAYERS = 2  # KernelInputs asks for two; more would only take memory
 
 
 def run(session: Session) -> None:
-    check_ops(session)
-    stopwatch, ops = Stopwatch(session.device), triton_ops()
-    peak = _measure_peak(session, stopwatch)
-    session.record("graph_floor", stopwatch.floor().median * 1e6, "us")
-    for batch_size, context in [(2, 512)] if session.is_rehearsal else _SIZES:
+    stopwatch, ops, failures = Stopwatch(session.device), triton_ops(), Failures(session)
+    peak = measure_peak(session, stopwatch)
+    one = torch.zeros(1, device=session.device)
+    session.record("empty_kernel", stopwatch.slope(one.zero_).median * 1e6, "us")
+    for batch_size, context in REHEARSED_SIZES if session.is_rehearsal else SIZES:
         if not session.has_time(6, f"batch {batch_size}, context {context}"):
             break
         inputs = build_inputs(session, batch_size, context)
         for op in Ops._fields:
-            for kind, call in getattr(inputs, op)().items():
-                measure(session, stopwatch, getattr(ops, op), op, kind, call, inputs, peak)
-        measure_attention(session, stopwatch, inputs, peak)
+            with failures.kept(f"{op}, batch {batch_size}, context {context}"):
+                for kind, call in getattr(inputs, op)().items():
+                    measure(session, stopwatch, getattr(ops, op), op, kind, call, inputs, peak)
         inputs.memory.unpin()
         del inputs, call  # before the next, which are as large
+    failures.raise_first()
 
 
 def build_inputs(session: Session, batch_size: int, context: int) -> KernelInputs:
-    if session.is_rehearsal:
-        config = FreeKVConfig(budget_tokens=256, sink_tokens=32, recent_tokens=32, arena_tokens=256)
-    else:
-        config = FreeKVConfig()
     return KernelInputs(
         session.shape.geometry(_LAYERS),
         batch_size=batch_size,
         context_tokens=context,
-        config=config,
+        config=session.config,
         max_context=min(session.shape.max_position, max(context, 512) * 2),
         device=session.device,
     )
 
 
-def check_ops(session: Session) -> None:
-    """Each op whose result is determined gives what its reference gives on the CPU, at a small size."""
-    ops = triton_ops()
-    inputs = build_inputs(session, 2, 512 if session.is_rehearsal else 8192)
+def check(session: Session) -> None:
+    """Phase op-checks: each op whose result is determined gives what its reference gives on the CPU, at a small size.
+
+    What is timed later is compiled here, while nothing is.
+    """
+    failures = Failures(session)
+    inputs = build_inputs(session, *(REHEARSED_SIZES[0] if session.is_rehearsal else (2, 8192)))
     for op in [op for op in Ops._fields if op not in _FREE]:
         for kind, call in getattr(inputs, op)().items():
-            args, kwargs = call.args, dict(call.kwargs)
-            if op == "score_pages":  # a tensor of its own would hold anything beyond the pages of a request
-                kwargs["out"] = torch.zeros(
-                    (inputs.num_rows, inputs.geometry.group_size, inputs.memory.max_pages), device=session.device
-                )
-            on_cpu = _to_cpu((args, kwargs))
-            getattr(ops, op)(*args, **kwargs)
-            getattr(REFERENCE, op)(*on_cpu[0], **on_cpu[1])
-            first = int(op == "select_pages")  # the scores are its workspace
-            difference = _difference((args[first:], kwargs), (on_cpu[0][first:], on_cpu[1]))
-            session.check(f"{op}, {kind}, is its reference", not difference, difference)
+            with failures.kept(f"{op}, {kind}"):
+                difference = _difference_from_reference(session, inputs, op, call)
+                session.check(f"{op}, {kind}, is its reference", not difference, difference)
     inputs.memory.unpin()
+    failures.raise_first()
+
+
+def _difference_from_reference(session: Session, inputs: KernelInputs, op: str, call: Call) -> str:
+    args, kwargs = call.args, dict(call.kwargs)
+    if op == "score_pages":  # a tensor of its own would hold anything beyond the pages of a request
+        shape = (inputs.num_rows, inputs.geometry.group_size, inputs.memory.max_pages)
+        kwargs["out"] = torch.zeros(shape, device=session.device)
+    elif op in _SHARES:
+        _fill_blocks(inputs)
+    on_cpu = _to_cpu((args, kwargs))
+    with _restored(call):
+        getattr(triton_ops(), op)(*args, **kwargs)
+        getattr(REFERENCE, op)(*on_cpu[0], **on_cpu[1])
+        found, expected = (_defined(op, arguments, inputs) for arguments in (args, on_cpu[0]))
+        return _difference((found, kwargs), (expected, on_cpu[1]))
+
+
+@contextmanager
+def _restored(call: Call) -> Iterator[Callable[[], None]]:
+    """Within, the call may be repeated after what it yields; at the end what the call changes is as it was."""
+    saved = [tensor.clone() for tensor in call.changed]
+
+    def restore() -> None:
+        for tensor, before in zip(call.changed, saved, strict=True):
+            tensor.copy_(before)
+
+    yield restore
+    restore()
+
+
+def _defined(op: str, args: tuple, inputs: KernelInputs) -> tuple:
+    """The arguments of a call after it, without what it leaves undefined."""
+    if op == "select_pages":  # the scores are its workspace
+        return args[1:]
+    if op in _SHARES:  # shares are where the masses of the group's first head were, up to the last page
+        return (args[0][:, 0, : inputs.num_pages], *args[1:])
+    return args
+
+
+def _fill_blocks(inputs: KernelInputs) -> None:
+    """Resident blocks hold what the host has."""
+    owner, store = inputs.layer.blocks.owner[0], inputs.layer.store
+    blocks = (owner >= 0).nonzero().flatten()
+    pairs = owner[blocks].cpu()
+    pages, heads = pairs // inputs.geometry.num_kv_heads, pairs % inputs.geometry.num_kv_heads
+    store.block_kv[blocks] = store.host_kv[pages, heads].to(store.block_kv.device)
 
 
 def _to_cpu(value: Any) -> Any:
@@ -116,14 +155,8 @@ def measure(
     inputs: KernelInputs,
     peak: float,
 ) -> None:
-    saved = [tensor.clone() for tensor in call.changed]
-
-    def restore() -> None:
-        for tensor, before in zip(call.changed, saved, strict=True):
-            tensor.copy_(before)
-
-    timing = stopwatch.time(lambda: op(*call.args, **call.kwargs), restore)
-    restore()
+    with _restored(call) as restore:
+        timing = stopwatch.slope(lambda: op(*call.args, **call.kwargs), restore)
     num_bytes, is_link = bytes_of(name, kind, call, inputs)
     rate = num_bytes / timing.median / 1e9
     session.record(
@@ -173,7 +206,8 @@ def bytes_of(op: str, kind: str, call: Call, inputs: KernelInputs) -> tuple[int,
         "list_candidates": pages // GROUP_PAGES * (bounds + 3 * 4 * g.group_size) + inputs.num_listed * 4,
         "score_pages": share * (inputs.num_listed if "list" in kind else pages) * (bounds + codes + 4 * g.group_size),
         "share_pages": pages * 4 * (g.group_size + 1) + rows * g.page_size * g.head_dim * g.dtype.itemsize,
-        "correct_windows": pages * 4 + rows * width * 4,
+        "apportion_pages": pages * 4 + rows * 8,
+        "correct_windows": pages * 4 * (g.group_size + 1) + 2 * rows * width * 4,
         "select_pages": share * (pages * 4 * g.group_size + rows * width * 4),
         "lookup_blocks": rows * width * (4 + 8 + 4 + 4),
         "claim_blocks": listed * (8 + 4 + 4 + 4 + 4),
@@ -182,7 +216,7 @@ def bytes_of(op: str, kind: str, call: Call, inputs: KernelInputs) -> tuple[int,
     return int(moved[op]), False
 
 
-def _measure_peak(session: Session, stopwatch: Stopwatch) -> float:
+def measure_peak(session: Session, stopwatch: Stopwatch) -> float:
     """GB/s of a large copy on the device, bytes read plus bytes written."""
     size = (1 << 20) if session.is_rehearsal else (4 << 30)
     source = torch.empty(size, dtype=torch.uint8, device=session.device).random_()
@@ -190,74 +224,3 @@ def _measure_peak(session: Session, stopwatch: Stopwatch) -> float:
     rate = 2 * size / stopwatch.time(lambda: target.copy_(source), repeats=7).median / 1e9
     session.record("device_copy", rate, "GB/s", bytes=size)
     return rate
-
-
-def measure_attention(session: Session, stopwatch: Stopwatch, inputs: KernelInputs, peak: float) -> None:
-    """Attention over the windows, and what it stands beside: FlashInfer over the whole context, and its top-k."""
-    g, batch, width, device = inputs.geometry, inputs.batch_size, inputs.width, session.device
-    if session.is_rehearsal:
-        from sglang_freekv.attention.cpu import TorchWindowAttention
-
-        attention = TorchWindowAttention(g, batch, width)
-    else:
-        from sglang_freekv.attention.gpu import FlashInferWindowAttention, allocate_float_workspace
-
-        attention = FlashInferWindowAttention(g, batch, width, device, allocate_float_workspace(g, device))
-    block_kv = inputs.layer.block_kv.normal_()
-    attention.plan([width] * batch)
-    attention.last_page_len.fill_(g.page_size)
-    num_entries = inputs.num_rows * width
-    attention.kv_indices[:num_entries] = torch.randperm(len(block_kv), device=device)[:num_entries].int()
-    q = torch.randn((batch, g.num_kv_heads, g.group_size, g.head_dim), device=device).to(g.dtype)
-    scale = g.head_dim**-0.5
-    timing = stopwatch.time(lambda: attention.run(q, block_kv, scale))
-    _record_attention(session, "window", timing, num_entries * g.block_bytes, inputs, peak)
-    if not session.is_rehearsal:
-        call, num_bytes = _full_attention(inputs, q.view(batch, -1, g.head_dim))
-        _record_attention(session, "full, FlashInfer", stopwatch.time(call), num_bytes, inputs, peak)
-        import flashinfer
-
-        scores = torch.randn((inputs.num_rows, inputs.num_pages), device=device)
-        timing = stopwatch.time(lambda: flashinfer.top_k(scores, width), in_graph=False)
-        _record_attention(session, "FlashInfer top_k of pooled scores", timing, scores.nbytes, inputs, peak)
-
-
-def _full_attention(inputs: KernelInputs, q: torch.Tensor) -> tuple[Callable[[], object], int]:
-    """FlashInfer's decode over every token, in pages of one token, as plain SGLang calls it."""
-    from flashinfer import BatchDecodeWithPagedKVCacheWrapper
-
-    g: Geometry = inputs.geometry
-    batch, context, device = inputs.batch_size, inputs.context_tokens, q.device
-    kv = torch.empty((2, batch * context, 1, g.num_kv_heads, g.head_dim), dtype=g.dtype, device=device).normal_()
-    indptr = torch.arange(batch + 1, dtype=torch.int32, device=device) * context
-    indices = torch.arange(batch * context, dtype=torch.int32, device=device)
-    ones = torch.ones(batch, dtype=torch.int32, device=device)
-    wrapper = BatchDecodeWithPagedKVCacheWrapper(
-        torch.zeros(512 << 20, dtype=torch.uint8, device=device),
-        "NHD",
-        use_cuda_graph=True,
-        use_tensor_cores=True,
-        paged_kv_indptr_buffer=indptr.clone(),
-        paged_kv_indices_buffer=indices.clone(),
-        paged_kv_last_page_len_buffer=ones.clone(),
-    )
-    wrapper.plan(indptr, indices, ones, g.num_qo_heads, g.num_kv_heads, g.head_dim, 1, q_data_type=g.dtype)
-    return lambda: wrapper.run(q, (kv[0], kv[1])), kv.nbytes
-
-
-def _record_attention(
-    session: Session, kind: str, timing: Any, num_bytes: int, inputs: KernelInputs, peak: float
-) -> None:
-    rate = num_bytes / timing.median / 1e9
-    session.record(
-        "attention_time",
-        round(timing.median * 1e6, 2),
-        "us",
-        kind=kind,
-        batch=inputs.batch_size,
-        context=inputs.context_tokens,
-        p20=round(timing.p20 * 1e6, 2),
-        p80=round(timing.p80 * 1e6, 2),
-        gbytes_per_s=round(rate, 1),
-        share_of_peak=round(rate / peak, 3),
-    )

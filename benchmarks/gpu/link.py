@@ -7,6 +7,7 @@ import time
 
 import torch
 
+from benchmarks.gpu.link_beside import measure_beside, programs
 from benchmarks.gpu.session import Session
 from benchmarks.gpu.timing import Stopwatch
 from freekv_kernels import Count, MissList, PageStore, recall_blocks_triton
@@ -92,7 +93,12 @@ def run(session: Session) -> None:
     session.record("populate_rate", gib / memory.populate_seconds, "GiB/s", gib=round(gib, 3))
     session.record("register_rate", gib / memory.register_seconds, "GiB/s", gib=round(gib, 3))
     stopwatch = Stopwatch(session.device)
-    _measure_recall(session, stopwatch, memory, _measure_copies(session, stopwatch, memory))
+    peak = _measure_copies(session, stopwatch, memory)
+    host = HostPages(g, memory, _MISSES[-1], session.device)
+    _check_recall(session, host)
+    _measure_recall(session, stopwatch, host, peak)
+    _measure_beside(session, memory, host)
+    _measure_token_major(session, stopwatch, memory, peak)
     start = time.perf_counter()
     memory.unpin()
     session.record("unregister_rate", gib / (time.perf_counter() - start), "GiB/s", gib=round(gib, 3))
@@ -114,24 +120,30 @@ def _measure_copies(session: Session, stopwatch: Stopwatch, memory: PinnedMemory
     return rates["to the GPU"]
 
 
-def _measure_recall(session: Session, stopwatch: Stopwatch, memory: PinnedMemory, peak: float) -> None:
-    g = session.shape.geometry()
-    host = HostPages(g, memory, _MISSES[-1], session.device)
-    _check_recall(session, host)
+def _measure_recall(session: Session, stopwatch: Stopwatch, host: HostPages, peak: float) -> None:
+    g = host.geometry
     default = recall_blocks_triton._NUM_PROGRAMS
     runs = [(count, default) for count in _MISSES]
     runs += [(count, n) for count in _PROGRAMS_AT for n in _PROGRAMS if n != default]
     for count, num_programs in runs[:1] if session.is_rehearsal else runs:
         if not session.has_time(2, f"recall of {count} with {num_programs} programs"):
             break
-        recall_blocks_triton._NUM_PROGRAMS = num_programs  # of the launch; the kernel does not know
-        timing = stopwatch.time(host.recall, lambda count=count: host.miss(count))
+        with programs(num_programs):
+            timing = stopwatch.time(host.recall, lambda count=count: host.miss(count))
         rate = count * g.block_bytes / timing.median / 1e9
         sizes = {"misses": count, "programs": num_programs, "block_bytes": g.block_bytes}
         session.record("recall_rate", rate, "GB/s", **sizes, share_of_link=round(rate / peak, 3))
         session.record("recall_time", timing.median * 1e6, "us", **sizes, p20=timing.p20 * 1e6, p80=timing.p80 * 1e6)
-    recall_blocks_triton._NUM_PROGRAMS = default
-    _measure_token_major(session, stopwatch, memory, peak)
+
+
+def _measure_beside(session: Session, memory: PinnedMemory, host: HostPages) -> None:
+    count = _MISSES[0 if session.is_rehearsal else -1]  # more than a cache holds
+    num_bytes = count * host.geometry.block_bytes
+    source = memory.tensor[:num_bytes]
+    target = torch.empty(num_bytes, dtype=torch.uint8, device=session.device)
+    host.miss(count)
+    num_programs = list(_PROGRAMS[:1] if session.is_rehearsal else _PROGRAMS)
+    measure_beside(session, lambda: target.copy_(source, non_blocking=True), host.recall, num_bytes, num_programs)
 
 
 def _check_recall(session: Session, host: HostPages) -> None:

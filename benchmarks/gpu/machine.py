@@ -9,11 +9,10 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import psutil
 import torch
 
 from benchmarks.gpu.session import Session
-from sglang_freekv.memory.pinned import cpus_near, free_container_bytes, free_host_bytes, pci_address
+from sglang_freekv.memory.pinned import cpus_near, free_container_bytes, free_host_bytes, memory_info, pci_address
 from sglang_freekv.memory.units import GIB
 
 _QUERIES = {
@@ -35,11 +34,11 @@ def run(session: Session) -> None:
     session.writer.environment |= found
     session.say(json.dumps(session.writer.environment, indent=1))
 
-    container = free_container_bytes()
+    container, total = free_container_bytes(), memory_info()["MemTotal"]
     nodes = len(list(Path("/sys/devices/system/node").glob("node[0-9]*")))
     session.record("free_host_memory", free_host_bytes() / GIB, "GiB")
-    session.record("total_host_memory", psutil.virtual_memory().total / GIB, "GiB")
-    if container is not None and container < psutil.virtual_memory().total:
+    session.record("total_host_memory", total / GIB, "GiB")
+    if container is not None and container < total:
         session.record("container_limit_left", container / GIB, "GiB")
     session.record("free_disk", shutil.disk_usage(session.out).free / GIB, "GiB")
     session.record("numa_nodes", nodes, "nodes")

@@ -2,27 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
 from benchmarks.goals import Goal, goals_table
-from benchmarks.gpu.decode_cells import DEFAULT, EXACT, SPECULATION, TARGETS_MB, WINDOWS, K
+from benchmarks.gpu.decode_cells import DEFAULT, EXACT, MOVING, SPECULATION, TARGETS_MB, WINDOWS, K
+from benchmarks.gpu.phases import PHASES, STAGES
 from benchmarks.records import Record, read_records
 from benchmarks.tables.table import Lines, Table, latest, number
 
 _TITLES = {
     "check": "Checks",
+    "step_estimate": "Estimated decode step, attention by a stand-in",
+    "layer_time": "A layer of it",
     "decode_step": "Time of a decode step",
     "decode_throughput": "Decode throughput",
-    "kernel_time": "Kernels, CUDA graph, cold L2",
+    "kernel_time": "Kernels, each as one of several in a CUDA graph, cold L2",
     "attention_time": "Attention, CUDA graph, cold L2",
     "recall_rate": "Recall from the host store",
+    "rate_beside_decode": "Rate of the link beside decode",
+    "decode_beside_transfer": "Decode beside the link",
     "recall_rate_token_major": "Recall, were the store token-major",
 }
 _HIDDEN = {"recall_time", "freekv_state"}  # in the records
 # Parameters that were measured, too: they do not say which number it is.
-_MEASURED = {"p20", "p80", "detail", "gbytes_per_s", "mbytes", "share_of_peak", "share_of_link", "drift", "steps"}
+_MEASURED = {
+    "p20",
+    "p80",
+    "detail",
+    "gbytes_per_s",
+    "mbytes",
+    "share_of_peak",
+    "share_of_link",
+    "drift",
+    "steps",
+    "quiet",
+}
 _MEASURED |= {"flagged", "recalled_mb", "demand_misses", "hit_share", "kv_gbytes", "shares_pages", "largest"}
 
 
@@ -53,9 +69,29 @@ def ratio(a: float | None, b: float | None) -> float | None:
     return None if a is None or not b else a / b
 
 
-def goals_of(n: Numbers) -> list[Goal]:
-    """Ratios of the latest numbers; FreeKV recalls some 26 MB per request and step unless the line says otherwise."""
-    return [*_recall_goals(n), *_step_goals(n), *_throughput_goals(n), *_shown(n)]
+def goals_of(n: Numbers, stages: Collection[int] = STAGES) -> list[Goal]:
+    """Ratios of the latest numbers of the stages, and of others where they are known."""
+    goals = {0: (_estimate_goals, _recall_goals), 1: (), 2: (_step_goals, _throughput_goals, _shown)}
+    found = ((stage, goal) for stage, makers in goals.items() for make in makers for goal in make(n))
+    return [goal for stage, goal in found if stage in stages or goal.value is not None]
+
+
+def _estimate_goals(n: Numbers) -> Iterator[Goal]:
+    """Of a step with attention by a stand-in, on all sides."""
+
+    def step(mode: str, batch: int, context: int, **params: float) -> float | None:
+        return n.find("step_estimate", mode=mode, batch=batch, context=context, **params)
+
+    bounds = {(8, 32 * K): {"at_most": 1.10}}
+    for batch, context in ((8, 32 * K), (1, 128 * K), (1, 32 * K), (32, 32 * K)):
+        value = ratio(step("freekv", batch, context, drift=MOVING), step("window", batch, context))
+        name = f"estimated step over window only, {context // K}K, batch {batch}"
+        yield Goal(name, value, **bounds.get((batch, context), {}))
+    bounds = {(1, 128 * K): {"at_least": 1.6}, (32, 32 * K): {"at_least": 3.5}}
+    for batch, context in ((1, 128 * K), (32, 32 * K), (8, 32 * K), (1, 32 * K)):
+        value = ratio(step("full", batch, context), step("freekv", batch, context, drift=MOVING))
+        name = f"estimated step: full attention / FreeKV, {context // K}K, batch {batch}"
+        yield Goal(name, value, **bounds.get((batch, context), {}))
 
 
 def _recall_goals(n: Numbers) -> Iterator[Goal]:
@@ -65,6 +101,7 @@ def _recall_goals(n: Numbers) -> Iterator[Goal]:
 
 
 def _step_goals(n: Numbers) -> Iterator[Goal]:
+    """FreeKV recalls some 26 MB per request and step unless the line says otherwise."""
     plain, freekv = partial(n.step, "plain"), partial(n.step, "freekv")
     for mb in TARGETS_MB:
         value = ratio(freekv(32 * K, 8, target_mb=mb), plain(2 * K, 8))
@@ -103,9 +140,10 @@ def _shown(n: Numbers) -> Iterator[Goal]:
 
 def tables_of(n: Numbers, results: dict[str, str]) -> dict[str, Table]:
     """Everything, by title."""
+    stages = {phase.stage for phase in PHASES if phase.name in results}
     tables = {
         "Phases of this run": Table([["phase", "result"], *([name, result] for name, result in results.items())]),
-        "Goals": goals_table(goals_of(n)),
+        "Goals": goals_table(goals_of(n, stages)),
     }
     others: Lines = [["what", "value", "unit", ""]]
     for metric in dict.fromkeys([*_TITLES, *(r.metric for r in n.records)]):

@@ -15,6 +15,7 @@ import torch
 
 from benchmarks.gpu.shapes import SHAPES, ModelShape
 from benchmarks.records import RecordWriter
+from sglang_freekv.config import FreeKVConfig
 
 
 @dataclass
@@ -60,6 +61,13 @@ class Session:
     @property
     def shape(self) -> ModelShape:
         return SHAPES[self.shape_name]
+
+    @property
+    def config(self) -> FreeKVConfig:
+        """Settings of the engine where a phase does not choose them."""
+        if not self.is_rehearsal:
+            return FreeKVConfig()
+        return FreeKVConfig(budget_tokens=192, sink_tokens=32, recent_tokens=32, arena_tokens=256)
 
     @property
     def left(self) -> float:

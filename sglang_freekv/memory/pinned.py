@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-import psutil
 import torch
 
 from sglang_freekv.memory.units import GIB, in_words
@@ -38,9 +37,15 @@ _CGROUP_V1 = _CgroupFiles("memory.limit_in_bytes", "memory.usage_in_bytes", "tot
 
 def free_host_bytes(root: Path = _ROOT) -> int:
     """Bytes that this process can still get: the machine's, or the container's where that is less."""
-    available = psutil.virtual_memory().available
+    available = memory_info()["MemAvailable"]
     in_container = free_container_bytes(root)
     return available if in_container is None else min(available, in_container)
+
+
+def memory_info() -> dict[str, int]:
+    """What the kernel says of the machine's memory, bytes: MemTotal, MemAvailable and others of /proc/meminfo."""
+    fields = (line.split()[:2] for line in Path("/proc/meminfo").read_text().splitlines())
+    return {name.rstrip(":"): int(kib) << 10 for name, kib in fields}
 
 
 def free_container_bytes(root: Path = _ROOT) -> int | None:

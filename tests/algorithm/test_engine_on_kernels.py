@@ -22,6 +22,7 @@ ON_GPU = torch.cuda.is_available()
 NUM_LAYERS = 2
 # FlashInfer has no fp32, and compiles for a minute or more for each head_dim: the one that most models have.
 SHAPE = {"head_dim": 128, "dtype": torch.bfloat16} if ON_GPU else {"head_dim": 16, "dtype": torch.float32}
+pytestmark = [pytest.mark.gpu] if ON_GPU else []
 
 
 def make_engine(

@@ -53,3 +53,10 @@ def test_a_changed_working_tree_is_marked(monkeypatch):
     assert describe_commit() == "abc-dirty"
     answers["status"] = ""
     assert describe_commit() == "abc"
+
+
+def test_where_there_is_no_repository_the_commit_is_what_the_environment_says(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert describe_commit() == "uncommitted"
+    monkeypatch.setenv("FREEKV_COMMIT", "abc")
+    assert describe_commit() == "abc"

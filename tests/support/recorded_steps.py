@@ -51,7 +51,7 @@ class ReplayingEngine(SimulatedEngine):
             tokens = [request.trace.tokens(layer, request.length - 1, request.length) for request in requests]
             for buffer, values in zip(self._qkv, zip(*tokens, strict=True), strict=True):
                 buffer[layer, : len(requests)] = torch.cat(values)
-        self._outputs = [out[: len(requests)] for out in self._replay()]
+        self._outputs = [out[: len(requests)].clone() for out in self._replay()]
 
     def run_decode(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         return self._outputs[layer]
