@@ -11,6 +11,7 @@ from freekv_kernels.share_pages_triton import share_row, tensors_and_sizes
 from freekv_kernels.tables import Batch, Count, FlagList, PageStore
 
 _FLAGGED_ROWS = tl.constexpr(int(Count.FLAGGED_ROWS))
+_MAX_REGISTERS = 128  # two programs fit on a multiprocessor; without a bound ptxas makes room for three, and spills
 
 
 @triton.jit
@@ -227,4 +228,5 @@ def correct_windows(
         NUM_LOOKS=num_columns.bit_length(),
         BLOCK_W=triton.next_power_of_2(windows.shape[3]),
         num_warps=8,
+        maxnreg=_MAX_REGISTERS,
     )

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from freekv_kernels.claim_blocks_triton import claim_pairs, num_claim_programs, search_sizes
+from freekv_kernels.claim_pairs_triton import claim_pairs, num_claim_programs, search_sizes
 from freekv_kernels.fetch_blocks import claim_of
 from freekv_kernels.lookup_blocks_triton import look_up_row
 from freekv_kernels.recall_blocks_triton import copy_sizes, num_recall_programs, recall_misses

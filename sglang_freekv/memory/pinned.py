@@ -185,13 +185,12 @@ class PinnedMemory:
             raise _refused(num_bytes, str(error)) from error
         with contextlib.suppress(OSError):  # a kernel without huge pages
             memory.madvise(mmap.MADV_HUGEPAGE)
-        # A fork would make the pages copy-on-write, and the next write here would leave the GPU with the old page.
-        try:
+        try:  # a fork would make pages copy-on-write, and the next write here leave the GPU with the old page
             memory.madvise(mmap.MADV_DONTFORK)
         except OSError as error:
             raise MemoryError(
-                f"FreeKV: this system cannot keep the host store out of processes that are forked ({error}), after "
-                f"which the GPU would read old pages; use one whose madvise takes MADV_DONTFORK"
+                f"FreeKV: this system cannot keep the host store out of forked processes, after which the GPU would "
+                f"read old pages ({error}); use one whose madvise takes MADV_DONTFORK"
             ) from error
         self.tensor = torch.frombuffer(memory, dtype=torch.uint8)
         begin = self.tensor.data_ptr()

@@ -91,10 +91,10 @@ class Blocks:
 def short_rounds(impl, monkeypatch) -> None:
     """Small lists and tables then take many programs and rounds."""
     if impl.name == "triton":
-        from freekv_kernels import claim_blocks_triton
+        from freekv_kernels import claim_pairs_triton
 
         for name, value in {"_NUM_PROGRAMS": 3, "_PAIRS": 4, "_CANDIDATES": 8, "_WIDE": 16}.items():
-            monkeypatch.setattr(claim_blocks_triton, name, value)
+            monkeypatch.setattr(claim_pairs_triton, name, value)
 
 
 def test_every_pair_gets_a_block_of_its_own(impl):

@@ -156,10 +156,10 @@ class Layer:
 def short_rounds(impl, monkeypatch) -> None:
     """Small lists and tables then take many programs and rounds."""
     if impl.name == "triton":
-        from freekv_kernels import claim_blocks_triton, recall_blocks_triton
+        from freekv_kernels import claim_pairs_triton, recall_blocks_triton
 
         for name, value in {"_NUM_PROGRAMS": 3, "_PAIRS": 4, "_CANDIDATES": 8, "_WIDE": 16}.items():
-            monkeypatch.setattr(claim_blocks_triton, name, value)
+            monkeypatch.setattr(claim_pairs_triton, name, value)
         monkeypatch.setattr(recall_blocks_triton, "_NUM_PROGRAMS", 2)
 
 

@@ -136,7 +136,8 @@ def test_scores_of_16_bit_tensors_are_computed_in_fp32(impl, bits, dtype):
     batch, codes = batch_of(table, [9, 9, 9], [4, 4, 4]), codes_for(summary, bits)
     scores = impl.ops.score_pages(queries, summary, batch, Half.FRONT, codes=codes)
     assert scores.dtype == torch.float32 and scores.shape == (6, 3, 9)
-    near = {"rtol": 2e-3, "atol": 2e-2} if bits else {}  # a GPU rounds a decoded key to the 11 bits of tf32
+    # With codes, query times step has 11 bits; without, tensor cores cut off what they add to a sum.
+    near = {"rtol": 2e-3, "atol": 2e-2} if bits else {"rtol": 1e-5, "atol": 1e-4}
     torch.testing.assert_close(scores.cpu(), expected_scores(queries, summary, batch, 2, codes), **near)
 
 

@@ -51,7 +51,7 @@ class RecordingDriver:
 def test_a_system_that_would_share_the_memory_with_forked_processes_is_refused_before_anything_is_pinned(monkeypatch):
     driver, unknown = RecordingDriver(), 12345
     monkeypatch.setattr(pinned.mmap, "MADV_DONTFORK", unknown)
-    with pytest.raises(MemoryError, match=r"forked \(.*Invalid argument\).*MADV_DONTFORK"):
+    with pytest.raises(MemoryError, match=r"forked .*\(.*Invalid argument\).*MADV_DONTFORK"):
         PinnedMemory(4096, driver)
     assert not driver.calls
 
