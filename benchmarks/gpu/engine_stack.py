@@ -55,7 +55,8 @@ class EngineStack:
         restart(memory, memory.config, self.num_blocks)
         attention = StandInAttention(g, self.batch_size, memory.sizes.width, self.device)
         selector = SELECTORS[memory.config.selector_name](memory)
-        self.decode = Decode(memory, {WINDOWED: attention}, {WINDOWED: selector}, SideStreams(self.device))
+        streams = SideStreams(self.device)
+        self.decode = Decode(memory, {WINDOWED: attention}, {WINDOWED: selector}, streams)
         num_pages = memory.host.num_host_pages - 1
         self.lengths, _ = map_pages(self.req_to_token, self.batch_size, self.context, self.num_steps, num_pages)
         self.seq_lens = self.lengths.to(self.device)
@@ -79,12 +80,13 @@ class EngineStack:
         self.decode.plan(step, in_graph=True)
 
     def run(self, num_layers: int) -> None:
-        """The first layers of a step; what they have left beside is done at its end."""
+        """The first layers of a step and the logits, beside which what they have left is done."""
         scale = self.memory.geometry.head_dim**-0.5
         for number in range(num_layers):
             self.work.before_attention()
             out = self.decode.run(number, self.q[number], self.k[number], self.v[number], scale)
             self.work.after_attention(out.flatten(1))
+        self.work.compute_logits()
         self.decode.finish()
 
     def counts(self) -> dict[str, int]:
@@ -114,7 +116,8 @@ class EngineStack:
         if self.device == "cpu":
             return None
         torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=torch.cuda.Stream(priority=-1)):  # as on a server
+        # As SGLang's graphs are: above what runs beside.
+        stream, graph = torch.cuda.Stream(priority=-1), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
             self.run(num_layers)
         return graph

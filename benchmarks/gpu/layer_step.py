@@ -2,9 +2,9 @@
 
 The engine's own plan, ops and streams in a CUDA graph, between the matrix products of a layer of 8B; attention is a
 stand-in, the same for all three. A layer is the difference of two graphs of different depth; a step is that times the
-layers of the model, with its plan, its tail and the logits. Keys and queries are random, and queries move by a chosen
-amount between steps, so that beside each number stands how much was corrected and recalled. Sampling is not in it, nor
-what the host takes.
+layers of the model, with its plan and its tail: the logits, and what is left beside them. Keys and queries are random,
+and queries move by a chosen amount between steps, so that beside each number stands how much was corrected and
+recalled. Sampling is not in it, nor what the host takes.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ def run(session: Session) -> None:
                 session.record("layer_time", round(layer * 1e6, 2), "us", **cell)
                 _record_step(session, session.shape.layers * layer + logits, **cell)
             del work
-            _measure_engine(session, sizes, batch_size, context, logits)
+            _measure_engine(session, sizes, batch_size, context)
     failures.raise_first()
 
 
-def _measure_engine(session: Session, sizes: Sizes, batch_size: int, context: int, logits: float) -> None:
+def _measure_engine(session: Session, sizes: Sizes, batch_size: int, context: int) -> None:
     """The engine's layer and step, with queries that move and with such that do not."""
     shallow, deep = sizes.depths
     num_steps = sizes.steps + 2  # what compiles and warms up
@@ -71,7 +71,7 @@ def _measure_engine(session: Session, sizes: Sizes, batch_size: int, context: in
         session.record("layer_time", round(layer * 1e6, 2), "us", **cell, **found)
         session.record("plan_time", round(plan * 1e6, 2), "us", batch=batch_size, context=context, drift=drift)
         session.record("tail_time", round(tail * 1e6, 2), "us", batch=batch_size, context=context, drift=drift)
-        _record_step(session, plan + session.shape.layers * layer + tail + logits, **cell, **found)
+        _record_step(session, plan + session.shape.layers * layer + tail, **cell, **found)
         _audit(session, stack, batch_size, context)
     stack.memory.unpin()
 

@@ -26,6 +26,7 @@ _TESTS = {
         "test_recall_blocks.py::test_entries_without_a_block_to_fill_are_not_copied",
         "test_append_tokens.py::test_tokens_appended_one_by_one_leave_the_page_and_its_bounds",
         "test_lookup_blocks.py::test_the_kernel_and_the_reference_agree_on_random_windows",
+        "test_fetch_blocks.py::test_free_blocks_go_first_and_victims_serve_the_rest",
         "test_claim_blocks.py::test_where_free_blocks_run_out_victims_serve_the_rest",
         "test_score_pages.py::test_a_wider_output_is_written_up_to_the_pages_of_the_table",
     ),
