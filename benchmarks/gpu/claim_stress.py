@@ -122,4 +122,5 @@ def run(session: Session) -> None:
             launch, num_done = Launch(number, num_blocks, most), num_done + 1
             faults += [f"launch {number}: {fault}" for fault in launch.broken(*launch.run(session.device))]
         session.record("claims", num_done, "launches", blocks=num_blocks, entries=most)
-        session.check(f"claims of {num_blocks} blocks keep their contract", not faults, "; ".join(faults[:5]))
+        if num_done:
+            session.check(f"claims of {num_blocks} blocks keep their contract", not faults, "; ".join(faults[:5]))

@@ -99,6 +99,7 @@ def run(session: Session) -> None:
         num_done += 1
     session.record("host_order", num_done, "steps")
     recalled, codes = written.num_wrong.tolist()
-    detail = f"{recalled} recalled elements and {codes} bytes of codes differ"
-    session.check("what recall and encode read back is what append wrote", recalled == codes == 0, detail)
+    if num_done > 4:  # replayed, with a page that is full
+        detail = f"{recalled} recalled elements and {codes} bytes of codes differ"
+        session.check("what recall and encode read back is what append wrote", recalled == codes == 0, detail)
     written.memory.unpin()

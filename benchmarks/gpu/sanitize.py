@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -46,9 +48,9 @@ def run(session: Session) -> None:
         try:
             process.wait(max(session.left, 1))
         except subprocess.TimeoutExpired:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)  # the tool's program with it
             process.wait()
-        lines = logs[tool].read_text().strip().splitlines()
+        lines = logs[tool].read_text().strip().splitlines() or ["it printed nothing"]
         print("\n".join(lines[-30:]), flush=True)
         holds = process.returncode == 0
         detail = lines[-1] if holds else f"exit status {process.returncode} ({_FAULTS}: faults found): {lines[-1]}"
@@ -70,4 +72,4 @@ def _start(session: Session, program: str | None, tool: str, log: Path) -> subpr
         command = [program, "--tool", tool, *options, *command]
     session.say(" ".join(command))
     with log.open("w") as file:
-        return subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT)
+        return subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)

@@ -8,7 +8,7 @@ import triton.language as tl
 from freekv_kernels.claim_blocks import OLDEST_OF
 from freekv_kernels.tables import Count
 
-_NUM_PROGRAMS = 64  # per layer, of 2 warps: a fraction of the GPU
+_NUM_PROGRAMS = 64  # per layer: a fraction of the GPU
 _PAIRS, _CANDIDATES = 16, 64  # per round: where a quarter of the blocks may go, one turn at the clock serves the round
 _MAX_TURNS, _WIDE = 16, 256  # then every block, so many at a time, as registers allow
 
@@ -91,7 +91,7 @@ def claim_pairs(
     """Claim in one layer what falls to one program of several, for `claim_blocks` and `fetch_blocks`."""
     # A claimed block's stamp is no victim's, and during a claim stamps only rise: a block is claimed once in a launch,
     # so `owner` is as the launch found it where the swap of the stamp succeeds. Programs tell each other nothing but
-    # the values of single cells: all atomics are relaxed. No program ever waits for another.
+    # the values of single cells: all atomics are relaxed. No program that claims waits for another.
     count, step = tl.load(count_ptr), tl.load(step_ptr).to(tl.int32)
     protect_from, stamp = 2 * step + PROTECT_BACK, 2 * step + STAMP_BACK
     if PROTECT_BACK and not STAMP_BACK:

@@ -132,12 +132,13 @@ class MissList(NamedTuple):
     count: torch.Tensor  # int32 [1]
     entries: torch.Tensor  # int32 [capacity], index of the window entry in kv_indices
     blocks: torch.Tensor  # int32 [capacity], block to copy the pair into; -1: another entry's copy, or no block
-    # int32 [3], for `fetch_blocks`: programs that have started, that have looked up, that have claimed; else not needed
+    # int32 [3], for `fetch_blocks` alone: programs that have started, that have looked up, that have claimed. 0 before,
+    # as the count: a second launch without that finds all done.
     progress: torch.Tensor | None = None
 
 
 class FlagList(NamedTuple):
-    """Rows, request * num_kv_heads + head, whose query has moved."""
+    """Rows, request * num_kv_heads + head, that select again: the window lacks too much, or the query has moved."""
 
     rows: torch.Tensor  # int32 [batch_size * num_kv_heads], listed in any order
     count: torch.Tensor  # int32 [1]

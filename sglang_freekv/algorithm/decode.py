@@ -1,7 +1,7 @@
 """Decode: correct windows that lack too much, attend to them, retrieve for the next step.
 
 Per layer:  append -> score, correct flagged rows, select for the next step -> make the front resident -> attend
-            beside it, for the next step: make the back resident
+            beside it, for the next step: make the back resident; with a cosine, which needs no scores, first select
 After the logits: finish, for which alone that waits
 """
 
@@ -189,14 +189,16 @@ class Decode:
             if todo.scores_once:
                 scores = selector.score(layer, plan.batch, Half.BACK, scale)
             selector.write_windows(layer, front, Half.FRONT, scale, flags, scores)
-            # Not before, though the query is known: what the corrected window holds is listed, and favoured.
-            with self._streams.scan.fork():
-                self._select_next(layer, selector, scale, scores)
         pairs, own = todo.every_pair, None if plan.rows is None else plan.rows[layer.number].kv_indptr
         if pairs is None or not lookup_pairs(pairs, layer.blocks, front.step, attention.kv_indices):
             kv_indptr = attention.kv_indptr[: len(flags.rows) + 1] if own is None else own
             make_front_resident(memory, layer, front, flags, kv_indptr, attention.kv_indices)
         if todo.selects:
+            if gate is None:
+                # Not before, though the query is known: what a corrected window holds is listed and favoured, and the
+                # latest page may be scored by the keys in its block.
+                with self._streams.scan.fork():
+                    self._select_next(layer, selector, scale, scores)
             with self._streams.fetch.fork():
                 self._streams.scan.join()
                 make_next_resident(memory, layer, plan.batch_at(layer.number, Half.BACK), Half.BACK)

@@ -44,8 +44,8 @@ def free_host_bytes(root: Path = _ROOT) -> int:
 
 def memory_info() -> dict[str, int]:
     """What the kernel says of the machine's memory, bytes: MemTotal, MemAvailable and others of /proc/meminfo."""
-    fields = (line.split()[:2] for line in Path("/proc/meminfo").read_text().splitlines())
-    return {name.rstrip(":"): int(kib) << 10 for name, kib in fields}
+    lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
+    return {name.rstrip(":"): int(kib) << 10 for name, kib, *unit in lines if unit}
 
 
 def free_container_bytes(root: Path = _ROOT) -> int | None:
