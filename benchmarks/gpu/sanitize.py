@@ -71,5 +71,6 @@ def _start(session: Session, program: str | None, tool: str, log: Path) -> subpr
         options += ["--target-processes", "application-only"]  # compilers are processes, too
         command = [program, "--tool", tool, *options, *command]
     session.say(" ".join(command))
+    log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as file:
         return subprocess.Popen(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, start_new_session=True)
