@@ -8,13 +8,12 @@ import triton.language as tl
 
 from freekv_kernels.fp8_triton import decode_fp8
 from freekv_kernels.list_candidates import HELD_BONUS, WIDTH_SHARE, groups_of
-from freekv_kernels.ranks_triton import kth_largest, load_scores, sortable
+from freekv_kernels.ranks_triton import LOG2_E, kth_largest, load_scores, sortable
 from freekv_kernels.tables import GROUP_PAGES, Batch, Half
 
 _GROUP_PAGES = tl.constexpr(GROUP_PAGES)
 _WIDTH_SHARE = tl.constexpr(WIDTH_SHARE)
 _HELD_BONUS = tl.constexpr(HELD_BONUS)
-_LOG2_E = tl.constexpr(1.4426950408889634)
 NUM_PROGRAMS = 1024  # as many as of score_pages
 
 
@@ -148,7 +147,7 @@ def _list_candidates_kernel(
     total = tl.zeros((BLOCK_G,), tl.float32)
     for first in range(BEGIN // BLOCK * BLOCK, end, BLOCK):
         group = first + tl.arange(0, BLOCK)
-        x = load_scores(scores_ptr, scores_group_stride, group, BEGIN, end, end, GROUP_SIZE, BLOCK_G) * _LOG2_E
+        x = load_scores(scores_ptr, scores_group_stride, group, BEGIN, end, end, GROUP_SIZE, BLOCK_G) * LOG2_E
         peak_before, peak = peak, tl.maximum(peak, tl.max(x, 1))
         total = total * tl.exp2(peak_before - peak) + tl.sum(tl.exp2(x - peak[:, None]), 1)
     log_total = tl.where(is_head, peak + tl.log2(total), float("inf"))
@@ -156,7 +155,7 @@ def _list_candidates_kernel(
     lowest, highest = tl.full((), 0xFFFFFFFF, tl.uint32), tl.full((), 0, tl.uint32)
     for first in range(BEGIN // BLOCK * BLOCK, end, BLOCK):
         group = first + tl.arange(0, BLOCK)
-        x = load_scores(scores_ptr, scores_group_stride, group, BEGIN, end, end, GROUP_SIZE, BLOCK_G) * _LOG2_E
+        x = load_scores(scores_ptr, scores_group_stride, group, BEGIN, end, end, GROUP_SIZE, BLOCK_G) * LOG2_E
         x -= log_total[:, None]
         pooled = tl.max(x, 0)
         pooled += tl.log2(tl.sum(tl.exp2(x - pooled[None, :]), 0))

@@ -7,6 +7,7 @@ import triton.language as tl
 
 BIN_BITS = tl.constexpr(5)  # a warp holds the bins of a pass, one in each lane
 MAX_INT = tl.constexpr(2**31 - 1)
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit

@@ -11,12 +11,13 @@ import triton
 import triton.language as tl
 
 from freekv_kernels.fp8_triton import decode_fp8
+from freekv_kernels.ranks_triton import LOG2_E
 from freekv_kernels.score_grid_triton import load_pages, share_of_rows
 
 # The masked bits of a byte, taken for a number of 16-bit floating point, are code * 2 ** -24: exact, and no conversion.
 _CODE_UNIT = tl.constexpr(2.0**-24)
 _STEP_UNIT = tl.constexpr(2.0**-6)  # keeps query times step within 16 bits, for a product of up to 4 million
-_LOG2_E = tl.constexpr(1.4426950408889634)
+_NUM_STAGES = tl.constexpr(4)  # so that a turn's loads are under way while the one before is computed
 
 
 @triton.jit
@@ -28,16 +29,14 @@ def _load_query(query_ptr, group_stride, byte, is_byte, GROUP_SIZE: tl.constexpr
 
 
 @triton.jit
-def _add_part(
-    tile, q, q_of_part, lo, hi, logits, of_lo, of_hi, PART: tl.constexpr, BITS: tl.constexpr, PRECISION: tl.constexpr
-):
+def _add_part(tile, q, q_of_part, lo, hi, logits, of_lo, of_hi, PART: tl.constexpr, BITS: tl.constexpr):
     """Add the products with the codes that one part of the bytes has, and those with its channels' bounds."""
     bits = tile.to(tl.uint16) & (((1 << BITS) - 1) << (PART * BITS))
     code = bits.to(tl.float16, bitcast=True) if q.dtype == tl.float16 else bits.to(tl.float32) * _CODE_UNIT
     lo, hi = decode_fp8(lo).to(q.dtype), decode_fp8(hi).to(q.dtype)
-    logits = tl.dot(code, q_of_part[None, :, :] * (hi - lo)[:, :, None], logits, input_precision=PRECISION)
-    of_lo = tl.dot(lo, q, of_lo, input_precision=PRECISION)
-    of_hi = tl.dot(hi, q, of_hi, input_precision=PRECISION)
+    logits = tl.dot(code, q_of_part[None, :, :] * (hi - lo)[:, :, None], logits, input_precision="ieee")
+    of_lo = tl.dot(lo, q, of_lo, input_precision="ieee")
+    of_hi = tl.dot(hi, q, of_hi, input_precision="ieee")
     return logits, of_lo, of_hi
 
 
@@ -79,8 +78,6 @@ def _score_codes_kernel(
     NUM_BYTES: tl.constexpr,
     BITS: tl.constexpr,
     OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr,
-    NUM_STAGES: tl.constexpr,
 ):
     row, split, num_splits = share_of_rows(flag_rows_ptr, flag_count_ptr, num_rows)
     if split >= num_splits:
@@ -108,7 +105,7 @@ def _score_codes_kernel(
     codes_ptr += head.to(tl.int64) * (PAGE_SIZE * NUM_BYTES)
     out_ptr += row.to(tl.int64) * out_row_stride
     group, token = tl.arange(0, BLOCK_G), tl.arange(0, PAGE_SIZE)
-    for first in tl.range(split * BLOCK_P, end, num_splits * BLOCK_P, num_stages=NUM_STAGES):
+    for first in tl.range(split * BLOCK_P, end, num_splits * BLOCK_P, num_stages=_NUM_STAGES):
         column = first + tl.arange(0, BLOCK_P)
         page, is_page = load_pages(pages_ptr, page_table_ptr, column, end)
         code_ptrs = codes_ptr + page[:, None, None] * (NUM_KV_HEADS * PAGE_SIZE * NUM_BYTES)
@@ -123,16 +120,14 @@ def _score_codes_kernel(
             part_ptrs = lo_ptrs + part * NUM_BYTES
             lo = tl.load(part_ptrs, mask=is_bound, other=0)
             hi = tl.load(part_ptrs + summary_bound_stride, mask=is_bound, other=0)
-            logits, of_lo, of_hi = _add_part(
-                tile, q[part], q_of_parts[part], lo, hi, logits, of_lo, of_hi, part, BITS, PRECISION
-            )
+            logits, of_lo, of_hi = _add_part(tile, q[part], q_of_parts[part], lo, hi, logits, of_lo, of_hi, part, BITS)
         half_step: tl.constexpr = 2.0 ** (-BITS - 1)
         common = of_lo * (1 - half_step) + of_hi * half_step
         highest = tl.max(logits, 1)
         scores = highest * (1 / (_CODE_UNIT * _STEP_UNIT)) + common
         if scale is not None:
-            unit = scale * (_LOG2_E / (_CODE_UNIT * _STEP_UNIT))
+            unit = scale * (LOG2_E / (_CODE_UNIT * _STEP_UNIT))
             spread = tl.sum(tl.exp2(logits * unit - (highest * unit)[:, None, :]), 1)
-            scores = scale * scores + tl.log2(spread) / _LOG2_E
+            scores = scale * scores + tl.log2(spread) / LOG2_E
         out_ptrs = out_ptr + group[None, :] * out_group_stride + column[:, None]
         tl.store(out_ptrs, scores, mask=is_page[:, None] & (group < GROUP_SIZE)[None, :])

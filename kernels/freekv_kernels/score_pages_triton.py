@@ -151,7 +151,5 @@ def _shape_of_codes(codes: torch.Tensor, head_dim: int, group_size: int, is_exac
         "NUM_BYTES": num_bytes,
         "BITS": bits,
         "OPERAND": tl.float32 if is_exact else tl.float16,
-        "PRECISION": "ieee",
-        "NUM_STAGES": 4,
         "num_warps": 4,
     }

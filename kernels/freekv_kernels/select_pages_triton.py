@@ -6,12 +6,11 @@ import torch
 import triton
 import triton.language as tl
 
-from freekv_kernels.ranks_triton import columns_of, load_scores, num_below, sortable, write_largest
+from freekv_kernels.ranks_triton import LOG2_E, columns_of, load_scores, num_below, sortable, write_largest
 from freekv_kernels.select_pages import check_pooling
 from freekv_kernels.tables import Batch, FlagList, Half
 
 BOTH = tl.constexpr(int(Half.BOTH))
-LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit(do_not_specialize=["scores_row_stride", "scores_group_stride", "num_columns"])
