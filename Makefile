@@ -57,7 +57,7 @@ serve: $(INSTALLED)
 	@$(RUN) -m tools.serve --model-path $(MODEL) --host $(HOST) --port $(PORT) $(SERVE_FLAGS)
 
 test: $(INSTALLED)
-	$(RUN) -m pytest -q -n 2 --dist loadscope --durations=15 $(PYTEST_FLAGS)
+	$(RUN) -m pytest -q -n 2 --dist loadscope --no-loadscope-reorder --durations=15 $(PYTEST_FLAGS)
 
 compile-kernels: $(INSTALLED)
 	FREEKV_ALL_GPUS=1 $(RUN) -m pytest -q tests/kernels/test_compile.py

@@ -15,6 +15,19 @@ from tools.zygote.client import zygote
 # Files of tests/server that use none of the shared servers.
 STARTS_ITS_OWN = {f"tests/server/{name}.py" for name in ("test_accuracy_quick", "test_baselines", "test_faults")}
 
+SHARED_SERVERS = "tests/server/"  # one scope: all files there that use them
+# The scopes that take longest start first, so that parallel workers end together.
+SLOW = (
+    SHARED_SERVERS,
+    "tests/server/oracles/test_soak_quick.py",
+    "tests/tools/test_fuzz_machine.py",
+    "tests/kernels/test_compile.py",
+    "tests/server/test_faults.py",
+    "tests/server/test_accuracy_quick.py",
+    "tests/algorithm/test_engine_on_kernels.py",
+    "tests/benchmarks/test_gpu_suite.py",
+)
+
 # Without a GPU, kernels run in Triton's interpreter, which is chosen when they are defined. Processes that tests start
 # must not inherit the choice.
 if not torch.cuda.is_available():
@@ -36,6 +49,20 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(stack.close)
 
 
+def _scope(nodeid: str) -> str:
+    """What one worker runs in one go: the tests that use the shared servers, or those of a file."""
+    file = nodeid.partition("::")[0]
+    is_apart = file in STARTS_ITS_OWN or file.startswith(f"{SHARED_SERVERS}oracles/")
+    return SHARED_SERVERS if file.startswith(SHARED_SERVERS) and not is_apart else file
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With parallel workers, the slow scopes come first; the order is otherwise the one that they were found in."""
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        place = {scope: number for number, scope in enumerate(SLOW)}
+        items.sort(key=lambda item: place.get(_scope(item.nodeid), len(place)))
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log):
     """Of parallel workers, one has the shared servers; tests that start their own run beside them."""
@@ -43,10 +70,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log):
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            file = nodeid.partition("::")[0]
-            shares_servers = file.startswith("tests/server/") and file not in STARTS_ITS_OWN
-            shares_servers &= not file.startswith("tests/server/oracles/")
-            return "tests/server/" if shares_servers else file
+            return _scope(nodeid)
 
     return Scheduling(config, log)
 
