@@ -138,6 +138,13 @@ def test_a_json_schema(both):
     assert isinstance(json.loads(freekv)["known"], bool)
 
 
+def test_a_chat_that_may_call_tools(both):
+    tools = [{"type": "function", "function": {"name": "say", "description": "Say it.", "parameters": SCHEMA}}]
+    freekv, plain = both(lambda openai: chat(openai, tools=tools, tool_choice="auto"))
+    assert freekv.choices[0].message == plain.choices[0].message
+    assert freekv.usage.prompt_tokens == plain.usage.prompt_tokens
+
+
 def test_usage_tells_what_was_cached(exact: Server, rng: random.Random):
     prompt, pages = random_text(rng, 100), 3 * PAGE_TOKENS
     usages = [complete(client(exact), 8, prompt=prompt).usage for _ in range(2)]
