@@ -1,7 +1,7 @@
 """Phase host-order: what append writes to the host store is what recall and encode read back, in a CUDA graph.
 
-A kernel's writes to CPU memory must be there for the kernels that follow it in a graph, on its own stream and on one
-that is forked from it. Pages have no block, so that the host store holds the only copy of what is compared.
+A kernel's writes to CPU memory must be there for its own program, and for the kernels that follow it in a graph on a
+stream that is forked from its own. Pages have no block, so that the host store holds the only copy of what is compared.
 """
 
 from __future__ import annotations
@@ -52,13 +52,11 @@ class WrittenPages:
         self.num_wrong = torch.zeros(2, dtype=torch.int64, device=device)  # of recalled elements, of codes
 
     def step(self) -> None:
-        """What is captured: append, then recall beside encode."""
-        memory, layer, batch = self.memory, self.layer, self.batch
-        counters = memory.counters.values
-        memory.ops.append_tokens(self.q, self.k, self.v, batch, None, layer.store, layer.last_q, None, counters)
+        """What is captured: append, which encodes a page that it fills, then recall on another stream."""
+        memory, layer = self.memory, self.layer
+        memory.append(layer, self.q, self.k, self.v, self.batch, flags=None, queries=None, fills_pages=True)
         with self.stream.fork():
-            memory.ops.recall_blocks(layer.store, self.misses, counters)
-        memory.seal(layer, batch.slots, batch.groups)
+            memory.ops.recall_blocks(layer.store, self.misses, memory.counters.values)
         self.stream.join()
 
     def write(self, offset: int) -> None:

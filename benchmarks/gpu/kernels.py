@@ -21,7 +21,8 @@ SIZES = ((8, 32768), (1, 32768), (1, 131072), (32, 32768))  # batch, context; th
 REHEARSED_SIZES = ((1, 320),)
 # Their lists are in any order and their choices free: what they do is checked by tests/kernels.
 _FREE = {"list_candidates", "lookup_blocks", "claim_blocks", "fetch_blocks", "forget_blocks"}
-_SHARES = {"share_pages", "correct_windows"}  # read blocks, where their references read the host store
+_SHARES = {"share_pages", "correct_windows"}
+_READ_BLOCKS = _SHARES | {"append_tokens"}  # where their references read the host store
 _LAYERS = 2  # KernelInputs asks for two; more would only take memory
 
 
@@ -75,7 +76,7 @@ def _difference_from_reference(session: Session, inputs: KernelInputs, op: str, 
     if op == "score_pages":  # a tensor of its own would hold anything beyond the pages of a request
         shape = (inputs.num_rows, inputs.geometry.group_size, inputs.memory.max_pages)
         kwargs["out"] = torch.zeros(shape, device=session.device)
-    elif op in _SHARES:
+    elif op in _READ_BLOCKS:
         _fill_blocks(inputs)
     on_cpu = _to_cpu((args, kwargs))
     with _restored(call):

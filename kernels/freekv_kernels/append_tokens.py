@@ -1,10 +1,11 @@
-"""Append one decoded token per request, and flag the KV heads whose query has moved."""
+"""Append one decoded token per request, encode what that fills, and flag the KV heads whose query has moved."""
 
 from __future__ import annotations
 
 import torch
 
 from freekv_kernels.compare_queries import compare_queries
+from freekv_kernels.encode_pages import encode_pages
 from freekv_kernels.fp8 import decode_fp8, encode_bounds
 from freekv_kernels.tables import Batch, Count, FlagList, PageStore
 
@@ -20,6 +21,8 @@ def append_tokens(
     flags: FlagList | None,
     counters: torch.Tensor,
     queries: torch.Tensor | None = None,
+    codes: torch.Tensor | None = None,
+    groups: torch.Tensor | None = None,
 ) -> None:
     """Write-through append of one token per request, and comparison of its query with the previous one.
 
@@ -27,6 +30,7 @@ def append_tokens(
       the record of (page, h) takes k, v at offset
       summary[page, h] = k, k where offset == 0, else min(., k), max(., k); rounded outwards, see `fp8`
       block_kv[table[page, h], :, offset] = what the record reads back as, where the page's head is resident
+      codes[page, h] = those of its keys, where it is full: `encode_pages`
       is_flagged = num_pages > budget_pages[h] and mean over the group of cos(q, last_q[row]) < tau
       last_q[row, h] = queries[request, h] = q
 
@@ -48,6 +52,8 @@ def append_tokens(
         ROWS, PAGES_READ (by the budgets of ROWS) and FLAGGED_ROWS are advanced.
     queries : model dtype, ``[batch_size, num_kv_heads, group_size, head_dim]``, device, contiguous, optional
         Written, in a dense layer too: a library's attention reads no slices of a fused projection.
+    codes, groups : optional
+        See `encode_pages`, with `batch.slots`. None: no page is encoded.
 
     Notes
     -----
@@ -68,6 +74,8 @@ def append_tokens(
         request, head = (blocks >= 0).nonzero(as_tuple=True)
         store.block_kv[blocks[request, head], :, offsets[request]] = kv[request, head]
 
+    if codes is not None:
+        encode_pages(batch.slots, store, codes, groups)
     if queries is not None:
         queries.copy_(q)
     if flags is None:

@@ -1,4 +1,4 @@
-"""Kernel of append_tokens: one program per (request, KV head)."""
+"""Kernel of append_tokens: one program per (request, KV head), which encodes the page that its token fills."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import torch
 import triton
 import triton.language as tl
 
+from freekv_kernels.encode_pages_triton import encode_page, num_encode_warps, shape_of_codes
 from freekv_kernels.fp8_triton import decode_fp8, encode_fp8
 from freekv_kernels.records_triton import record_pointer, store_elements
-from freekv_kernels.tables import Batch, Count, FlagList, PageStore
+from freekv_kernels.tables import GROUP_PAGES, Batch, Count, FlagList, PageStore
 
 _ROWS, _PAGES_READ = tl.constexpr(int(Count.ROWS)), tl.constexpr(int(Count.PAGES_READ))
 _FLAGGED_ROWS = tl.constexpr(int(Count.FLAGGED_ROWS))
+_GROUP_PAGES = tl.constexpr(GROUP_PAGES)
 _EPS = tl.constexpr(1e-8)  # torch.cosine_similarity's least norm
 
 
@@ -35,6 +37,8 @@ def _append_tokens_kernel(
     is_flagged_ptr,
     counters_ptr,
     queries_ptr,
+    codes_ptr,
+    groups_ptr,
     q_stride,
     q_head_stride,
     q_query_stride,
@@ -51,6 +55,9 @@ def _append_tokens_kernel(
     BLOCK_G: tl.constexpr,
     BLOCK_D: tl.constexpr,
     CODEC: tl.constexpr,
+    BITS: tl.constexpr,
+    NUM_BYTES: tl.constexpr,
+    BLOCK_BYTES: tl.constexpr,
 ):
     row = tl.program_id(0)
     request, head = row // NUM_KV_HEADS, row % NUM_KV_HEADS
@@ -118,6 +125,28 @@ def _append_tokens_kernel(
             tl.atomic_add(counters_ptr + _ROWS, 1, sem="relaxed")
             tl.atomic_add(counters_ptr + _PAGES_READ, budget, sem="relaxed")
 
+    if codes_ptr is not None:
+        is_full = offset == PAGE_SIZE - 1
+        if is_full:
+            tl.debug_barrier()  # threads read the key and the bounds that others have written
+            encode_page(
+                page_head,
+                head,
+                block_kv_ptr + block * (2 * PAGE_SIZE * HEAD_DIM),
+                block >= 0,
+                record_ptr,
+                summary_ptr,
+                codes_ptr,
+                None if groups_ptr is None else groups_ptr + request * _GROUP_PAGES,
+                NUM_KV_HEADS,
+                HEAD_DIM,
+                PAGE_SIZE,
+                BITS,
+                NUM_BYTES,
+                BLOCK_BYTES,
+                CODEC,
+            )
+
 
 def append_tokens(
     q: torch.Tensor,
@@ -130,14 +159,20 @@ def append_tokens(
     flags: FlagList | None,
     counters: torch.Tensor,
     queries: torch.Tensor | None = None,
+    codes: torch.Tensor | None = None,
+    groups: torch.Tensor | None = None,
 ) -> None:
     """See `freekv_kernels.append_tokens`. The grid depends on the batch size only: a CUDA graph can hold it.
 
     q, k and v may be slices of a fused projection; their head_dim is contiguous. The host store is written over the
-    link, in place.
+    link, in place; the keys of a page that is full are read from there where it has no block.
     """
     batch_size, num_kv_heads, group_size, head_dim = q.shape
     block_g, block_d = triton.next_power_of_2(group_size), triton.next_power_of_2(head_dim)
+    num_warps = max(1, block_g * block_d // 512)  # 16 queries' elements a thread; mostly one warp
+    of_codes = {"BITS": None, "NUM_BYTES": None, "BLOCK_BYTES": None}
+    if codes is not None:
+        of_codes, num_warps = shape_of_codes(codes, head_dim), max(num_warps, num_encode_warps(codes))
     _append_tokens_kernel[(batch_size * num_kv_heads,)](
         q,
         k,
@@ -155,6 +190,8 @@ def append_tokens(
         *((flags.rows, flags.count, flags.is_flagged) if flags is not None else (None, None, None)),
         counters,
         queries,
+        codes,
+        groups,
         *q.stride()[:3],
         *k.stride()[:2],
         *v.stride()[:2],
@@ -166,5 +203,6 @@ def append_tokens(
         BLOCK_G=block_g,
         BLOCK_D=block_d,
         CODEC=store.codec.name,
-        num_warps=max(1, block_g * block_d // 512),  # 16 queries' elements a thread; mostly one warp
+        **of_codes,
+        num_warps=num_warps,
     )

@@ -153,11 +153,8 @@ class Decode:
         q = q.view(-1, g.num_kv_heads, g.group_size, g.head_dim)
         selector, attention, kv_indptr = self.selectors.get(layer.kind), self.attentions[layer.kind], None
         flags = None if selector is None else plan.flags[number]
-        tau, queries = memory.config.min_cosine, memory.tables.queries(len(q))
-        kept = (layer.last_q, flags, memory.counters.values, queries)
-        memory.ops.append_tokens(q, k, v, batch, tau, layer.store, *kept)
-        if plan.todo.seals:
-            memory.seal(layer, batch.slots, batch.groups)
+        queries = memory.tables.queries(len(q))
+        memory.append(layer, q, k, v, batch, flags, queries, plan.todo.fills_pages)
         if selector is not None:
             selector.observe(layer, batch, scale)
             kv_indptr = self._retrieve(layer, selector, attention, flags, scale)

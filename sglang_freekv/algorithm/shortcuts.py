@@ -19,7 +19,7 @@ class Shortcuts(NamedTuple):
     """What a step has to do."""
 
     selects: bool  # False: every row is within its budget in the next step
-    seals: bool  # False: no token is the last one of its page
+    fills_pages: bool  # False: no token is the last one of its page
     scores_once: bool  # what correction reads is among what the next step needs: one pass over the pages serves both
     every_pair: torch.Tensor | None  # int64, what each layer reads, in order, where that is every page of every request
 
@@ -48,7 +48,8 @@ def shortcuts(
     reads_every_page = may_skip and not (is_over or runs_everything)
     return Shortcuts(
         selects=is_over or in_graph,
-        seals=runs_everything or any(n % page_size == 0 for n in step.seq_lens_cpu),
+        # A kernel looks for itself, and is compiled once.
+        fills_pages=not may_skip or runs_everything or any(n % page_size == 0 for n in step.seq_lens_cpu),
         scores_once=may_skip,
         every_pair=_every_pair(memory, batch, num_pages) if reads_every_page else None,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from freekv_kernels import REFERENCE, Half, Ops, PageStore, triton_ops
+from freekv_kernels import REFERENCE, Batch, FlagList, Half, Ops, PageStore, triton_ops
 from sglang_freekv.config import FreeKVConfig
 from sglang_freekv.memory.budgets import Budgets
 from sglang_freekv.memory.counters import Counters
@@ -149,6 +149,30 @@ class KVMemory:
         """A request takes `row` of the request table; budget (tokens) and mass are the configured ones unless given."""
         budget_pages = self.sizes.budget if budget_tokens is None else budget_tokens // self.geometry.page_size
         self.budgets.admit(row, budget_pages, mass)
+
+    def append(
+        self,
+        layer: Layer,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        batch: Batch,
+        flags: FlagList | None,
+        queries: torch.Tensor | None,
+        fills_pages: bool,
+    ) -> None:
+        """Write one decoded token per request: see the op `append_tokens`.
+
+        Parameters
+        ----------
+        fills_pages : bool
+            Whether a token may be the last one of its page, which then is full.
+        """
+        codes, groups = self.index.encoded_by_append(layer.number, batch.groups) if fills_pages else (None, None)
+        kept = (layer.last_q, flags, self.counters.values, queries)
+        self.ops.append_tokens(q, k, v, batch, self.config.min_cosine, layer.store, *kept, codes, groups)
+        if fills_pages and codes is None:
+            self.seal(layer, batch.slots, batch.groups)
 
     def seal(self, layer: Layer, slots: torch.Tensor, groups: torch.Tensor) -> None:
         """The pages that end with one of these token slots are full now: what hangs on full pages hears of it here.

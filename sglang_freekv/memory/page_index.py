@@ -22,6 +22,18 @@ class PageIndex(ABC):
     def summary(self, number: int) -> torch.Tensor | None:
         """What writes to a layer's pages keep up to date by themselves: see `PageStore.summary`; None: nothing."""
 
+    def encoded_by_append(self, number: int, groups: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """What `append_tokens` writes of pages that its tokens fill, in a layer: its `codes` and `groups`.
+
+        Without codes a decode step calls `seal`, as a prefill does.
+
+        Parameters
+        ----------
+        groups : int64, ``[batch_size, GROUP_PAGES]``, device
+            As those of `seal`.
+        """
+        return None, None
+
     @abstractmethod
     def seal(self, ops: Ops, number: int, store: PageStore, slots: torch.Tensor, groups: torch.Tensor) -> None:
         """Pages that end with one of these slots (int64, device; others are not full yet) are full, in a layer.

@@ -86,6 +86,9 @@ class CodesIndex(MinMaxIndex):
         codes = g.num_layers * g.num_kv_heads * g.page_size * g.head_dim * g.key_bits // 8
         return MinMaxIndex.page_bytes(g) + codes
 
+    def encoded_by_append(self, number: int, groups: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        return self.codes[number], None
+
     def seal(self, ops: Ops, number: int, store: PageStore, slots: torch.Tensor, groups: torch.Tensor) -> None:
         ops.encode_pages(slots, store, self.codes[number])
 
@@ -112,6 +115,9 @@ class CodesIndex(MinMaxIndex):
 
 class GroupedCodesIndex(CodesIndex):
     """The same, and the page that ends a group of `GROUP_PAGES` has the bounds of the group: what is scored first."""
+
+    def encoded_by_append(self, number: int, groups: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        return self.codes[number], groups
 
     def seal(self, ops: Ops, number: int, store: PageStore, slots: torch.Tensor, groups: torch.Tensor) -> None:
         ops.encode_pages(slots, store, self.codes[number], groups)

@@ -44,7 +44,12 @@ class KernelInputs(DecodeState):
         flags.count.zero_()
         kept = (layer.last_q, flags, counters, torch.empty(q.shape, dtype=q.dtype, device=self.device))
         args = (q, k, v, self.batch, self.config.min_cosine, layer.store, *kept)
-        return {"one token each": Call(args, changed=(layer.last_q, flags.count))}
+        codes, changed = self.memory.index.codes[LAYER], (layer.last_q, flags.count)
+        return {
+            "one token each": Call((*args, codes), changed=changed),
+            "one token each, with groups": Call((*args, codes, self.batch.groups), changed=changed),
+            "one token each, nothing encoded": Call(args, changed=changed),
+        }
 
     def list_candidates(self) -> dict[str, Call]:
         pages, sizes = self._lists(), self.sizes

@@ -133,13 +133,17 @@ def test_the_audit_is_silent_until_a_fault_is_planted(
 
 
 def skip_encoding(engine: SimulatedEngine) -> None:
-    """Codes are written nowhere; bounds of groups, which the same op writes, are."""
-    encode_pages = engine.memory.ops.encode_pages
+    """Codes are written nowhere; bounds of groups, which the same ops write, are."""
+    ops = engine.memory.ops
 
     def skip(slots: torch.Tensor, store: PageStore, codes: torch.Tensor, groups: torch.Tensor | None = None) -> None:
-        encode_pages(slots, store, codes.clone(), groups)
+        ops.encode_pages(slots, store, codes.clone(), groups)
 
-    engine.memory.ops = engine.memory.ops._replace(encode_pages=skip)
+    def skip_in_step(*args: object) -> None:
+        *appended, codes, groups = args
+        ops.append_tokens(*appended, None if codes is None else codes.clone(), groups)
+
+    engine.memory.ops = ops._replace(encode_pages=skip, append_tokens=skip_in_step)
 
 
 def test_codes_that_prefill_leaves_to_the_last_owner_of_a_page_are_noticed(

@@ -57,8 +57,19 @@ def test_a_page_that_has_lost_its_block_is_looked_up_and_fetched() -> None:
 
 
 def test_pages_are_encoded_when_a_token_is_the_last_of_its_page() -> None:
-    engine = make_engine([2 * PAGE - 2])
-    assert [count_ops(engine)["encode_pages"] for _ in range(3)] == [0, LAYERS, 0]
+    """By the op that appends the token, whatever it appends; a step that fills no page does not look for one."""
+    engine, given = make_engine([2 * PAGE - 2]), []
+    append = engine.memory.ops.append_tokens
+
+    def append_tokens(*args):
+        given.append(args[-2] is not None)
+        append(*args)
+
+    engine.memory.ops = engine.memory.ops._replace(append_tokens=append_tokens)
+    for fills_a_page in (False, True, False):
+        given.clear()
+        assert count_ops(engine) == {"write_tables": 1, "append_tokens": LAYERS}
+        assert given == [fills_a_page] * LAYERS
 
 
 @pytest.mark.parametrize(

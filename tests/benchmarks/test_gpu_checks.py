@@ -66,12 +66,9 @@ def test_claims_meet_scarce_and_plenty_blocks_and_pairs_that_are_listed_again():
 
 def test_a_recall_that_reads_before_append_has_written_is_noticed(tmp_path, monkeypatch):
     def early(written: host_order.WrittenPages) -> None:
-        memory, layer, batch = written.memory, written.layer, written.batch
-        counters = memory.counters.values
-        memory.ops.recall_blocks(layer.store, written.misses, counters)
-        args = (written.q, written.k, written.v, batch, None, layer.store, layer.last_q, None, counters)
-        memory.ops.append_tokens(*args)
-        memory.seal(layer, batch.slots, batch.groups)
+        memory, layer = written.memory, written.layer
+        memory.ops.recall_blocks(layer.store, written.misses, memory.counters.values)
+        memory.append(layer, written.q, written.k, written.v, written.batch, None, None, True)
 
     monkeypatch.setattr(host_order.WrittenPages, "step", early)
     session = Session("host-order", tmp_path, 60, is_rehearsal=True)

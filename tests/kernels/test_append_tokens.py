@@ -9,6 +9,7 @@ import torch
 
 from freekv_kernels import REFERENCE, Batch, Count, FlagList, PageStore
 from tests.support import fp8
+from tests.support.op_tables import decode_keys
 
 PAGES, LAYERS, LAYER, PAGE, BLOCKS = 7, 2, 1, 8, 5
 
@@ -55,10 +56,10 @@ def make(impl, heads=2, group=3, dim=16, dtype=torch.float32):
     )
 
 
-def append(ops, case):
+def append(ops, case, *encoded):
     store = PageStore(case.host[:, LAYER], case.summary, case.block_kv, case.table)
     kept = (case.last_q, case.flags, case.counters, case.queries)
-    ops.append_tokens(case.q, case.k, case.v, case.batch, case.tau, store, *kept)
+    ops.append_tokens(case.q, case.k, case.v, case.batch, case.tau, store, *kept, *encoded)
     if case.q.is_cuda:
         torch.cuda.synchronize()
 
@@ -140,6 +141,50 @@ def test_tokens_appended_one_by_one_leave_the_page_and_its_bounds(impl):
         assert torch.equal(case.summary[page, :, 0].cpu(), fp8.below(keys[:, request].amin(0)))
         assert torch.equal(case.summary[page, :, 1].cpu(), fp8.above(keys[:, request].amax(0)))
     assert torch.equal(case.block_kv[2, 0, :5], keys[:, 0, 0]) and torch.equal(case.block_kv[1, 1, :5], values[:, 2, 0])
+
+
+def filling(impl, dtype=torch.float32):
+    """Two requests that fill their pages, 3 and 5, and one that does not; the first head's blocks hold what they do."""
+    case = make(impl, dtype=dtype)
+    case.batch = case.batch._replace(slots=torch.tensor([4 * PAGE - 1, 4 * PAGE, 6 * PAGE - 1], device=impl.device))
+    k = case.host[:, LAYER, :, 0]
+    case.summary.copy_(fp8.bounds(torch.stack((k[:, :, :-1].amin(2), k[:, :, :-1].amax(2)), 2)))
+    for page, head in ((3, 0), (5, 0)):
+        case.block_kv[case.table[page, head]] = case.host[page, LAYER, head].to(impl.device)
+    return case
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_page_is_encoded_with_the_token_that_fills_it_and_no_other_page_is(impl, bits, dtype):
+    case = filling(impl, dtype)
+    codes = torch.randint(256, (PAGES, 2, PAGE, 2 * bits), dtype=torch.uint8).to(impl.device)
+    before = codes.clone()
+    append(impl.ops, case, codes)
+    decoded, step = decode_keys(case.summary[[3, 5]], codes[[3, 5]])
+    k = case.host[[3, 5], LAYER, :, 0].double()
+    assert torch.equal(k[:, :, -1], case.k[[0, 2]].cpu().double())
+    assert ((decoded - k).abs() <= step / 2 + 1e-6 * (k.abs() + step)).all()
+    others = [0, 1, 2, 4, 6]
+    assert torch.equal(codes[others], before[others])
+
+
+@pytest.mark.parametrize("groups", [None, [[1, 6, 2, 3], [-1] * 4, [-1] * 4]], ids=["no-groups", "a-group-ends"])
+def test_what_append_and_encode_write_in_turn_append_alone_writes(impl, groups):
+    case, codes = filling(impl), torch.zeros(PAGES, 2, PAGE, 4, dtype=torch.uint8, device=impl.device)
+    in_turn = SimpleNamespace(**vars(case))
+    for name in ("host", "summary", "block_kv", "last_q", "counters", "queries"):
+        setattr(in_turn, name, getattr(case, name).clone())
+    in_turn.host, in_turn.flags = impl.host(in_turn.host), flag_list(6, impl.device)
+    own, expected = codes.clone(), codes
+    groups = None if groups is None else torch.tensor(groups, device=impl.device)
+    append(impl.ops, case, own, groups)
+    append(impl.ops, in_turn)
+    store = PageStore(in_turn.host[:, LAYER], in_turn.summary, in_turn.block_kv, in_turn.table)
+    impl.ops.encode_pages(case.batch.slots, store, expected, groups)
+    assert torch.equal(own, expected) and own[[3, 5]].any()
+    for name in ("host", "summary", "block_kv", "last_q", "counters", "queries"):
+        assert torch.equal(getattr(case, name), getattr(in_turn, name))
 
 
 @pytest.mark.parametrize("group", [1, 3, 8, 16])
