@@ -6,6 +6,11 @@ import torch
 import triton
 import triton.language as tl
 
+from freekv_kernels.dependent_launch_triton import (
+    dependent_launch,
+    let_the_next_kernel_come,
+    wait_for_the_kernel_before,
+)
 from freekv_kernels.ranks_triton import columns_of, num_below, sortable, write_largest
 from freekv_kernels.share_pages_triton import share_row, tensors_and_sizes
 from freekv_kernels.tables import Batch, Count, FlagList, PageStore
@@ -100,6 +105,8 @@ def _correct_windows_kernel(
     NUM_LOOKS: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
+    let_the_next_kernel_come()
+    wait_for_the_kernel_before()
     row = tl.program_id(0)
     request, head = row // NUM_KV_HEADS, row % NUM_KV_HEADS
     num_pages = tl.load(num_pages_ptr + request).to(tl.int32)
@@ -229,4 +236,5 @@ def correct_windows(
         BLOCK_W=triton.next_power_of_2(windows.shape[3]),
         num_warps=8,
         maxnreg=_MAX_REGISTERS,
+        **dependent_launch(),
     )

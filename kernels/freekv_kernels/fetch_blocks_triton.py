@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from freekv_kernels.claim_pairs_triton import claim_pairs, num_claim_programs, search_sizes
+from freekv_kernels.dependent_launch_triton import dependent_launch, wait_for_the_kernel_before
 from freekv_kernels.fetch_blocks import claim_of
 from freekv_kernels.lookup_blocks_triton import look_up_row
 from freekv_kernels.recall_blocks_triton import copy_sizes, num_recall_programs, recall_misses
@@ -92,6 +93,7 @@ def _fetch_blocks_kernel(
     BLOCK: tl.constexpr,
     CODEC: tl.constexpr,
 ):
+    wait_for_the_kernel_before()
     # The first tickets look up and wait for nobody, the next ones claim when all have looked up, the last ones copy
     # when all have claimed. So a program waits for lower tickets only. Whoever has one of these runs already, in
     # whatever order programs start and however few run at once; and the lowest of all that run waits for nobody.
@@ -233,4 +235,5 @@ def fetch_blocks(
         **copy_sizes(store),
         num_warps=4,
         maxnreg=_MAX_REGISTERS,
+        **(dependent_launch() if half == Half.FRONT else {}),  # the others follow a fork, not a kernel
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from freekv_kernels.dependent_launch_triton import let_the_next_kernel_come
 from freekv_kernels.fp8_triton import decode_fp8
 from freekv_kernels.ranks_triton import LOG2_E
 from freekv_kernels.score_grid_triton import load_pages, share_of_rows
@@ -79,6 +80,7 @@ def _score_codes_kernel(
     BITS: tl.constexpr,
     OPERAND: tl.constexpr,
 ):
+    let_the_next_kernel_come()
     row, split, num_splits = share_of_rows(flag_rows_ptr, flag_count_ptr, num_rows)
     if split >= num_splits:
         return

@@ -38,7 +38,7 @@ SIZES = [
     {"batch_size": 1, "context_tokens": 2112},
     {"batch_size": 16, "context_tokens": 2560},
 ]
-DISASSEMBLED = ("score_pages",)  # ops whose loops are counted
+COUNTED = ("score_pages",)  # ops whose loops are counted
 
 
 class AbsentGPU:
@@ -73,9 +73,10 @@ def compile_op(op: str, inputs: KernelInputs) -> list[dict[str, object]]:
             src.fn.arg_names[path[0]]: value for path, value in src.constants.items() if isinstance(value, int)
         }
         about = {"kernel": src.name, "shared_bytes": metadata["shared"], "cubin_bytes": cubin.stat().st_size}
-        compiled.append(
-            about | {"warps": warps, "constants": constants} | (longest_loop(cubin) if op in DISASSEMBLED else {})
-        )
+        about |= {"warps": warps, "constants": constants, "is_dependent": metadata["launch_pdl"]}
+        if metadata["launch_pdl"]:
+            about["waits_first"] = waits_first(disassemble(cubin))
+        compiled.append(about | (longest_loop(disassemble(cubin)) if op in COUNTED else {}))
 
     triton.knobs.compilation.listener = record
     with redirect_stdout(log):
@@ -92,13 +93,24 @@ def compile_op(op: str, inputs: KernelInputs) -> list[dict[str, object]]:
     return compiled
 
 
-def longest_loop(cubin: Path) -> dict[str, int]:
-    """Instructions of a warp in one turn of the longest loop, and wavefronts of shared memory, if no banks conflict."""
+def disassemble(cubin: Path) -> dict[int, tuple[str, str]]:
+    """Instructions by address: name and operands."""
     disassembler = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     sass = subprocess.run([disassembler, "-sass", cubin], capture_output=True, text=True, check=True).stdout
-    code = {
+    return {
         int(m[1], 16): (m[2], m[3]) for m in re.finditer(r"/\*([0-9a-f]{4,})\*/ +(?:@!?U?P\w+ +)?(\S+)(.*?);", sass)
     }
+
+
+def waits_first(code: dict[int, tuple[str, str]]) -> bool:
+    """Whether a program waits for the kernel before (ACQBULK) ahead of what it does in memory, and of any branch."""
+    names = [name.split(".")[0] for name, _ in code.values()]
+    own = ("LD", "LDG", "LDGSTS", "ST", "STG", "ATOM", "ATOMG", "RED", "BRA", "EXIT")
+    return "ACQBULK" in names and not {*own} & {*names[: names.index("ACQBULK")]}
+
+
+def longest_loop(code: dict[int, tuple[str, str]]) -> dict[str, int]:
+    """Instructions of a warp in one turn of the longest loop, and wavefronts of shared memory, if no banks conflict."""
     jumps = ((re.search(r"0x([0-9a-f]+)", target), at) for at, (name, target) in code.items() if name == "BRA")
     loops = [(int(found[1], 16), at) for found, at in jumps if found and int(found[1], 16) < at]
     begin, end = max(loops, key=lambda loop: loop[1] - loop[0], default=(0, -1))

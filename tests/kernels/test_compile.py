@@ -53,6 +53,20 @@ def test_no_kernel_of_the_package_is_left_out(kernels):
     assert defined == {kernel["kernel"] for kernel in kernels}
 
 
+def test_a_kernel_that_comes_while_the_one_before_runs_waits_before_it_reads_or_writes(kernels):
+    dependent = [kernel for kernel in kernels if kernel["is_dependent"]]
+    assert all(kernel["waits_first"] for kernel in dependent)
+    wanted = {
+        (name, shape, capability)
+        for name in ("_correct_windows_kernel", "_fetch_blocks_kernel")
+        for shape, capability in TARGETS
+        if capability >= 90
+    }
+    assert {(kernel["kernel"], kernel["shape"], kernel["capability"]) for kernel in dependent} == wanted
+    fetches = [kernel["constants"]["HALF"] for kernel in dependent if kernel["kernel"] == "_fetch_blocks_kernel"]
+    assert {*fetches} == {int(freekv_kernels.Half.FRONT)}  # what follows a fork follows more than a kernel
+
+
 def test_scoring_by_codes_is_bound_by_memory_and_not_by_instructions(kernels):
     """A page and head of 128 elements in 2 bits is 1,280 bytes. At 4 warp instructions per clock, 450 of them are 74 %
     of the bandwidth of an H200; decoding the keys one by one took 1,626, and 958 wavefronts of shared memory.
