@@ -14,9 +14,10 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.gpu.decode_cells import MOVING, STILL, K
+from benchmarks.gpu.decode_cells import MOVING, REHEARSED_STEP_CELLS, STEP_CELLS, STILL
 from benchmarks.gpu.engine_stack import EngineStack
 from benchmarks.gpu.layer_work import LayerWork, plain_layer
+from benchmarks.gpu.predict import record_explained
 from benchmarks.gpu.session import Failures, Session
 from benchmarks.gpu.timing import Stopwatch
 from sglang_freekv.algorithm.audit import audit_blocks, audit_windows
@@ -32,8 +33,8 @@ class Sizes(NamedTuple):
     steps: int
 
 
-_SIZES = Sizes(((8, 32 * K), (1, 128 * K), (1, 32 * K), (32, 32 * K)), (2, 4), 24)
-_REHEARSED = Sizes(((1, 320),), (1, 2), 1)
+_SIZES = Sizes(STEP_CELLS, (2, 4), 24)
+_REHEARSED = Sizes(REHEARSED_STEP_CELLS, (1, 2), 1)
 
 
 def run(session: Session) -> None:
@@ -66,12 +67,13 @@ def _measure_engine(session: Session, sizes: Sizes, batch_size: int, context: in
             break
         (_, few, _), (plan, many, counted) = (_time_steps(stack, depth, sizes.steps, drift) for depth in sizes.depths)
         layer, tail = (many - few) / (deep - shallow), few - shallow * (many - few) / (deep - shallow)
-        cell = {"mode": "freekv", "batch": batch_size, "context": context, "drift": drift}
+        cell = {"mode": "freekv", "batch": batch_size, "context": context, "moves": drift}
         found = _traffic(stack, counted, sizes.steps, session.shape.layers / deep)
         session.record("layer_time", round(layer * 1e6, 2), "us", **cell, **found)
-        session.record("plan_time", round(plan * 1e6, 2), "us", batch=batch_size, context=context, drift=drift)
-        session.record("tail_time", round(tail * 1e6, 2), "us", batch=batch_size, context=context, drift=drift)
+        session.record("plan_time", round(plan * 1e6, 2), "us", batch=batch_size, context=context, moves=drift)
+        session.record("tail_time", round(tail * 1e6, 2), "us", batch=batch_size, context=context, moves=drift)
         _record_step(session, plan + session.shape.layers * layer + tail, **cell, **found)
+        record_explained(session, batch_size, context, drift, found["recalled_mb"], found["flagged"])
         _audit(session, stack, batch_size, context)
     stack.memory.unpin()
 

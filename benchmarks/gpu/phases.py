@@ -26,11 +26,13 @@ STAGES = {
     1: ("FlashInfer as well", 5),
     2: ("SGLang as well", 9),
 }
-_UNTIMED = ("claim-stress", "host-order", "sanitize", "op-checks")
+_UNTIMED = ("claim-stress", "fetch-stress", "host-order", "sanitize", "op-checks")
 # What is right or wrong, and what compiles, runs side by side, and has ended before anything is timed.
 PHASES = (
     Phase("env", "machine", 0, 20, 5),
+    Phase("predict", "predict", 0, 20, 5),
     Phase("claim-stress", "claim_stress", 0, 75, 10, is_background=True, has_kernels=True),
+    Phase("fetch-stress", "fetch_stress", 0, 75, 10, is_background=True, has_kernels=True),
     Phase("host-order", "host_order", 0, 75, 10, is_background=True, has_kernels=True),
     Phase("sanitize", "sanitize", 0, 75, 20, is_background=True),
     Phase("op-checks", "kernels", 0, 75, 20, "check", is_background=True, has_kernels=True),

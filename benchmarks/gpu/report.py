@@ -25,7 +25,8 @@ _TITLES = {
     "decode_beside_transfer": "Decode beside the link",
     "recall_rate_token_major": "Recall, were the store token-major",
 }
-_HIDDEN = {"recall_time", "freekv_state"}  # in the records
+_PREDICTED = {"predicted_step": "step_estimate", "predicted_kernel": "kernel_time"}  # -> what is measured of it
+_HIDDEN = {"recall_time", "freekv_state", "explained_step", *_PREDICTED}  # in the records
 # Parameters that were measured, too: they do not say which number it is.
 _MEASURED = {
     "p20",
@@ -84,12 +85,12 @@ def _estimate_goals(n: Numbers) -> Iterator[Goal]:
 
     bounds = {(8, 32 * K): {"at_most": 1.10}}
     for batch, context in ((8, 32 * K), (1, 128 * K), (1, 32 * K), (32, 32 * K)):
-        value = ratio(step("freekv", batch, context, drift=MOVING), step("window", batch, context))
+        value = ratio(step("freekv", batch, context, moves=MOVING), step("window", batch, context))
         name = f"estimated step over window only, {context // K}K, batch {batch}"
         yield Goal(name, value, **bounds.get((batch, context), {}))
     bounds = {(1, 128 * K): {"at_least": 1.6}, (32, 32 * K): {"at_least": 3.5}}
     for batch, context in ((1, 128 * K), (32, 32 * K), (8, 32 * K), (1, 32 * K)):
-        value = ratio(step("full", batch, context), step("freekv", batch, context, drift=MOVING))
+        value = ratio(step("full", batch, context), step("freekv", batch, context, moves=MOVING))
         name = f"estimated step: full attention / FreeKV, {context // K}K, batch {batch}"
         yield Goal(name, value, **bounds.get((batch, context), {}))
 
@@ -144,6 +145,7 @@ def tables_of(n: Numbers, results: dict[str, str]) -> dict[str, Table]:
     tables = {
         "Phases of this run": Table([["phase", "result"], *([name, result] for name, result in results.items())]),
         "Goals": goals_table(goals_of(n, stages)),
+        "Predicted before, and measured": predictions_table(n),
     }
     others: Lines = [["what", "value", "unit", ""]]
     for metric in dict.fromkeys([*_TITLES, *(r.metric for r in n.records)]):
@@ -155,6 +157,19 @@ def tables_of(n: Numbers, results: dict[str, str]) -> dict[str, Table]:
             lines = [[*(_cell(r.params.get(c)) for c in columns), _cell(r.value)] for r in records]
             tables[_TITLES[metric]] = Table([[*columns, records[0].unit], *lines])
     return {**tables, "Other numbers": Table(others)}
+
+
+def predictions_table(n: Numbers) -> Table:
+    """A line for each prediction; last what is predicted with the traffic that the step turned out to have."""
+    lines: Lines = [["what", "", "predicted", "measured", "measured / predicted", "predicted by its own traffic"]]
+    for r in n.records:
+        if r.metric not in _PREDICTED:
+            continue
+        measured = n.find(_PREDICTED[r.metric], **r.params)
+        explained = n.find("explained_step", **r.params) if r.params.get("mode") == "freekv" else None
+        values = [f"{_cell(r.value)} {r.unit}", _cell(measured), _cell(ratio(measured, r.value)), _cell(explained)]
+        lines.append([r.metric.removeprefix("predicted_"), _described(r), *values])
+    return Table(lines)
 
 
 def _described(record: Record) -> str:

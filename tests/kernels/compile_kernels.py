@@ -38,7 +38,7 @@ SIZES = [
     {"batch_size": 1, "context_tokens": 2112},
     {"batch_size": 16, "context_tokens": 2560},
 ]
-DISASSEMBLED = ("score_pages",)  # ops whose loops are counted
+DISASSEMBLED = ("score_pages", "correct_windows")  # ops whose loops are counted
 
 
 class AbsentGPU:
@@ -74,7 +74,7 @@ def compile_op(op: str, inputs: KernelInputs) -> list[dict[str, object]]:
         }
         about = {"kernel": src.name, "shared_bytes": metadata["shared"], "cubin_bytes": cubin.stat().st_size}
         compiled.append(
-            about | {"warps": warps, "constants": constants} | (longest_loop(cubin) if op in DISASSEMBLED else {})
+            about | {"warps": warps, "constants": constants} | (count_instructions(cubin) if op in DISASSEMBLED else {})
         )
 
     triton.knobs.compilation.listener = record
@@ -92,8 +92,11 @@ def compile_op(op: str, inputs: KernelInputs) -> list[dict[str, object]]:
     return compiled
 
 
-def longest_loop(cubin: Path) -> dict[str, int]:
-    """Instructions of a warp in one turn of the longest loop, and wavefronts of shared memory, if no banks conflict."""
+def count_instructions(cubin: Path) -> dict[str, int]:
+    """Instructions of a warp: in the kernel, in its innermost loops, and in one turn of the longest loop.
+
+    Of the last also wavefronts of shared memory, if no banks conflict.
+    """
     disassembler = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     sass = subprocess.run([disassembler, "-sass", cubin], capture_output=True, text=True, check=True).stdout
     code = {
@@ -103,7 +106,10 @@ def longest_loop(cubin: Path) -> dict[str, int]:
     loops = [(int(found[1], 16), at) for found, at in jumps if found and int(found[1], 16) < at]
     begin, end = max(loops, key=lambda loop: loop[1] - loop[0], default=(0, -1))
     names = [name for at, (name, _) in code.items() if begin <= at <= end]
-    return {"loop_instructions": len(names), "loop_wavefronts": sum(map(wavefronts, names))}
+    innermost = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+    inner = sum(a <= at <= b for at in code for a, b in innermost)
+    counts = {"instructions": len(code), "inner_instructions": inner, "loop_instructions": len(names)}
+    return counts | {"loop_wavefronts": sum(map(wavefronts, names))}
 
 
 def wavefronts(instruction: str) -> int:
