@@ -11,15 +11,13 @@ from benchmarks.cost_model.model import Model
 from benchmarks.cost_model.step_time import Setting
 from benchmarks.cost_model.traffic import SOURCES, Traffic, measured_traffic
 from benchmarks.goals import Goal, goals_table
-from benchmarks.gpu.decode_cells import STEP_CELLS, K
+from benchmarks.gpu.decode_cells import LEAST_OF_FULL, MOST_OF_WINDOW, STEP_CELLS, K
 from benchmarks.tables.table import Lines, Table
 from sglang_freekv.config import FreeKVConfig
 
 MODEL = Model.load("llama-3.1-8b")
 CONFIG = FreeKVConfig()
 CELLS = sorted(STEP_CELLS, key=lambda cell: (cell[1], cell[0]))
-# Cell -> what is hoped for of its step: at most so many times window-only, at least so many times faster than full.
-MOST_OF_WINDOW, LEAST_OF_FULL = {(8, 32 * K): 1.10}, {(1, 128 * K): 1.6, (32, 32 * K): 3.5}
 _PARTS = ("launches", "scan", "correction", "exposed_link", "beside", "link")
 _TRAFFIC_RECORDS = ("rules_4k", "rules_texts", "rules_8k")
 

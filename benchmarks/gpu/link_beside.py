@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from benchmarks.gpu.layer_work import LayerWork, plain_layer
+from benchmarks.gpu.layer_work import LayerWork, attend_blocks, plain_layer
 from benchmarks.gpu.session import Session
 from benchmarks.gpu.timing import TwoStreams
 from freekv_kernels import recall_blocks_triton
@@ -60,7 +60,7 @@ def _repeated(call: Callable[[], object], calls: int) -> Callable[[int], None]:
 
 def _repeated_layers(session: Session) -> Callable[[int], None]:
     work = LayerWork(session.shape, _BATCH, session.device)
-    layer = plain_layer(session, work, session.config.budget_tokens)
+    layer = plain_layer(work, attend_blocks(session, _BATCH, session.config.budget_tokens))
     layer()
     if session.is_rehearsal:
         return _repeated(lambda: None, 1)  # has run once

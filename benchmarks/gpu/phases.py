@@ -26,6 +26,7 @@ STAGES = {
     1: ("FlashInfer as well", 5),
     2: ("SGLang as well", 9),
 }
+FOR_ALL_STAGES = ("env", "predict")  # what is in every record, and what numbers are held against
 _UNTIMED = ("claim-stress", "fetch-stress", "host-order", "sanitize", "op-checks")
 # What is right or wrong, and what compiles, runs side by side, and has ended before anything is timed.
 PHASES = (
@@ -45,6 +46,7 @@ PHASES = (
     Phase("layer", "layer_step", 0, 60, 20, needs=_UNTIMED, has_kernels=True),
     Phase("kernels", "kernels", 0, 45, 15, needs=_UNTIMED, has_kernels=True),
     Phase("link", "link", 0, 30, 10, needs=_UNTIMED, has_kernels=True),
+    Phase("stack", "stack_step", 1, 150, 30, needs=("compile", "compile-tests"), has_kernels=True),
     Phase("attention", "attention", 1, 40, 15, needs=("compile",), has_kernels=True),
     Phase("decode-plain", "decode_step", 2, 90, 55, "run_plain"),
     Phase("decode-freekv", "decode_step", 2, 150, 90, "run_freekv"),
