@@ -20,7 +20,7 @@ from freekv_kernels.fetch_blocks import claim_of
 _HEADS, _PAGE, _DIM = 4, 8, 16  # records of 1 KiB: a copy is short, so that others are still at work
 # Blocks, most entries of the windows, launches.
 _SIZES = ((64, 2048, 120), (1024, 8192, 80), (8192, 16384, 40))
-_REHEARSED = ((16, 32, 3), (8, 48, 2))
+_REHEARSED = ((16, 32, 2), (8, 48, 1))
 
 
 @dataclass
