@@ -31,7 +31,7 @@ def measure_attention(session: Session, stopwatch: Stopwatch, inputs: KernelInpu
     """Attention over the windows, and what it stands beside: FlashInfer over the whole context, and its top-k."""
     g, batch, width, device = inputs.geometry, inputs.batch_size, inputs.width, session.device
     attention = window_attention(g, batch, width, device)
-    block_kv = inputs.layer.block_kv.normal_()
+    block_kv = inputs.layer.store.block_kv.normal_()
     attention.plan([width] * inputs.num_rows)
     attention.last_page_len.fill_(g.page_size)
     num_entries = inputs.num_rows * width
