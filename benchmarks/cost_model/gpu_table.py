@@ -19,7 +19,7 @@ MODEL = Model.load("llama-3.1-8b")
 CONFIG = FreeKVConfig()
 CELLS = sorted(STEP_CELLS, key=lambda cell: (cell[1], cell[0]))
 _PARTS = ("launches", "scan", "correction", "exposed_link", "beside", "link")
-_TRAFFIC_RECORDS = ("rules_4k", "rules_texts", "rules_8k")
+_TRAFFIC_RECORDS = ("rules_4k", "rules_texts", "rules_8k", "rules_2k")
 
 
 def predicted(card: Card, batch: int, context: int, config: FreeKVConfig, traffic: Traffic) -> dict[str, GPUStep]:

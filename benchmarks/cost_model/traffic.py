@@ -8,7 +8,13 @@ from functools import cache
 from benchmarks.records import RESULTS, read_records
 
 # Records of `benchmarks.real_model` -> context and budget in tokens of what is read of them.
-SOURCES = {"rules_4k": (4096, 512), "rules_texts": (4096, 512), "rules_8k": (8064, 1024), "real_model": (4096, 512)}
+SOURCES = {
+    "rules_4k": (4096, 512),
+    "rules_texts": (4096, 512),
+    "rules_8k": (8064, 1024),
+    "rules_2k": (8064, 2048),
+    "real_model": (4096, 512),
+}
 DEFAULT_SOURCE = "rules_4k"
 
 
