@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from benchmarks.cost_model.cards import FLOPS_SHARE, H100, LINK_SHARE, MEMORY_SHARE, RTX_4090, Card
+from benchmarks.cost_model.launches import GATE, LAYER_S, STEP_S, fixed_seconds, pages_per_second, rows_seconds
 from sglang_freekv.doctor.capacity import free_before_weights
 from sglang_freekv.memory.units import GIB
 
-# Where nothing could be measured. Shares of the published peak that a good kernel or copy gets ...
-_MEMORY_SHARE, _LINK_SHARE, _FLOPS_SHARE = 0.9, 0.85, 0.7
-# ... and what the reads that are not one long run get of that memory rate: blocks of 16 KiB, and codes to unpack.
-_WINDOW_SHARE, _SCORING_SHARE = 0.85, 0.5
-# Sampling and what lies between two graphs; a dozen small kernels per layer; and as many more for retrieval, which run
-# even if they find nothing to do: 2 to 3 microseconds each.
-_STEP_S, _LAYER_S, _FREEKV_LAYER_S = 250e-6, 15e-6, 45e-6
+# Where nothing could be measured: what reads of blocks of 16 KiB get of the memory rate; and a scan of a layer's usual
+# pages, of 2 bits and 128 elements: bytes of one of them, and columns of a row.
+_WINDOW_SHARE, _PAGE_BYTES, _COLUMNS = 0.85, 1280, 1024
 _ALL_REDUCE_S = 15e-6  # of a few requests' hidden states over NVLink, twice per layer
 
 
@@ -69,69 +67,50 @@ class Machine:
 
 
 def published(
-    name: str,
-    *,
-    device_gib: float,
-    memory_gbs: float,
-    tflops: float,
-    link_gbs: float,
-    host_gib: float,
-    host_gbs: float,
-    num_sms: int,
-    static_share: float,
-    gpus: int = 1,
+    name: str, card: Card, *, host_gib: float, host_gbs: float, static_share: float, gpus: int = 1
 ) -> Machine:
     """A machine that nobody has measured: published peaks, and the shares assumed above."""
-    rate = memory_gbs * _MEMORY_SHARE
+    rate, layer_s = card.memory_rate / 1e9, LAYER_S + fixed_seconds(GATE)
+    scoring, select_s = min(rate, pages_per_second(card) * _PAGE_BYTES / 1e9), rows_seconds(card, 1, _COLUMNS)
     return Machine(
         name=name,
-        device_gib=device_gib,
+        device_gib=card.device_gib,
         memory_gbs=rate,
-        flops=tflops * 1e12 * _FLOPS_SHARE,
-        link_gbs=link_gbs * _LINK_SHARE,
+        flops=card.tflops * 1e12 * FLOPS_SHARE,
+        link_gbs=card.link_rate / 1e9,
         host_gib=host_gib,
-        host_gbs=host_gbs * _LINK_SHARE,
-        plain=Kernels(_STEP_S, _LAYER_S, 0.0, rate),
-        freekv=Kernels(_STEP_S, _FREEKV_LAYER_S, 0.0, rate * _WINDOW_SHARE, 0.0, rate * _SCORING_SHARE),
+        host_gbs=host_gbs * LINK_SHARE,
+        plain=Kernels(STEP_S, LAYER_S, 0.0, rate),
+        freekv=Kernels(STEP_S, layer_s, 0.0, rate * _WINDOW_SHARE, select_s, scoring),
         source=(
-            f"Rates are assumed: {_MEMORY_SHARE:.0%} of the published memory bandwidth ({_WINDOW_SHARE:.0%} of that "
-            f"for windows, {_SCORING_SHARE:.0%} for codes), {_LINK_SHARE:.0%} of the link, {_FLOPS_SHARE:.0%} of the "
-            f"matrix rate; so are {_STEP_S * 1e3:.2f} ms per step, {_LAYER_S * 1e6:.0f} us per layer, and "
-            f"{_FREEKV_LAYER_S * 1e6:.0f} us with retrieval."
+            f"Rates are assumed: {MEMORY_SHARE:.0%} of the published memory bandwidth ({_WINDOW_SHARE:.0%} of that "
+            f"for windows), {LINK_SHARE:.0%} of the link, {FLOPS_SHARE:.0%} of the matrix rate; so are "
+            f"{STEP_S * 1e3:.2f} ms per step, {LAYER_S * 1e6:.0f} us per layer, {layer_s * 1e6:.0f} us with "
+            f"retrieval. By counted instructions codes are read at {scoring:,.0f} GB/s, and a layer's pages are "
+            f"selected in {select_s * 1e6:.0f} us."
         ),
         gpus=gpus,
-        num_sms=num_sms,
+        num_sms=card.num_sms,
         static_share=static_share,
         all_reduce_s=_ALL_REDUCE_S,
     )
 
 
-RTX_4090 = published(
+DESKTOP = published(
     "24 GB card",
-    # NVIDIA, Ada GPU architecture whitepaper, table of the RTX 4090: 24 GB GDDR6X at 1,008 GB/s, 165.2 TFLOPS of bf16
-    # with fp32 accumulation, dense. PCIe 4.0 x16: 16 GT/s * 16 lanes * 128/130 = 31.5 GB/s.
-    device_gib=24,
-    memory_gbs=1008,
-    tflops=165.2,
-    link_gbs=31.5,
+    RTX_4090,
     # A desktop board with two channels of DDR5-5600: 2 * 44.8 GB/s.
     host_gib=256,
     host_gbs=89.6,
-    num_sms=128,
     static_share=0.847,  # what SGLang 0.5.17 chooses for 24 GiB
 )
 H100_X8 = published(
     "8 x H100 80 GB",
-    # NVIDIA, H100 datasheet, SXM5: 80 GB HBM3 at 3.35 TB/s, 989 TFLOPS of bf16, dense. PCIe 5.0 x16: 63 GB/s.
-    device_gib=80,
-    memory_gbs=3350,
-    tflops=989,
-    link_gbs=63,
+    H100,
     # NVIDIA, DGX H100 user guide: 2 TB of system memory, two Xeon 8480C, each with 8 channels of DDR5-4800 (38.4 GB/s).
     host_gib=2048,
     host_gbs=614,
-    num_sms=132,
     static_share=0.83,  # SGLang 0.5.17 chooses 0.836 for one rank on 80 GiB, 0.819 for eight
     gpus=8,
 )
-MACHINES = {"rtx4090": RTX_4090, "h100x8": H100_X8}
+MACHINES = {"rtx4090": DESKTOP, "h100x8": H100_X8}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.gpu.shapes import ModelShape
 from sglang_freekv.doctor.parameters import count_parameters
 from sglang_freekv.memory.geometry import Geometry, stored_head_dim
 
@@ -26,6 +27,7 @@ class Model:
     head_dim: int
     params: int
     embedding_params: int  # of the input embedding, where it is not the output's too: a step reads only rows of it
+    logits_params: int = 0  # of what multiplies the last hidden states
     max_context: int = 0  # tokens that it was trained for; 0: not said
     weight_bits: int = 16  # of a parameter; KV is bfloat16 in any case
 
@@ -53,6 +55,7 @@ class Model:
             head_dim=config.get("head_dim") or config["hidden_size"] // q_heads,
             params=counts.total,
             embedding_params=counts.input_embedding if counts.output_embedding else 0,
+            logits_params=counts.output_embedding or counts.input_embedding,
             max_context=config.get("max_position_embeddings", 0),
             weight_bits=weight_bits,
         )
@@ -67,6 +70,21 @@ class Model:
             raise ValueError(f"no model {name!r}: give one of {known}, or the path of a config.json")
         label = path.parent.name if path.name == "config.json" else path.stem
         return cls.from_config(json.loads(path.read_text()), label, weight_bits)
+
+    @classmethod
+    def of_shape(cls, shape: ModelShape, name: str = "measured") -> Model:
+        """A model that the GPU suite measures: `ModelShape` writes Llama checkpoints."""
+        config = {
+            "model_type": "llama",
+            "num_hidden_layers": shape.layers,
+            "hidden_size": shape.hidden,
+            "intermediate_size": shape.intermediate,
+            "num_attention_heads": shape.heads,
+            "num_key_value_heads": shape.kv_heads,
+            "head_dim": shape.head_dim,
+            "vocab_size": shape.vocab,
+        }
+        return cls.from_config(config, name)
 
     @property
     def weight_bytes(self) -> int:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from benchmarks.cost_model.machine import Machine
 from benchmarks.cost_model.model import Model
 from benchmarks.cost_model.step_time import Setting, geometry_of, step_seconds
+from benchmarks.cost_model.traffic import Traffic
 from sglang_freekv.config import FreeKVConfig
 from sglang_freekv.doctor.capacity import Rank, best_fit, pages_of, plan_for_requests
 from sglang_freekv.memory.plan import MemoryPlan
@@ -20,24 +21,6 @@ BUDGETS = (1 * K, 2 * K, 4 * K, 8 * K, 16 * K, 32 * K)
 _MOST_REQUESTS = 4096  # per replica; SGLang's own bound is of this size
 # A smaller batch with nearly the throughput answers sooner; a larger budget with nearly the throughput sees more.
 _BATCH_TOLERANCE, _BUDGET_TOLERANCE = 0.05, 0.1
-
-
-@dataclass(frozen=True)
-class Traffic:
-    """What decides how much is recalled, and is not predicted: measure it with a model and its requests.
-
-    By default SmolLM2-135M-Instruct's on real text, 4,096 tokens with a budget of 512, under the default rule
-    (`benchmarks/results/rules.md`). With device blocks for two windows it recalls 0.068 of its selected pages in a
-    step; `recalled_bytes` expects 0.060.
-    """
-
-    turnover: float = 0.080  # share of the selected pages that one step changes
-    flagged_share: float = 0.158  # of the rows, corrected
-    exposed_share: float = 0.53  # of the recalled bytes, that attention waits for
-
-
-# Of the paper's rule, likewise: its selector, and its tau (`benchmarks/results/real_model.md`).
-BY_PAPER = Traffic(turnover=0.26, flagged_share=0.335, exposed_share=0.37)
 
 
 @dataclass(frozen=True)
@@ -151,12 +134,12 @@ def _of_budget(machine: Machine, model: Model, one: Setting, tp: int, traffic: T
 def recalled_bytes(plan: MemoryPlan, setting: Setting, traffic: Traffic) -> float:
     """Of one request, step and rank: pages that enter a window, as far as they are not resident.
 
-    A page that enters is taken to be resident as often as any page of the running requests.
+    How much more often such a page is resident than any page of the running requests is the traffic's to say.
     """
     g, c = plan.geometry, plan.config
     resident = min(1.0, plan.num_blocks / (setting.batch * pages_of(setting.context, g) * g.num_kv_heads))
     selected = setting.budget - c.sink_tokens - c.recent_tokens
-    return traffic.turnover * (1 - resident) * selected * g.token_bytes
+    return traffic.recalled_bytes(resident, selected * g.token_bytes)
 
 
 def _choice(

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from benchmarks.cost_model.machine import H100_X8, RTX_4090, Machine
+from benchmarks.cost_model.machine import DESKTOP, H100_X8, Machine
 from benchmarks.cost_model.model import Model
-from benchmarks.cost_model.planning import BUDGETS, BY_PAPER, Choice, K, Traffic, best_freekv, best_plain
+from benchmarks.cost_model.planning import BUDGETS, Choice, K, best_freekv, best_plain
+from benchmarks.cost_model.traffic import Traffic, measured_traffic
 from sglang_freekv.config import FreeKVConfig
 
 LLAMA, QWEN = Model.load("llama-3.1-8b"), Model.load("qwen3-32b")
 LLAMA_FP8 = Model.load("llama-3.1-8b", weight_bits=8)
 DEFAULT_BUDGET = FreeKVConfig.budget_tokens
+BY_PAPERS_RULE = measured_traffic("freekv-paper", "real_model")
 _COLUMNS = ["budget", "requests", "why no more", "device GB/request", "host GB/request", "step ms", "nothing hidden"]
 
 
@@ -22,7 +24,7 @@ class Plan:
     machine: Machine
     models: tuple[tuple[Model, tuple[int | None, ...]], ...]  # with the GPUs of a replica; None: what is fastest
     contexts: tuple[int, ...]  # tokens
-    traffic: Traffic = field(default_factory=Traffic)
+    traffic: Traffic = field(default_factory=measured_traffic)
 
     @property
     def assumptions(self) -> str:
@@ -33,7 +35,7 @@ class Plan:
         )
         return (
             f"{gpus}. {m.source} Traffic that is put in, by default as measured with a small language model: "
-            f"{_words(t)}; by the paper's rule {_words(BY_PAPER)}."
+            f"{_words(t)}; by the paper's rule {_words(BY_PAPERS_RULE)}."
         )
 
     def lines(self) -> list[list[str]]:
@@ -51,7 +53,7 @@ class Plan:
             "plain": plain,
             "freekv": best_freekv(*request, self.traffic, budget=DEFAULT_BUDGET, tp=tp),
             "freekv, best budget": best_freekv(*request, self.traffic, tp=tp),
-            "freekv, paper's rule": best_freekv(*request, BY_PAPER, "paper", DEFAULT_BUDGET, tp),
+            "freekv, paper's rule": best_freekv(*request, BY_PAPERS_RULE, "paper", DEFAULT_BUDGET, tp),
         }
         return [[_name(model), f"{context:,}", engine, *_cells(choice, plain)] for engine, choice in found.items()]
 
@@ -89,7 +91,7 @@ def _cells(choice: Choice | None, plain: Choice | None) -> list[str]:
 class BudgetPlan(Plan):
     """A table: the best batch by budget and by the traffic that is assumed."""
 
-    turnovers: tuple[float, ...] = (0.04, Traffic.turnover, 0.2)
+    turnovers: tuple[float, ...] = (0.04, measured_traffic().turnover, 0.2)
 
     @property
     def assumptions(self) -> str:
@@ -124,8 +126,8 @@ def _short(choice: Choice | None, best: Choice | None) -> str:
 
 
 PLANS: dict[str, Plan] = {
-    "24gb": Plan(RTX_4090, ((LLAMA, (1,)), (LLAMA_FP8, (1,))), (32 * K, 128 * K, 1024 * K)),
-    "24gb-budgets": BudgetPlan(RTX_4090, ((LLAMA, (1,)), (LLAMA_FP8, (1,))), (32 * K,)),
+    "24gb": Plan(DESKTOP, ((LLAMA, (1,)), (LLAMA_FP8, (1,))), (32 * K, 128 * K, 1024 * K)),
+    "24gb-budgets": BudgetPlan(DESKTOP, ((LLAMA, (1,)), (LLAMA_FP8, (1,))), (32 * K,)),
     "8gpus": Plan(H100_X8, ((LLAMA, (1,)), (QWEN, (2,))), (8 * K, 32 * K, 128 * K)),
     "8gpus-budgets": BudgetPlan(H100_X8, ((LLAMA, (1,)), (QWEN, (2,))), (128 * K,)),
     "1m": Plan(H100_X8, ((LLAMA, (1, 4, 8)), (QWEN, (4, 8))), (1024 * K,)),

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.gpu.link import HostPages, NoDriver, TimedMemory
+from benchmarks.gpu.link_pages import HostPages, NoDriver, TimedMemory
 from benchmarks.gpu.timing import Stopwatch
 from freekv_kernels import recall_blocks
 from sglang_freekv.memory.geometry import Geometry

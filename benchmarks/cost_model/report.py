@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from benchmarks.cost_model import gpu_table
 from benchmarks.cost_model.fit import Errors, Sample, errors_of
 from benchmarks.cost_model.plans import PLANS, Plan
 from benchmarks.cost_model.results import Measured, read_run
@@ -25,7 +26,7 @@ def table(records: Sequence[Record], name: str) -> Table:
 
     Parameters
     ----------
-    name : "rates", "steps", "errors" or a plan's
+    name : "rates", "steps", "errors", one of `gpu_table` or a plan's
         A plan's may be followed by ":" and a context in tokens, and then has that one only, and its first model.
 
     Raises
@@ -36,8 +37,10 @@ def table(records: Sequence[Record], name: str) -> Table:
     plan, _, context = name.partition(":")
     if plan in PLANS:
         return plan_table(_part(PLANS[plan], int(context)) if context else PLANS[plan])
+    if name in gpu_table.TABLES:
+        return gpu_table.TABLES[name]()
     if name not in _MEASURED:
-        raise ValueError(f"no table {name!r}; there are {', '.join([*_MEASURED, *PLANS])}")
+        raise ValueError(f"no table {name!r}; there are {', '.join([*_MEASURED, *PLANS, *gpu_table.TABLES])}")
     run = read_run(records)
     return Table([]) if run is None else Table(_MEASURED[name](run), conditions_of(records))
 

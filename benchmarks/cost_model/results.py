@@ -49,7 +49,7 @@ def read_run(records: Sequence[Record]) -> Measured | None:
     rates = {key: values[metric] for key, (metric, _) in _RATES.items()}
     samples = [_sample(r) for r in steps]
     shape = ModelShape(**{name: steps[0].params[name] for name in ModelShape.__dataclass_fields__})
-    model, environment = model_of(shape), records[-1].environment
+    model, environment = Model.of_shape(shape), records[-1].environment
     name = environment["gpu"] or environment["cpu"]
     sizes = {"device_gib": values["device_memory"], "host_gib": environment["ram_gib"]}
     machine = describe_machine(name, sizes, rates, samples, model, is_gpu=steps[0].params["device"] == "cuda")
@@ -62,18 +62,3 @@ def _sample(record: Record) -> Sample:
     counted = {name: p[name] for name in ("p20", "p80", "flagged", "recalled_bytes") if name in p}
     # Records that do not name their selector are older than the one that is the default now.
     return Sample(Cell(**({"budget": None, "selector": "codes"} | values)), record.value / 1e3, **counted)
-
-
-def model_of(shape: ModelShape) -> Model:
-    """The measured model; `ModelShape` writes Llama checkpoints."""
-    config = {
-        "model_type": "llama",
-        "num_hidden_layers": shape.layers,
-        "hidden_size": shape.hidden,
-        "intermediate_size": shape.intermediate,
-        "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.kv_heads,
-        "head_dim": shape.head_dim,
-        "vocab_size": shape.vocab,
-    }
-    return Model.from_config(config, "measured")

@@ -2,11 +2,12 @@
 
     busy   = step + layers * (layer + requests * request) + max(weights / memory, operations / flops)
              + KV or window / attention rate + pages' codes / scoring rate + selections
-    step   = max(busy, hidden recalls / link) + exposed recalls / link + hidden recalls of the last layer / link
+    step   = max(busy, hidden recalls / link) + exposed recalls / link + tail
+    tail   = what hidden recalls of the last layer / link are longer than the logits
 
 Recalls for the next step run on a second stream beside the layers that follow, but scoring on that stream reads the
 memory that everybody reads, so it counts as busy. What this step's attention waits for is exposed. The last layer's
-recalls have no layer to hide behind. On a CPU nothing hides.
+recalls run beside the logits. On a CPU nothing hides.
 """
 
 from __future__ import annotations
@@ -142,4 +143,10 @@ def step_seconds(machine: Machine, model: Model, setting: Setting, tp: int = 1, 
     hidden, exposed = work.hidden_bytes / link, work.exposed_bytes / link
     if is_worst or not machine.overlaps:
         return busy + hidden + exposed
-    return max(busy, hidden) + exposed + hidden / work.layers
+    logits = logits_seconds(model, machine.memory_gbs * 1e9, tp)
+    return max(busy, hidden) + exposed + max(0.0, hidden / work.layers - logits)
+
+
+def logits_seconds(model: Model, memory_rate: float, tp: int = 1) -> float:
+    """Reading what multiplies the last hidden states."""
+    return model.logits_params * model.weight_bits / 8 / tp / memory_rate

@@ -23,7 +23,7 @@ from importlib import import_module
 from pathlib import Path
 
 # What imports torch is imported when the command line has been read.
-from benchmarks.gpu.phases import PHASES, STAGES
+from benchmarks.gpu.phases import PHASES, STAGES, phases_of
 from benchmarks.gpu.shapes import SHAPES
 
 _ROOT = Path(__file__).parents[2]
@@ -42,7 +42,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name, stage in stages.items():
         what, minutes = STAGES[stage]
         command = commands.add_parser(name, help=f"the phases that need {what}")
-        command.set_defaults(only=",".join(phase.name for phase in PHASES if phase.stage == stage))
+        command.set_defaults(only=",".join(phases_of(stage)))
         _add_suite(command, minutes)
     for phase in PHASES:
         command = commands.add_parser(phase.name)

@@ -10,6 +10,7 @@ import torch
 from benchmarks.gpu.kernels import REHEARSED_SIZES, SIZES, build_inputs, measure_peak
 from benchmarks.gpu.session import Session
 from benchmarks.gpu.timing import Stopwatch
+from sglang_freekv.attention.base import DecodeAttention
 from sglang_freekv.memory.geometry import Geometry
 from sglang_freekv.testing.kernel_inputs import KernelInputs
 
@@ -29,15 +30,8 @@ def run(session: Session) -> None:
 def measure_attention(session: Session, stopwatch: Stopwatch, inputs: KernelInputs, peak: float) -> None:
     """Attention over the windows, and what it stands beside: FlashInfer over the whole context, and its top-k."""
     g, batch, width, device = inputs.geometry, inputs.batch_size, inputs.width, session.device
-    if session.is_rehearsal:
-        from sglang_freekv.attention.cpu import TorchWindowAttention
-
-        attention = TorchWindowAttention(g, batch, width)
-    else:
-        from sglang_freekv.attention.gpu import FlashInferWindowAttention, allocate_float_workspace
-
-        attention = FlashInferWindowAttention(g, batch, width, device, allocate_float_workspace(g, device))
-    block_kv = inputs.layer.block_kv.normal_()
+    attention = window_attention(g, batch, width, device)
+    block_kv = inputs.layer.store.block_kv.normal_()
     attention.plan([width] * inputs.num_rows)
     attention.last_page_len.fill_(g.page_size)
     num_entries = inputs.num_rows * width
@@ -47,7 +41,7 @@ def measure_attention(session: Session, stopwatch: Stopwatch, inputs: KernelInpu
     timing = stopwatch.time(lambda: attention.run(q, block_kv, scale))
     _record_attention(session, "window", timing, num_entries * g.block_bytes, inputs, peak)
     if not session.is_rehearsal:
-        call, num_bytes = _full_attention(inputs, q.view(batch, -1, g.head_dim))
+        call, num_bytes = full_attention(g, inputs.context_tokens, q.view(batch, -1, g.head_dim))
         _record_attention(session, "full, FlashInfer", stopwatch.time(call), num_bytes, inputs, peak)
         import flashinfer
 
@@ -56,12 +50,28 @@ def measure_attention(session: Session, stopwatch: Stopwatch, inputs: KernelInpu
         _record_attention(session, "FlashInfer top_k of pooled scores", timing, scores.nbytes, inputs, peak)
 
 
-def _full_attention(inputs: KernelInputs, q: torch.Tensor) -> tuple[Callable[[], object], int]:
-    """FlashInfer's decode over every token, in pages of one token, as plain SGLang calls it."""
+def window_attention(geometry: Geometry, max_requests: int, max_pages: int, device: str) -> DecodeAttention:
+    """The engine's: FlashInfer's, or torch's on a CPU."""
+    if device == "cpu":
+        from sglang_freekv.attention.cpu import TorchWindowAttention
+
+        return TorchWindowAttention(geometry, max_requests, max_pages)
+    from sglang_freekv.attention.gpu import FlashInferWindowAttention, allocate_float_workspace
+
+    workspace = allocate_float_workspace(geometry, device)
+    return FlashInferWindowAttention(geometry, max_requests, max_pages, device, workspace)
+
+
+def full_attention(g: Geometry, context: int, q: torch.Tensor) -> tuple[Callable[[], torch.Tensor], int]:
+    """FlashInfer's decode over every token, in pages of one token, as plain SGLang calls it; and the bytes it reads.
+
+    Parameters
+    ----------
+    q : model dtype, ``[batch_size, num_qo_heads, head_dim]``
+    """
     from flashinfer import BatchDecodeWithPagedKVCacheWrapper
 
-    g: Geometry = inputs.geometry
-    batch, context, device = inputs.batch_size, inputs.context_tokens, q.device
+    batch, device = len(q), q.device
     kv = torch.empty((2, batch * context, 1, g.num_kv_heads, g.head_dim), dtype=g.dtype, device=device).normal_()
     indptr = torch.arange(batch + 1, dtype=torch.int32, device=device) * context
     indices = torch.arange(batch * context, dtype=torch.int32, device=device)

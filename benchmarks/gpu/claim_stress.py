@@ -13,7 +13,7 @@ import torch
 from benchmarks.gpu.session import Session
 from freekv_kernels import BlockTables, Claim, Count, MissList, triton_ops
 
-_STEP = 50
+STEP = 50
 _PAIRS_PER_BLOCK = 6
 # Blocks, most entries of a list, launches: a claim of few blocks contends most, one of many is what a server has.
 _SIZES = ((64, 512, 150), (1024, 4096, 100), (4096, 4096, 100), (32768, 16384, 60))
@@ -41,7 +41,7 @@ class Launch:
         # One in `scarcity` blocks is older than what the step reads.
         scarcity = (1, 2, 4, 1000)[self._below(4)]
         is_old = torch.randint(scarcity, (num_held,), generator=self._generator) == 0
-        self.last_used[held] = torch.where(is_old, 2 * _STEP - 1 - self._stamps(num_held), 2 * _STEP).int()
+        self.last_used[held] = torch.where(is_old, 2 * STEP - 1 - self._stamps(num_held), 2 * STEP).int()
         self.last_used[held[: num_held // 8]] += 1
         self.stack = torch.zeros(self.num_blocks, dtype=torch.int32)
         self.stack[: len(free)] = free.int()
@@ -61,14 +61,13 @@ class Launch:
     def _stamps(self, count: int) -> torch.Tensor:
         return torch.randint(8, (count,), generator=self._generator)
 
-    def run(self, device: str) -> tuple[BlockTables, torch.Tensor]:
-        """Claim on the device; the tables after it and the blocks of the entries, on the CPU, of one layer."""
+    def tables(self, device: str) -> BlockTables:
+        """Before the claim, of one layer; copies."""
 
         def layer(tensor: torch.Tensor) -> torch.Tensor:
             return tensor[None].to(device, copy=True)
 
-        count = torch.tensor([len(self.wanted)], dtype=torch.int32, device=device)
-        tables = BlockTables(
+        return BlockTables(
             table=layer(self.table)[..., None],
             owner=layer(self.owner),
             last_used=layer(self.last_used),
@@ -76,9 +75,14 @@ class Launch:
             num_free=torch.tensor([self.num_free], dtype=torch.int32, device=device),
             hand=torch.tensor([self.hand], dtype=torch.int32, device=device),
         )
+
+    def run(self, device: str) -> tuple[BlockTables, torch.Tensor]:
+        """Claim on the device; the tables after it and the blocks of the entries, on the CPU, of one layer."""
+        tables = self.tables(device)
+        count = torch.tensor([len(self.wanted)], dtype=torch.int32, device=device)
         entries, blocks = torch.full((2, len(self.wanted)), -7, dtype=torch.int32, device=device)
         misses = MissList(self.wanted.to(device), count, entries, blocks)
-        step = torch.tensor([_STEP], device=device)
+        step = torch.tensor([STEP], device=device)
         self.counters = torch.zeros(len(Count), dtype=torch.int64, device=device)
         triton_ops().claim_blocks(misses, tables, step, self.claim, self.counters)
         return BlockTables(*(tensor.cpu().flatten() for tensor in tables)), blocks.cpu()
@@ -87,12 +91,12 @@ class Launch:
         """What of the contract does not hold."""
         table, owner, last_used, stack, num_free, _ = after
         distinct = self.wanted.unique()
-        protected = self.last_used >= 2 * _STEP + self.claim.protect_back
+        protected = self.last_used >= 2 * STEP + self.claim.protect_back
         victims = int(((self.last_used >= 0) & ~protected).sum())
         held = (owner >= 0).nonzero().flatten()
         free = stack[: int(num_free)].long()
         served = blocks >= 0
-        stamp = 2 * _STEP + self.claim.stamp_back
+        stamp = 2 * STEP + self.claim.stamp_back
         evicted = int(self.counters[Count.EVICTIONS])
         num_served = min(len(distinct), self.num_free + victims)
         holds = {

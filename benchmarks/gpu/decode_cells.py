@@ -6,6 +6,10 @@ from dataclasses import dataclass
 
 K = 1024
 TARGETS_MB = (13, 26, 48)  # recalled per request and step, at 32K and batch 8
+STEP_CELLS = ((8, 32 * K), (1, 128 * K), (1, 32 * K), (32, 32 * K))  # batch, context: of phase layer, and predicted
+# Cell -> what is hoped for of its step: at most so many times window-only, at least so many times faster than full.
+MOST_OF_WINDOW, LEAST_OF_FULL = {(8, 32 * K): 1.10}, {(1, 128 * K): 1.6, (32, 32 * K): 3.5}
+REHEARSED_STEP_CELLS = ((1, 320),)
 WINDOWS = 3  # device blocks of a request, in windows; two are the least
 SPECULATION, DEFAULT, EXACT = -1.0, 0.9, 2.0  # tau
 # Of phase layer: mean of 1 - cosine of two steps' queries. With random keys and the default budget at 32K, MOVING

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from benchmarks.gpu.layer_work import LayerWork
+from benchmarks.gpu.layer_work import LayerWork, NewAttention
 from benchmarks.gpu.mid_decode import fill_host_store, map_pages, restart, start_rows
 from benchmarks.gpu.session import Session
 from benchmarks.gpu.stand_in_attention import StandInAttention
@@ -14,7 +14,8 @@ from sglang_freekv.algorithm.decode import Decode
 from sglang_freekv.algorithm.inputs import DecodeInput
 from sglang_freekv.algorithm.selectors import SELECTORS
 from sglang_freekv.algorithm.stream import SideStreams
-from sglang_freekv.memory.geometry import num_pages_of
+from sglang_freekv.config import FreeKVConfig
+from sglang_freekv.memory.geometry import Geometry, num_pages_of
 from sglang_freekv.memory.kv_memory import KVMemory
 from sglang_freekv.memory.layers import WINDOWED
 
@@ -26,19 +27,29 @@ class EngineStack:
     ----------
     num_steps : int
         Most tokens of a request beyond `context`.
+    new_attention : callable
+        Makes the attention over the windows.
     """
 
-    def __init__(self, session: Session, batch_size: int, context: int, num_layers: int, num_steps: int) -> None:
+    def __init__(
+        self,
+        session: Session,
+        batch_size: int,
+        context: int,
+        num_layers: int,
+        num_steps: int,
+        new_attention: NewAttention = StandInAttention,
+    ) -> None:
         g, config, device = session.shape.geometry(num_layers), session.config, session.device
+        self._new_attention = new_attention
         self.batch_size, self.context, self.num_steps, self.device = batch_size, context, num_steps, device
         self.work = LayerWork(session.shape, batch_size, device, g.dtype)
         num_pages = num_pages_of(context + num_steps, g.page_size) + 2
-        self.num_blocks = int(config.windows * batch_size * config.max_budget_tokens // g.page_size * g.num_kv_heads)
         self.memory = KVMemory(
             g,
             config,
             num_host_pages=1 + batch_size * num_pages,
-            num_blocks=self.num_blocks,
+            num_blocks=self._num_blocks(config, g),
             max_requests=batch_size,
             max_context=num_pages * g.page_size,
             device=device,
@@ -49,11 +60,21 @@ class EngineStack:
         self.req_to_token = torch.zeros(shape, dtype=torch.int32, device=device)
         self.rows = torch.arange(1, batch_size + 1, device=device)
 
-    def start(self) -> None:
-        """Requests at their first step, with windows and no graph."""
+    def _num_blocks(self, config: FreeKVConfig, g: Geometry) -> int:
+        return int(config.windows * self.batch_size * config.max_budget_tokens // g.page_size * g.num_kv_heads)
+
+    def start(self, config: FreeKVConfig | None = None) -> None:
+        """Requests at their first step, with windows and no graph.
+
+        Parameters
+        ----------
+        config : FreeKVConfig, optional
+            From now on; its selector must read the index that there is.
+        """
         memory, g = self.memory, self.memory.geometry
-        restart(memory, memory.config, self.num_blocks)
-        attention = StandInAttention(g, self.batch_size, memory.sizes.width, self.device)
+        config = config or memory.config
+        restart(memory, config, self._num_blocks(config, g))
+        attention = self._new_attention(g, self.batch_size, memory.sizes.width, self.device)
         selector = SELECTORS[memory.config.selector_name](memory)
         streams = SideStreams(self.device)
         self.decode = Decode(memory, {WINDOWED: attention}, {WINDOWED: selector}, streams)

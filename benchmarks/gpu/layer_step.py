@@ -14,13 +14,16 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.gpu.decode_cells import MOVING, STILL, K
+from benchmarks.gpu.decode_cells import MOVING, REHEARSED_STEP_CELLS, STEP_CELLS, STILL
 from benchmarks.gpu.engine_stack import EngineStack
-from benchmarks.gpu.layer_work import LayerWork, plain_layer
+from benchmarks.gpu.layer_work import LayerWork, attend_blocks, plain_layer
+from benchmarks.gpu.predict import record_explained
 from benchmarks.gpu.session import Failures, Session
 from benchmarks.gpu.timing import Stopwatch
 from sglang_freekv.algorithm.audit import audit_blocks, audit_windows
+from sglang_freekv.config import FreeKVConfig
 
+WARM_UP_STEPS = 2
 _AUDITED_BATCH = 8  # an audit reads every block over the link
 
 
@@ -32,8 +35,8 @@ class Sizes(NamedTuple):
     steps: int
 
 
-_SIZES = Sizes(((8, 32 * K), (1, 128 * K), (1, 32 * K), (32, 32 * K)), (2, 4), 24)
-_REHEARSED = Sizes(((1, 320),), (1, 2), 1)
+_SIZES = Sizes(STEP_CELLS, (2, 4), 24)
+_REHEARSED = Sizes(REHEARSED_STEP_CELLS, (1, 2), 1)
 
 
 def run(session: Session) -> None:
@@ -47,7 +50,7 @@ def run(session: Session) -> None:
             logits = stopwatch.slope(work.compute_logits).median
             window = min(context, session.config.budget_tokens)
             for mode, attended in (("full", context), ("window", window)):
-                layer = stopwatch.slope(plain_layer(session, work, attended)).median
+                layer = stopwatch.slope(plain_layer(work, attend_blocks(session, batch_size, attended))).median
                 cell = {"mode": mode, "batch": batch_size, "context": context}
                 session.record("layer_time", round(layer * 1e6, 2), "us", **cell)
                 _record_step(session, session.shape.layers * layer + logits, **cell)
@@ -58,27 +61,44 @@ def run(session: Session) -> None:
 
 def _measure_engine(session: Session, sizes: Sizes, batch_size: int, context: int) -> None:
     """The engine's layer and step, with queries that move and with such that do not."""
-    shallow, deep = sizes.depths
-    num_steps = sizes.steps + 2  # what compiles and warms up
-    stack = EngineStack(session, batch_size, context, deep, num_steps)
+    deep = sizes.depths[1]
+    stack = EngineStack(session, batch_size, context, deep, sizes.steps + WARM_UP_STEPS)
     for drift in (MOVING,) if session.is_rehearsal else (MOVING, STILL):
         if not session.has_time(2, f"batch {batch_size}, context {context}, drift {drift}"):
             break
-        (_, few, _), (plan, many, counted) = (_time_steps(stack, depth, sizes.steps, drift) for depth in sizes.depths)
-        layer, tail = (many - few) / (deep - shallow), few - shallow * (many - few) / (deep - shallow)
-        cell = {"mode": "freekv", "batch": batch_size, "context": context, "drift": drift}
-        found = _traffic(stack, counted, sizes.steps, session.shape.layers / deep)
+        plan, layer, tail, counted = time_layer(stack, sizes.depths, sizes.steps, drift)
+        cell = {"mode": "freekv", "batch": batch_size, "context": context, "moves": drift}
+        found = traffic_of(stack, counted, sizes.steps, session.shape.layers / deep)
         session.record("layer_time", round(layer * 1e6, 2), "us", **cell, **found)
-        session.record("plan_time", round(plan * 1e6, 2), "us", batch=batch_size, context=context, drift=drift)
-        session.record("tail_time", round(tail * 1e6, 2), "us", batch=batch_size, context=context, drift=drift)
+        session.record("plan_time", round(plan * 1e6, 2), "us", batch=batch_size, context=context, moves=drift)
+        session.record("tail_time", round(tail * 1e6, 2), "us", batch=batch_size, context=context, moves=drift)
         _record_step(session, plan + session.shape.layers * layer + tail, **cell, **found)
-        _audit(session, stack, batch_size, context)
+        record_explained(session, batch_size, context, drift, found["recalled_mb"], found["flagged"])
+        audit(session, stack, f"batch {batch_size}, context {context}")
     stack.memory.unpin()
 
 
-def _time_steps(stack: EngineStack, depth: int, steps: int, drift: float) -> tuple[float, float, dict[str, int]]:
+def time_layer(
+    stack: EngineStack, depths: tuple[int, int], steps: int, drift: float, config: FreeKVConfig | None = None
+) -> tuple[float, float, float, dict[str, int]]:
+    """Median seconds of a step's plan, of a layer and of what follows the last one; what the deeper steps have counted.
+
+    Parameters
+    ----------
+    depths : layers of two graphs, whose difference is the layers'
+    config : FreeKVConfig, optional
+        Instead of the one that the stack has had.
+    """
+    (_, few, _), (plan, many, counted) = (_time_steps(stack, depth, steps, drift, config) for depth in depths)
+    layer = (many - few) / (depths[1] - depths[0])
+    return plan, layer, few - depths[0] * layer, counted
+
+
+def _time_steps(
+    stack: EngineStack, depth: int, steps: int, drift: float, config: FreeKVConfig | None
+) -> tuple[float, float, dict[str, int]]:
     """Median seconds of the plan of a step, and of its layers; what these steps have counted."""
-    stack.start()
+    stack.start(config)
     graph = stack.capture(depth)  # the first step, which has another query than the windows, is not one of those timed
     before, times = stack.counts(), []
     for _ in range(steps):
@@ -89,7 +109,7 @@ def _time_steps(stack: EngineStack, depth: int, steps: int, drift: float) -> tup
     return statistics.median(plans), statistics.median(layers), counted
 
 
-def _traffic(stack: EngineStack, counted: dict[str, int], num_steps: int, scale: float) -> dict[str, float]:
+def traffic_of(stack: EngineStack, counted: dict[str, int], num_steps: int, scale: float) -> dict[str, float]:
     """What steps have corrected and recalled; bytes are of one request and step, of the whole model."""
     g = stack.memory.geometry
     recalled = counted["recalls"] * g.record_bytes * scale / (num_steps * stack.batch_size)
@@ -104,9 +124,9 @@ def _record_step(session: Session, seconds: float, **cell: int | float | str) ->
     session.record("step_estimate", round(seconds * 1e3, 4), "ms", **cell)
 
 
-def _audit(session: Session, stack: EngineStack, batch_size: int, context: int) -> None:
+def audit(session: Session, stack: EngineStack, what: str) -> None:
     """Of the replays: every block equals its host page, every window is what the rule says, no page was absent."""
-    if batch_size > _AUDITED_BATCH:
+    if stack.batch_size > _AUDITED_BATCH:
         return
     try:
         audit_windows(stack.decode)
@@ -114,4 +134,4 @@ def _audit(session: Session, stack: EngineStack, batch_size: int, context: int) 
         fault = ""
     except RuntimeError as error:
         fault = str(error)
-    session.check(f"audit of replayed steps, batch {batch_size}, context {context}", not fault, fault)
+    session.check(f"audit of replayed steps, {what}", not fault, fault)

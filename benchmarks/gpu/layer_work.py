@@ -9,7 +9,11 @@ import torch
 from benchmarks.gpu.session import Session
 from benchmarks.gpu.shapes import ModelShape
 from benchmarks.gpu.stand_in_attention import StandInAttention
-from sglang_freekv.memory.geometry import num_pages_of
+from sglang_freekv.attention.base import DecodeAttention
+from sglang_freekv.memory.geometry import Geometry, num_pages_of
+
+# Geometry, most requests, most pages of a row and device -> attention.
+NewAttention = Callable[[Geometry, int, int, str], DecodeAttention]
 
 
 class LayerWork:
@@ -70,23 +74,33 @@ class LayerWork:
         torch.mm(self._normed, self._head, out=self._logits)
 
 
-def plain_layer(session: Session, work: LayerWork, context: int) -> Callable[[], None]:
-    """A layer that attends to `context` tokens of each request, all of them on the device."""
-    g, device, batch_size = session.shape.geometry(1), session.device, work.batch_size
+def plain_layer(work: LayerWork, attend: Callable[[], torch.Tensor]) -> Callable[[], None]:
+    """A layer around an attention whose tokens are all on the device."""
+
+    def layer() -> None:
+        work.before_attention()
+        work.after_attention(attend().view(work.batch_size, -1))
+
+    return layer
+
+
+def attend_blocks(
+    session: Session, batch_size: int, context: int, new_attention: NewAttention = StandInAttention
+) -> Callable[[], torch.Tensor]:
+    """Write a token of each request, and attend to `context` tokens of each, in blocks as a window's."""
+    g, device = session.shape.geometry(1), session.device
     num_pages, num_rows = num_pages_of(context, g.page_size), batch_size * g.num_kv_heads
-    attention = StandInAttention(g, batch_size, num_pages, device)
+    attention = new_attention(g, batch_size, num_pages, device)
     block_kv = torch.empty((num_rows * num_pages, 2, g.page_size, g.head_dim), dtype=g.dtype, device=device).normal_()
-    attention.plan([num_pages] * num_rows)
     attention.last_page_len.fill_(g.page_size)
-    attention.kv_indices.copy_(torch.randperm(len(block_kv), device=device))
+    attention.kv_indices[: len(block_kv)] = torch.randperm(len(block_kv), device=device).int()
+    attention.plan([num_pages] * num_rows)
     q = torch.randn((batch_size, g.num_kv_heads, g.group_size, g.head_dim), device=device).to(g.dtype)
     kv = torch.zeros((num_rows, 2, g.head_dim), dtype=g.dtype, device=device)
     written = block_kv[:num_rows, :, 0]
 
-    def layer() -> None:
-        work.before_attention()
+    def attend() -> torch.Tensor:
         written.copy_(kv)
-        out = attention.run(q, block_kv, g.head_dim**-0.5)
-        work.after_attention(out.view(batch_size, -1))
+        return attention.run(q, block_kv, g.head_dim**-0.5)
 
-    return layer
+    return attend

@@ -2,87 +2,23 @@
 
 from __future__ import annotations
 
-import os
 import time
 
 import torch
 
 from benchmarks.gpu.link_beside import measure_beside, programs
+from benchmarks.gpu.link_pages import HostPages, NoDriver, TimedMemory
+from benchmarks.gpu.link_ways import COPY, IN_PLACE, RECALL, attend_in_place, check_copies, ways_of_copies
 from benchmarks.gpu.session import Session
 from benchmarks.gpu.timing import Stopwatch
-from freekv_kernels import Count, MissList, PageStore, recall_blocks_triton
-from sglang_freekv.memory.geometry import Geometry
-from sglang_freekv.memory.pinned import CudaDriver, PinnedMemory
+from freekv_kernels import recall_blocks_triton
+from sglang_freekv.memory.pinned import PinnedMemory
 from sglang_freekv.memory.units import GIB
 
 _MISSES = (64, 256, 1024, 4096, 16384)
 _PROGRAMS = (16, 32, 64, 128, 256)
 _PROGRAMS_AT = (1024, 16384)  # misses at which the number of programs is varied
 _COPY_BYTES = GIB
-
-
-class NoDriver(CudaDriver):
-    """For a rehearsal: nothing is pinned."""
-
-    def register(self, address: int, num_bytes: int) -> None:
-        return None
-
-    def unregister(self, address: int) -> None:
-        return None
-
-    def device_pointer(self, address: int) -> int:
-        return address
-
-    def near_cpus(self) -> set[int]:
-        return os.sched_getaffinity(0)
-
-
-class TimedMemory(PinnedMemory):
-    """Pinned memory that knows how long its parts took."""
-
-    def _populate(self, pieces: list[tuple[int, int]]) -> None:
-        start = time.perf_counter()
-        super()._populate(pieces)
-        self.populate_seconds = time.perf_counter() - start
-
-    def _register(self, pieces: list[tuple[int, int]]) -> None:
-        start = time.perf_counter()
-        super()._register(pieces)
-        self.register_seconds = time.perf_counter() - start
-
-
-class HostPages:
-    """A host store of one shape in pinned memory, and recalls from it to device blocks."""
-
-    def __init__(self, geometry: Geometry, memory: PinnedMemory, num_blocks: int, device: str) -> None:
-        g = self.geometry = geometry
-        num_pages = memory.tensor.nbytes // g.page_bytes
-        shape = (num_pages, g.num_layers, g.num_kv_heads, 2, g.page_size, g.head_dim)
-        self.kv = memory.tensor[: num_pages * g.page_bytes].view(g.dtype).view(shape)
-        self.num_pairs = num_pages * g.num_kv_heads
-        self.block_kv = torch.empty((num_blocks, 2, g.page_size, g.head_dim), dtype=g.dtype, device=device)
-        # Every pair has a block, though nobody looks: entries are completed for front windows only.
-        self.table = torch.zeros((num_pages, g.num_kv_heads), dtype=torch.int32, device=device)
-        self.counters = torch.zeros(len(Count), dtype=torch.int64, device=device)
-        self.misses = MissList(
-            pairs=torch.zeros(num_blocks, dtype=torch.int64, device=device),
-            count=torch.zeros(1, dtype=torch.int32, device=device),
-            entries=torch.zeros(num_blocks, dtype=torch.int32, device=device),
-            blocks=torch.arange(num_blocks, dtype=torch.int32, device=device),
-        )
-
-    def miss(self, count: int) -> None:
-        """List `count` other pairs, so that no cache on the way holds them."""
-        self.misses.pairs[:count] = torch.randperm(self.num_pairs, device=self.table.device)[:count]
-        self.misses.count.fill_(count)
-
-    def recall(self) -> None:
-        recall_blocks_triton.recall_blocks(self.store, self.misses, self.counters)
-
-    @property
-    def store(self) -> PageStore:
-        """Of a layer in the middle."""
-        return PageStore(self.kv[:, self.geometry.num_layers // 2], None, self.block_kv, self.table)
 
 
 def run(session: Session) -> None:
@@ -142,8 +78,11 @@ def _measure_beside(session: Session, memory: PinnedMemory, host: HostPages) -> 
     source = memory.tensor[:num_bytes]
     target = torch.empty(num_bytes, dtype=torch.uint8, device=session.device)
     host.miss(count)
-    num_programs = list(_PROGRAMS[:1] if session.is_rehearsal else _PROGRAMS)
-    measure_beside(session, lambda: target.copy_(source, non_blocking=True), host.recall, num_bytes, num_programs)
+    num_programs = _PROGRAMS[:1] if session.is_rehearsal else _PROGRAMS
+    ways = [(COPY, lambda: target.copy_(source, non_blocking=True), 0)]
+    ways += [(RECALL, host.recall, count) for count in num_programs]
+    ways += [(way, copy, 0) for way, copy in ways_of_copies(session, host).items()]
+    measure_beside(session, [*ways, (IN_PLACE, attend_in_place(session, host), 0)], num_bytes)
 
 
 def _check_recall(session: Session, host: HostPages) -> None:
@@ -157,6 +96,7 @@ def _check_recall(session: Session, host: HostPages) -> None:
     expected = host.kv[pairs // g.num_kv_heads, g.num_layers // 2, pairs % g.num_kv_heads]
     is_same = torch.equal(host.block_kv[:count].cpu().view(torch.int16), expected.view(torch.int16))
     session.check("recall_blocks copies what the host has", is_same)
+    check_copies(session, host)
 
 
 def _measure_token_major(session: Session, stopwatch: Stopwatch, memory: PinnedMemory, peak: float) -> None:

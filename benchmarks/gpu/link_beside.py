@@ -1,4 +1,4 @@
-"""What the link carries beside a decode step, and what the step loses by it: recall against a plain copy."""
+"""What the link carries beside a decode step, and what the step loses: recall against copies and reads in place."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from benchmarks.gpu.layer_work import LayerWork, plain_layer
+from benchmarks.gpu.layer_work import LayerWork, attend_blocks, plain_layer
 from benchmarks.gpu.session import Session
 from benchmarks.gpu.timing import TwoStreams
 from freekv_kernels import recall_blocks_triton
@@ -28,20 +28,16 @@ def programs(count: int) -> Iterator[None]:
         recall_blocks_triton._NUM_PROGRAMS = default
 
 
-def measure_beside(
-    session: Session, copy: Callable[[], object], recall: Callable[[], object], num_bytes: int, num_programs: list[int]
-) -> None:
-    """Rates of both, quiet and beside layers with window attention, and how much longer these layers take.
+def measure_beside(session: Session, ways: list[tuple[str, Callable[[], object], int]], num_bytes: int) -> None:
+    """Rates of all ways, quiet and beside layers with window attention, and how much longer these layers take.
 
     Parameters
     ----------
-    copy, recall : callable
-        Move `num_bytes` to the GPU, by the copy engine and by the kernel.
-    num_programs : list of int
-        Of the kernel.
+    ways : list of (name, callable, int)
+        Move `num_bytes` to the GPU; programs of the kernel, 0 for what is not its.
     """
     layers, streams = _repeated_layers(session), TwoStreams(session.device)
-    for way, transfer, count in [("copy", copy, 0), *(("recall", recall, count) for count in num_programs)]:
+    for way, transfer, count in ways:
         if not session.has_time(2, f"{way} beside decode"):
             break
         with programs(count or recall_blocks_triton._NUM_PROGRAMS):
@@ -60,7 +56,7 @@ def _repeated(call: Callable[[], object], calls: int) -> Callable[[int], None]:
 
 def _repeated_layers(session: Session) -> Callable[[int], None]:
     work = LayerWork(session.shape, _BATCH, session.device)
-    layer = plain_layer(session, work, session.config.budget_tokens)
+    layer = plain_layer(work, attend_blocks(session, _BATCH, session.config.budget_tokens))
     layer()
     if session.is_rehearsal:
         return _repeated(lambda: None, 1)  # has run once

@@ -7,7 +7,18 @@ from functools import partial
 from pathlib import Path
 
 from benchmarks.goals import Goal, goals_table
-from benchmarks.gpu.decode_cells import DEFAULT, EXACT, MOVING, SPECULATION, TARGETS_MB, WINDOWS, K
+from benchmarks.gpu.decode_cells import (
+    DEFAULT,
+    EXACT,
+    LEAST_OF_FULL,
+    MOST_OF_WINDOW,
+    MOVING,
+    SPECULATION,
+    STEP_CELLS,
+    TARGETS_MB,
+    WINDOWS,
+    K,
+)
 from benchmarks.gpu.phases import PHASES, STAGES
 from benchmarks.records import Record, read_records
 from benchmarks.tables.table import Lines, Table, latest, number
@@ -16,6 +27,7 @@ _TITLES = {
     "check": "Checks",
     "step_estimate": "Estimated decode step, attention by a stand-in",
     "layer_time": "A layer of it",
+    "stack_step": "Decode step of a stack with FlashInfer, by settings",
     "decode_step": "Time of a decode step",
     "decode_throughput": "Decode throughput",
     "kernel_time": "Kernels, each as one of several in a CUDA graph, cold L2",
@@ -25,7 +37,9 @@ _TITLES = {
     "decode_beside_transfer": "Decode beside the link",
     "recall_rate_token_major": "Recall, were the store token-major",
 }
-_HIDDEN = {"recall_time", "freekv_state"}  # in the records
+# -> what is measured of it
+_PREDICTED = {"predicted_step": ("step_estimate", "stack_step"), "predicted_kernel": ("kernel_time",)}
+_HIDDEN = {"recall_time", "freekv_state", "explained_step", *_PREDICTED}  # in the records
 # Parameters that were measured, too: they do not say which number it is.
 _MEASURED = {
     "p20",
@@ -71,27 +85,32 @@ def ratio(a: float | None, b: float | None) -> float | None:
 
 def goals_of(n: Numbers, stages: Collection[int] = STAGES) -> list[Goal]:
     """Ratios of the latest numbers of the stages, and of others where they are known."""
-    goals = {0: (_estimate_goals, _recall_goals), 1: (), 2: (_step_goals, _throughput_goals, _shown)}
+    goals = {0: (_estimate_goals, _recall_goals), 1: (_stack_goals,), 2: (_step_goals, _throughput_goals, _shown)}
     found = ((stage, goal) for stage, makers in goals.items() for make in makers for goal in make(n))
     return [goal for stage, goal in found if stage in stages or goal.value is not None]
 
 
-def _estimate_goals(n: Numbers) -> Iterator[Goal]:
-    """Of a step with attention by a stand-in, on all sides."""
+def _estimate_goals(n: Numbers, metric: str = "step_estimate", name: str = "estimated step") -> Iterator[Goal]:
+    """Of a step with the same attention on all sides."""
 
-    def step(mode: str, batch: int, context: int, **params: float) -> float | None:
-        return n.find("step_estimate", mode=mode, batch=batch, context=context, **params)
+    def step(mode: str, batch: int, context: int) -> float | None:
+        params = {"moves": MOVING, **_own(metric)} if mode == "freekv" else {}
+        return n.find(metric, mode=mode, batch=batch, context=context, **params)
 
-    bounds = {(8, 32 * K): {"at_most": 1.10}}
-    for batch, context in ((8, 32 * K), (1, 128 * K), (1, 32 * K), (32, 32 * K)):
-        value = ratio(step("freekv", batch, context, drift=MOVING), step("window", batch, context))
-        name = f"estimated step over window only, {context // K}K, batch {batch}"
-        yield Goal(name, value, **bounds.get((batch, context), {}))
-    bounds = {(1, 128 * K): {"at_least": 1.6}, (32, 32 * K): {"at_least": 3.5}}
-    for batch, context in ((1, 128 * K), (32, 32 * K), (8, 32 * K), (1, 32 * K)):
-        value = ratio(step("full", batch, context), step("freekv", batch, context, drift=MOVING))
-        name = f"estimated step: full attention / FreeKV, {context // K}K, batch {batch}"
-        yield Goal(name, value, **bounds.get((batch, context), {}))
+    for cell in STEP_CELLS:
+        value, where = ratio(step("freekv", *cell), step("window", *cell)), f"{cell[1] // K}K, batch {cell[0]}"
+        yield Goal(f"{name} over window only, {where}", value, at_most=MOST_OF_WINDOW.get(cell))
+    for cell in STEP_CELLS:
+        value, where = ratio(step("full", *cell), step("freekv", *cell)), f"{cell[1] // K}K, batch {cell[0]}"
+        yield Goal(f"{name}: full attention / FreeKV, {where}", value, at_least=LEAST_OF_FULL.get(cell))
+
+
+_stack_goals = partial(_estimate_goals, metric="stack_step", name="step of a stack with FlashInfer")
+
+
+def _own(metric: str) -> dict[str, str]:
+    """What tells FreeKV's default from its other settings."""
+    return {"settings": "default"} if metric == "stack_step" else {}
 
 
 def _recall_goals(n: Numbers) -> Iterator[Goal]:
@@ -144,6 +163,7 @@ def tables_of(n: Numbers, results: dict[str, str]) -> dict[str, Table]:
     tables = {
         "Phases of this run": Table([["phase", "result"], *([name, result] for name, result in results.items())]),
         "Goals": goals_table(goals_of(n, stages)),
+        "Predicted before, and measured": predictions_table(n),
     }
     others: Lines = [["what", "value", "unit", ""]]
     for metric in dict.fromkeys([*_TITLES, *(r.metric for r in n.records)]):
@@ -155,6 +175,20 @@ def tables_of(n: Numbers, results: dict[str, str]) -> dict[str, Table]:
             lines = [[*(_cell(r.params.get(c)) for c in columns), _cell(r.value)] for r in records]
             tables[_TITLES[metric]] = Table([[*columns, records[0].unit], *lines])
     return {**tables, "Other numbers": Table(others)}
+
+
+def predictions_table(n: Numbers) -> Table:
+    """A line for each prediction; last what is predicted with the traffic that the step turned out to have."""
+    lines: Lines = [["measured", "", "predicted", "found", "found / predicted", "predicted by its own traffic"]]
+    known = {r.metric for r in n.records}
+    for r in (r for r in n.records if r.metric in _PREDICTED):
+        is_freekv = r.params.get("mode") == "freekv"
+        explained = n.find("explained_step", **r.params) if is_freekv else None
+        for metric in [metric for metric in _PREDICTED[r.metric] if metric in known]:
+            measured = n.find(metric, **r.params, **(_own(metric) if is_freekv else {}))
+            values = [f"{_cell(r.value)} {r.unit}", _cell(measured), _cell(ratio(measured, r.value)), _cell(explained)]
+            lines.append([metric, _described(r), *values])
+    return Table(lines)
 
 
 def _described(record: Record) -> str:

@@ -1,4 +1,4 @@
-"""Phases kernel-tests and gpu-tests: the repository's own tests, where they run on the GPU."""
+"""Phases kernel-tests, gpu-tests and attention-tests: the repository's own tests, where they run on the GPU."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from benchmarks.records import ROOT
 
 _PROCESSES = 12  # each has a context of some 500 MB on the GPU
 _KINDS = ("passed", "failed", "error", "skipped")
+# Tests of attention whose kernels `compile_serving` has compiled: bfloat16, heads of 128 elements.
+_SERVED = "((bf16 or graph_captured) and not 64 and not 256)"
 _ENDED = "ended: the time of this phase is over"
 
 
@@ -28,11 +30,20 @@ def test_kernels(session: Session) -> None:
 
 
 def test_gpu(session: Session) -> None:
-    """Attention and the engine where they need a GPU; a rehearsal has other tests."""
+    """The engine, and attention in the shape that is served, where they need a GPU; a rehearsal has other tests."""
     if session.is_rehearsal:
         run_pytest(session, ["tests/kernels/test_write_tables.py", "-m", "not gpu"])
     else:
-        run_pytest(session, ["tests/attention", "tests/algorithm/test_engine_on_kernels.py", "-m", "gpu"])
+        files = ["tests/attention", "tests/algorithm/test_engine_on_kernels.py"]
+        run_pytest(session, [*files, "-m", "gpu", "-k", f"test_engine_on_kernels or {_SERVED}"])
+
+
+def test_attention(session: Session) -> None:
+    """Attention in all other shapes; a rehearsal has other tests."""
+    if session.is_rehearsal:
+        run_pytest(session, ["tests/kernels/test_write_tables.py", "-m", "not gpu"])
+    else:
+        run_pytest(session, ["tests/attention", "-m", "gpu", "-k", f"not {_SERVED}"])
 
 
 def run_pytest(session: Session, arguments: list[str]) -> None:

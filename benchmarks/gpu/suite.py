@@ -13,6 +13,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 from benchmarks.gpu.phases import Phase
+from benchmarks.gpu.toolchain import compiler_environment
 from benchmarks.records import ROOT
 from sglang_freekv import __version__
 
@@ -158,6 +159,7 @@ def phase_environment(out: Path, is_rehearsal: bool) -> dict[str, str]:
         "TORCHINDUCTOR_CACHE_DIR": "inductor",
     }.items():
         environment.setdefault(name, str(caches / folder))
+    environment |= compiler_environment(caches, environment)
     for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
         environment.setdefault(name, "1")  # nothing is looked up, so nothing waits for a network
     if is_rehearsal:

@@ -11,13 +11,12 @@ import pytest
 from benchmarks.cost_model import report
 from benchmarks.cost_model.cells import CPU_SHAPE, cells
 from benchmarks.cost_model.fit import Sample, describe_machine, errors_of
-from benchmarks.cost_model.machine import H100_X8, RTX_4090, Kernels, Machine
+from benchmarks.cost_model.machine import DESKTOP, H100_X8, Kernels, Machine
 from benchmarks.cost_model.model import MODELS, Model
 from benchmarks.cost_model.picture import draw
 from benchmarks.cost_model.planning import (
     BUDGETS,
     K,
-    Traffic,
     best_freekv,
     best_plain,
     plain_misfit,
@@ -25,8 +24,9 @@ from benchmarks.cost_model.planning import (
     recalled_bytes,
 )
 from benchmarks.cost_model.plans import PLANS, Plan
-from benchmarks.cost_model.results import model_of, read_run, write_run
+from benchmarks.cost_model.results import read_run, write_run
 from benchmarks.cost_model.step_time import Setting, step_seconds, work_of
+from benchmarks.cost_model.traffic import measured_traffic
 from benchmarks.records import RecordWriter, read_records
 from benchmarks.tables.marked import fill
 from sglang_freekv.config import FreeKVConfig
@@ -49,7 +49,8 @@ KNOWN = Machine(
     **SIZES,
     **RATES,
 )
-SMALL = model_of(CPU_SHAPE)
+SMALL = Model.of_shape(CPU_SHAPE)
+TRAFFIC = measured_traffic()
 
 
 def samples(machine: Machine = KNOWN) -> list[Sample]:
@@ -135,29 +136,35 @@ class TestStep:
         assert (never.exposed_bytes, always.hidden_bytes) == (0, 0)
         assert never.hidden_bytes == always.exposed_bytes == 8e6
 
-    def test_recalls_hide_behind_the_step_but_for_the_last_layers(self):
+    def test_recalls_hide_behind_the_step_and_those_of_the_last_layer_behind_the_logits(self):
         quiet, some = (replace(NEVER, recalled_bytes=n) for n in (0, 1e6))
-        link = 8 * 1e6 / (RTX_4090.recall_gbs * 1e9)
-        more = step_seconds(RTX_4090, LLAMA, some) - step_seconds(RTX_4090, LLAMA, quiet)
-        assert more == pytest.approx(link / LLAMA.layers)
-        worst = step_seconds(RTX_4090, LLAMA, some, is_worst=True)
-        assert worst == pytest.approx(step_seconds(RTX_4090, LLAMA, quiet) + link)
-        on_cpu = replace(RTX_4090, overlaps=False)
+        link = 8 * 1e6 / (DESKTOP.recall_gbs * 1e9)
+        assert step_seconds(DESKTOP, LLAMA, some) == step_seconds(DESKTOP, LLAMA, quiet)
+        worst = step_seconds(DESKTOP, LLAMA, some, is_worst=True)
+        assert worst == pytest.approx(step_seconds(DESKTOP, LLAMA, quiet) + link)
+        on_cpu = replace(DESKTOP, overlaps=False)
         assert step_seconds(on_cpu, LLAMA, some) == pytest.approx(worst)
+
+    def test_what_the_last_layer_recalls_longer_than_the_logits_take_is_waited_for(self):
+        flood = replace(NEVER, recalled_bytes=4e8)
+        link = 8 * 4e8 / (DESKTOP.recall_gbs * 1e9)
+        tail = link / LLAMA.layers - LLAMA.logits_params * 2 / (DESKTOP.memory_gbs * 1e9)
+        assert tail > 0
+        assert step_seconds(DESKTOP, LLAMA, flood) == pytest.approx(link + tail)
 
     def test_no_step_is_shorter_than_its_recalls(self):
         flood = replace(NEVER, recalled_bytes=1e9)
-        assert step_seconds(RTX_4090, LLAMA, flood) >= 8e9 / (RTX_4090.recall_gbs * 1e9)
+        assert step_seconds(DESKTOP, LLAMA, flood) >= 8e9 / (DESKTOP.recall_gbs * 1e9)
 
     def test_gpus_share_the_bandwidth_of_the_host(self):
         assert replace(H100_X8, host_gbs=80.0).recall_gbs == 10.0
 
 
 class TestPlanning:
-    @pytest.mark.parametrize(("machine", "tp"), [(RTX_4090, 1), (H100_X8, 2)])
+    @pytest.mark.parametrize(("machine", "tp"), [(DESKTOP, 1), (H100_X8, 2)])
     @pytest.mark.parametrize("selector", [None, "paper"])
     def test_the_most_requests_fit_and_one_more_does_not(self, machine, tp, selector):
-        choice = best_freekv(machine, LLAMA, 32 * K, Traffic(), selector, 2 * K, tp)
+        choice = best_freekv(machine, LLAMA, 32 * K, TRAFFIC, selector, 2 * K, tp)
         most = replace(choice.setting, batch=choice.most_requests)
         plan = plan_freekv(machine, LLAMA, most, tp)
         pools = plan.device_blocks_bytes + plan.summaries_bytes + plan.arena_bytes
@@ -175,39 +182,41 @@ class TestPlanning:
         assert plain_misfit(H100_X8, LLAMA, Setting(32 * K, choice.most_requests + 1), 1) == "device memory"
 
     def test_what_does_not_fit_has_no_choice(self):
-        assert best_plain(RTX_4090, QWEN, 8 * K) is None
-        assert best_freekv(RTX_4090, QWEN, 8 * K, Traffic()) is None
+        assert best_plain(DESKTOP, QWEN, 8 * K) is None
+        assert best_freekv(DESKTOP, QWEN, 8 * K, TRAFFIC) is None
 
-    @pytest.mark.parametrize("traffic", [Traffic(), Traffic(flagged_share=0.1), Traffic(turnover=0.4)], ids=str)
+    @pytest.mark.parametrize(
+        "traffic", [TRAFFIC, replace(TRAFFIC, flagged_share=0.1), replace(TRAFFIC, turnover=0.4)], ids=str
+    )
     def test_no_batch_of_a_budget_is_much_faster_than_the_chosen_one(self, traffic):
-        choice = best_freekv(RTX_4090, LLAMA, 32 * K, traffic, budget=2 * K)
+        choice = best_freekv(DESKTOP, LLAMA, 32 * K, traffic, budget=2 * K)
         assert choice.setting.batch <= choice.most_requests
         for batch in range(1, choice.most_requests + 1):
             setting = replace(choice.setting, batch=batch)
-            recalled = recalled_bytes(plan_freekv(RTX_4090, LLAMA, setting, 1), setting, traffic)
-            throughput = batch / step_seconds(RTX_4090, LLAMA, replace(setting, recalled_bytes=recalled))
+            recalled = recalled_bytes(plan_freekv(DESKTOP, LLAMA, setting, 1), setting, traffic)
+            throughput = batch / step_seconds(DESKTOP, LLAMA, replace(setting, recalled_bytes=recalled))
             assert choice.throughput >= 0.9 * throughput
 
     def test_no_batch_is_much_faster_than_the_chosen_one_even_if_it_recalled_nothing(self):
-        choice = best_freekv(RTX_4090, LLAMA, 32 * K, Traffic(flagged_share=0.1), budget=2 * K)
+        choice = best_freekv(DESKTOP, LLAMA, 32 * K, replace(TRAFFIC, flagged_share=0.1), budget=2 * K)
         quiet = replace(choice.setting, recalled_bytes=0.0)  # an upper bound of what any batch could do
         for batch in range(1, choice.most_requests + 1):
-            throughput = batch / step_seconds(RTX_4090, LLAMA, replace(quiet, batch=batch))
+            throughput = batch / step_seconds(DESKTOP, LLAMA, replace(quiet, batch=batch))
             assert choice.throughput >= 0.9 * throughput
 
     def test_the_best_budget_is_the_largest_that_is_nearly_as_fast(self):
         machine, context = replace(H100_X8, host_gib=128), 128 * K  # few requests, whatever their budget
-        speeds = {b: best_freekv(machine, LLAMA, context, Traffic(), budget=b, tp=8).throughput for b in BUDGETS}
-        chosen = best_freekv(machine, LLAMA, context, Traffic(), tp=8).setting.budget
+        speeds = {b: best_freekv(machine, LLAMA, context, TRAFFIC, budget=b, tp=8).throughput for b in BUDGETS}
+        chosen = best_freekv(machine, LLAMA, context, TRAFFIC, tp=8).setting.budget
         near = [budget for budget, speed in speeds.items() if speed >= 0.9 * max(speeds.values())]
         assert chosen == max(near) > min(BUDGETS)
 
     def test_nothing_is_recalled_where_everything_is_resident(self):
-        small = best_freekv(H100_X8, LLAMA, 4 * K, Traffic(), budget=2 * K, tp=8)
+        small = best_freekv(H100_X8, LLAMA, 4 * K, TRAFFIC, budget=2 * K, tp=8)
         short = replace(small.setting, batch=1)
         assert isinstance(plan_freekv(H100_X8, LLAMA, short, 8), MemoryPlan)
         assert (
-            best_freekv(replace(H100_X8, host_gib=8), LLAMA, 4 * K, Traffic(), budget=2 * K).setting.recalled_bytes == 0
+            best_freekv(replace(H100_X8, host_gib=8), LLAMA, 4 * K, TRAFFIC, budget=2 * K).setting.recalled_bytes == 0
         )
 
 
@@ -259,7 +268,7 @@ class TestReport:
         assert sum("did not calibrate: median error 0%, largest 0%" in line for line in lines) == 2
 
     def test_a_plan_says_that_it_is_a_prediction(self):
-        text = str(report.plan_table(Plan(RTX_4090, ((LLAMA, (1,)),), (128 * K,))))
+        text = str(report.plan_table(Plan(DESKTOP, ((LLAMA, (1,)),), (128 * K,))))
         assert "| llama-3.1-8b | 131,072 | plain | does not fit |" in text
         assert "\nPredictions, nothing is measured. 1 x 24 GiB" in text
         assert "It leaves out prefill" in text

@@ -12,12 +12,13 @@ import pytest
 
 from benchmarks.gpu.__main__ import parse_args
 from benchmarks.gpu.phases import PHASES
-from benchmarks.gpu.report import Numbers, goals_of
+from benchmarks.gpu.report import Numbers, goals_of, predictions_table
 from benchmarks.gpu.suite import Suite, write_entry_points
 from benchmarks.records import RecordWriter, read_records
 from freekv_kernels import Ops
 
 ROOT = Path(__file__).parents[2]
+WAYS = ["copy", "recall", "copies in a batch", "copies one by one", "in place"]
 
 
 def on_bare_machine(command: list[str], **variables: str) -> subprocess.CompletedProcess[str]:
@@ -74,9 +75,9 @@ def test_stage_0_records_the_machine_what_is_right_and_what_each_op_layer_step_a
     assert {r.params["op"] for r in numbers["kernel_time"]} == set(Ops._fields)
     for metric in ("layer_time", "step_estimate"):
         assert [r.params["mode"] for r in numbers[metric]] == ["full", "window", "freekv"]
-    assert numbers["step_estimate"][-1].params.keys() >= {"flagged", "recalled_mb", "hit_share", "drift"}
+    assert numbers["step_estimate"][-1].params.keys() >= {"flagged", "recalled_mb", "hit_share", "moves"}
     for metric in ("rate_beside_decode", "decode_beside_transfer"):
-        assert [r.params["way"] for r in numbers[metric]] == ["copy", "recall"]
+        assert [r.params["way"] for r in numbers[metric]] == WAYS
     assert {r.params["direction"] for r in numbers["link_copy"]} == {"to the GPU", "from the GPU"}
 
 
@@ -200,3 +201,22 @@ def test_goals_are_judged_by_the_latest_numbers(tmp_path: Path):
     assert goals["batch 1, 32K: plain step / FreeKV step"].value == 1.2
     assert goals["batch 1, 32K: plain step / FreeKV step"].verdict == "met"
     assert goals["batch 1, 128K: plain step / FreeKV step"].verdict == "not measured"
+
+
+def test_steps_whose_queries_move_and_stand_still_are_two_numbers_beside_what_was_predicted_of_each(tmp_path: Path):
+    writer = RecordWriter("gpu_suite", tmp_path / "gpu_suite.jsonl")
+    cell = {"mode": "freekv", "batch": 8, "context": 32768}
+    for moves, predicted, measured in ((0.11, 8.0, 10.0), (0.0, 6.0, 6.6)):
+        writer.write("predicted_step", predicted, "ms", {**cell, "moves": moves})
+        writer.write("step_estimate", measured, "ms", {**cell, "moves": moves, "flagged": 0.2})
+        writer.write("explained_step", predicted + 1, "ms", {**cell, "moves": moves})
+    lines = predictions_table(Numbers(read_records(writer.path))).lines[1:]
+    assert [line[2:] for line in lines] == [["8 ms", "10", "1.25", "9"], ["6 ms", "6.6", "1.1", "7"]]
+
+
+def test_everything_that_stage_0_predicts_is_measured_under_the_same_name(rehearsal):
+    records = read_records(rehearsal[1] / "gpu_suite.jsonl")
+    lines = predictions_table(Numbers(records)).lines[1:]
+    assert len(lines) == 6 and [line for line in lines if line[3] == ""] == [lines[3]]  # nobody stands still
+    first = next(i for i, r in enumerate(records) if r.metric == "step_estimate")
+    assert max(i for i, r in enumerate(records) if r.metric == "predicted_step") < first

@@ -10,9 +10,10 @@ from functools import cache
 import pytest
 import torch
 
-from benchmarks.cost_model.machine import H100_X8, RTX_4090, Machine
+from benchmarks.cost_model.machine import DESKTOP, H100_X8, Machine
 from benchmarks.cost_model.model import Model
-from benchmarks.cost_model.planning import Traffic, best_freekv, best_plain
+from benchmarks.cost_model.planning import best_freekv, best_plain
+from benchmarks.cost_model.traffic import measured_traffic
 from sglang_freekv.config import FreeKVConfig
 from sglang_freekv.doctor import forecast
 from sglang_freekv.doctor.capacity import Rank, best_fit, gains_above, pages_of, plan_for_requests, planned_requests
@@ -84,7 +85,7 @@ def test_pages_count_the_one_that_the_next_token_opens():
     assert [pages_of(length, GEOMETRY) for length in (1, 32, 33)] == [2, 2, 3]
 
 
-@pytest.mark.parametrize(("machine", "tp", "gpu_gib"), [(RTX_4090, 1, 24), (H100_X8, 1, 80), (H100_X8, 8, 80)])
+@pytest.mark.parametrize(("machine", "tp", "gpu_gib"), [(DESKTOP, 1, 24), (H100_X8, 1, 80), (H100_X8, 8, 80)])
 def test_the_cost_model_takes_the_share_of_a_gpu_that_sglang_takes(machine: Machine, tp, gpu_gib, folder_of):
     where = forecast.Machine(gpu_gib * GIB, 2048 * GIB)
     server_args, _ = resolve(["--model-path", folder_of("llama-3.1-8b"), "--tp-size", str(tp)], where)
@@ -101,9 +102,9 @@ def doctors(folder: str) -> Forecast:
 def test_the_cost_model_and_the_doctor_count_the_same_requests(context: int, folder_of):
     model = Model.load("llama-3.1-8b")
     rank = replace(doctors(folder_of("llama-3.1-8b")).rank, max_requests=4096)
-    predicted = best_freekv(RTX_4090, model, context, Traffic(), budget=2 * K, tp=1)
+    predicted = best_freekv(DESKTOP, model, context, measured_traffic(), budget=2 * K, tp=1)
     assert predicted.most_requests == best_fit(rank, CONFIG, context).num_requests > 0
-    plain = best_plain(RTX_4090, model, context, tp=1)
+    plain = best_plain(DESKTOP, model, context, tp=1)
     assert (plain.most_requests if plain else 0) == rank.plain_requests(context)
 
 

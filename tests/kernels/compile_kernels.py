@@ -38,7 +38,7 @@ SIZES = [
     {"batch_size": 1, "context_tokens": 2112},
     {"batch_size": 16, "context_tokens": 2560},
 ]
-COUNTED = ("score_pages",)  # ops whose loops are counted
+COUNTED = ("score_pages", "correct_windows")  # ops whose instructions are counted
 
 
 class AbsentGPU:
@@ -76,7 +76,7 @@ def compile_op(op: str, inputs: KernelInputs) -> list[dict[str, object]]:
         about |= {"warps": warps, "constants": constants, "is_dependent": metadata["launch_pdl"]}
         if metadata["launch_pdl"]:
             about["waits_first"] = waits_first(disassemble(cubin))
-        compiled.append(about | (longest_loop(disassemble(cubin)) if op in COUNTED else {}))
+        compiled.append(about | (count_instructions(disassemble(cubin)) if op in COUNTED else {}))
 
     triton.knobs.compilation.listener = record
     with redirect_stdout(log):
@@ -109,13 +109,19 @@ def waits_first(code: dict[int, tuple[str, str]]) -> bool:
     return "ACQBULK" in names and not {*own} & {*names[: names.index("ACQBULK")]}
 
 
-def longest_loop(code: dict[int, tuple[str, str]]) -> dict[str, int]:
-    """Instructions of a warp in one turn of the longest loop, and wavefronts of shared memory, if no banks conflict."""
+def count_instructions(code: dict[int, tuple[str, str]]) -> dict[str, int]:
+    """Instructions of a warp: in the kernel, in its innermost loops, and in one turn of the longest loop.
+
+    Of the last also wavefronts of shared memory, if no banks conflict.
+    """
     jumps = ((re.search(r"0x([0-9a-f]+)", target), at) for at, (name, target) in code.items() if name == "BRA")
     loops = [(int(found[1], 16), at) for found, at in jumps if found and int(found[1], 16) < at]
     begin, end = max(loops, key=lambda loop: loop[1] - loop[0], default=(0, -1))
     names = [name for at, (name, _) in code.items() if begin <= at <= end]
-    return {"loop_instructions": len(names), "loop_wavefronts": sum(map(wavefronts, names))}
+    innermost = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+    inner = sum(a <= at <= b for at in code for a, b in innermost)
+    counts = {"instructions": len(code), "inner_instructions": inner, "loop_instructions": len(names)}
+    return counts | {"loop_wavefronts": sum(map(wavefronts, names))}
 
 
 def wavefronts(instruction: str) -> int:

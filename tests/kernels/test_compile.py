@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 import freekv_kernels
+from benchmarks.cost_model import launches
 
 # The tests compile for the GPUs on which most kernels use the most registers; for all: `make compile-kernels`.
 CAPABILITIES = [80, 90, 100] if "FREEKV_ALL_GPUS" in os.environ else [90]
@@ -78,3 +79,26 @@ def test_scoring_by_codes_is_bound_by_memory_and_not_by_instructions(kernels):
         per_page = kernel["warps"] / kernel["constants"]["BLOCK_P"]
         assert 0 < kernel["loop_instructions"] * per_page <= 450, kernel
         assert 0 < kernel["loop_wavefronts"] * per_page <= 64, kernel
+
+
+@pytest.mark.parametrize("capability", sorted(launches.SCORE_INSTRUCTIONS.keys() & set(CAPABILITIES)))
+def test_the_cost_model_counts_what_is_compiled(kernels, capability):
+    """A hundredth more or less is another version of the compiler; more is another kernel, and wants another count."""
+
+    def of(kernel: str) -> list[dict[str, Any]]:
+        wanted = {"kernel": kernel, "shape": "llama-3.1-8b", "capability": capability}
+        return [compiled for compiled in kernels if wanted.items() <= compiled.items()]
+
+    scoring = [k["loop_instructions"] * k["warps"] / k["constants"]["BLOCK_P"] for k in of("_score_codes_kernel")]
+    assert any(found == pytest.approx(launches.SCORE_INSTRUCTIONS[capability], rel=0.01) for found in scoring), scoring
+    (correcting,) = {(k["instructions"], k["inner_instructions"], k["warps"]) for k in of("_correct_windows_kernel")}
+    assert correcting == pytest.approx(launches.CORRECT[capability][:3], rel=0.01)
+    assert {k["registers"] for k in of("_correct_windows_kernel")} == {launches.CORRECT[capability].registers}
+    assert {k["constants"]["BLOCK"] for k in of("_correct_windows_kernel")} == {launches.BLOCK_COLUMNS}
+
+
+def test_the_cost_model_counts_the_kernels_of_each_op(kernels):
+    counted = {*launches.GATE.front, *launches.COSINE.front, "list_candidates"}
+    for op in sorted(counted - {"score_pages"}):  # which has one for bounds and one for codes
+        names = {kernel["kernel"] for kernel in kernels if kernel["op"] == op}
+        assert len(names) == launches.KERNELS.get(op, 1), op
