@@ -13,7 +13,7 @@ from sglang_freekv.config import FreeKVConfig
 LLAMA, QWEN = Model.load("llama-3.1-8b"), Model.load("qwen3-32b")
 LLAMA_FP8 = Model.load("llama-3.1-8b", weight_bits=8)
 DEFAULT_BUDGET = FreeKVConfig.budget_tokens
-BY_PAPERS_RULE = measured_traffic("freekv-paper", "real_model")
+BY_PAPERS_RULE = measured_traffic("freekv-paper", "rules_long")
 _COLUMNS = ["budget", "requests", "why no more", "device GB/request", "host GB/request", "step ms", "nothing hidden"]
 
 
@@ -61,7 +61,8 @@ class Plan:
 def _words(traffic: Traffic) -> str:
     return (
         f"one step changes {traffic.turnover:.1%} of the selected pages and corrects {traffic.flagged_share:.0%} of "
-        f"the rows, and waits for {traffic.exposed_share:.0%} of what it recalls"
+        f"the rows, recalls {traffic.missed_share:.2f} times what it would if windows returned to no page, and waits for "
+        f"{traffic.exposed_share:.0%} of that"
     )
 
 
