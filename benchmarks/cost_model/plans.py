@@ -61,8 +61,8 @@ class Plan:
 def _words(traffic: Traffic) -> str:
     return (
         f"one step changes {traffic.turnover:.1%} of the selected pages and corrects {traffic.flagged_share:.0%} of "
-        f"the rows, recalls {traffic.missed_share:.2f} times what it would if windows returned to no page, and waits for "
-        f"{traffic.exposed_share:.0%} of that"
+        f"the rows, recalls {traffic.missed_share:.2f} times what it would if windows returned to no page, and waits "
+        f"for {traffic.exposed_share:.0%} of that"
     )
 
 
