@@ -23,6 +23,7 @@ from freekv_kernels.fill_arena import fill_arena
 from freekv_kernels.forget_blocks import forget_blocks
 from freekv_kernels.list_candidates import list_candidates, list_width
 from freekv_kernels.list_pages import list_pages
+from freekv_kernels.logits import add_sinks, cap_logits
 from freekv_kernels.lookup_blocks import lookup_blocks, lookup_pairs, window_pairs
 from freekv_kernels.recall_blocks import recall_blocks
 from freekv_kernels.records import PLAIN, Codec
@@ -113,10 +114,12 @@ __all__ = [
     "Ops",
     "PageStore",
     "PairList",
+    "add_sinks",
     "append_tokens",
     "apportion_pages",
     "attend_ragged",
     "attend_window",
+    "cap_logits",
     "claim_blocks",
     "compare_queries",
     "correct_windows",

@@ -32,6 +32,7 @@ class DecodePlan:
     batch: Batch
     flags: list[FlagList]  # per layer
     rows: list[RowBudgets] | None  # per layer; None where every row has the budget of its request
+    sliding: dict[LayerKind, Batch]  # as layers with a sliding window fetch it
     todo: Shortcuts
 
     def batch_at(self, number: int, half: Half) -> Batch:
@@ -90,7 +91,8 @@ class Decode:
         self._plan_attention(batch, step, num_pages)
         todo = shortcuts(memory, batch, step, num_pages, budgets, in_graph)
         rows = memory.tables.row_budgets(batch, memory.budgets.of_layers)
-        self._plan = DecodePlan(batch, memory.tables.flags(len(step.rows)), rows, todo)
+        sliding = {kind: windows.in_step(batch) for kind, windows in memory.sliding.items()}
+        self._plan = DecodePlan(batch, memory.tables.flags(len(step.rows)), rows, sliding, todo)
         return self._plan
 
     def _write_tables(self, step: DecodeInput, num_pages: list[int], in_graph: bool) -> Batch:
@@ -124,15 +126,25 @@ class Decode:
         longest = (memory.budgets.longest(*request) for request in zip(step.rows_cpu, num_pages, strict=True))
         windowed, dense = self.attentions[WINDOWED], self.attentions.get(DENSE)
         windowed.plan([*itertools.chain.from_iterable(longest), *padding])
-        if dense is None:
-            return
-        # Layers that attend to every page read the same blocks in the same order, so their list is written once.
-        dense.plan([n for n in num_pages for _ in range(num_kv_heads)] + padding)
         num_rows = len(step.rows) * num_kv_heads
-        dense.last_page_len[:num_rows].copy_(windowed.last_page_len[:num_rows])
-        memory.ops.list_pages(batch, num_kv_heads, dense.kv_indptr[: num_rows + 1], dense.kv_indices)
+        for kind, attention in self.attentions.items():
+            if kind != WINDOWED:  # the same pages in every head and layer
+                attention.plan([min(n, attention.max_pages) for n in num_pages for _ in range(num_kv_heads)] + padding)
+                attention.last_page_len[:num_rows].copy_(windowed.last_page_len[:num_rows])
+        for windows in memory.sliding.values():
+            windows.slide(batch)
+        if dense is not None:  # layers that attend to every page read the same blocks, so their list is written once
+            memory.ops.list_pages(batch, num_kv_heads, dense.kv_indptr[: num_rows + 1], dense.kv_indices)
 
-    def run(self, number: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    def run(
+        self,
+        number: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """One layer of a decode step.
 
         Parameters
@@ -142,6 +154,8 @@ class Decode:
         q : model dtype, ``[batch_size, num_qo_heads, head_dim]``, post-RoPE
         k, v : model dtype, ``[batch_size, num_kv_heads, head_dim]``, k post-RoPE
         scale : float, of the logits
+        sinks : float32, ``[num_qo_heads]``, device, optional
+            Logits without a value, one more in each softmax. Pages are chosen without them.
 
         Returns
         -------
@@ -158,12 +172,23 @@ class Decode:
         if selector is not None:
             selector.observe(layer, batch, scale)
             kv_indptr = self._retrieve(layer, selector, attention, flags, scale)
+        elif layer.kind.sliding_window is not None:
+            self._fetch_sliding(layer, attention)
         q = q if queries is None else queries
-        return attention.run(q, layer.store.block_kv, scale, kv_indptr).flatten(1, 2)
+        sinks = None if sinks is None else sinks.view(g.num_kv_heads, g.group_size)
+        return attention.run(q, layer.store.block_kv, scale, kv_indptr, sinks).flatten(1, 2)
 
     def finish(self) -> None:
         """Wait for what runs beside the step, on the current stream: after the last that it may run beside."""
         self._streams.join()
+
+    def _fetch_sliding(self, layer: Layer, attention: DecodeAttention) -> None:
+        """Fetch what of the latest pages has lost its block; list what attention reads."""
+        memory, batch, pairs = self.memory, self._plan.sliding[layer.kind], self._plan.todo.sliding_pairs
+        if pairs is None or not lookup_pairs(pairs[layer.kind], layer.blocks, batch.step, attention.kv_indices):
+            flags = memory.sliding[layer.kind].flags_of(batch)
+            kv_indptr = attention.kv_indptr[: batch.budget_pages.numel() + 1]
+            make_front_resident(memory, layer, batch, flags, kv_indptr, attention.kv_indices)
 
     def _retrieve(
         self, layer: Layer, selector: Selector, attention: DecodeAttention, flags: FlagList, scale: float

@@ -6,6 +6,7 @@ Per layer:  attend to the chunk, then to the prefix, group by group from the are
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,7 @@ from sglang_freekv.algorithm.residency import make_next_resident
 from sglang_freekv.algorithm.selector import Selector
 from sglang_freekv.algorithm.stream import SideStreams
 from sglang_freekv.attention.base import PrefillAttention
-from sglang_freekv.attention.prefix_pieces import PrefixPiece, cut_prefixes
+from sglang_freekv.attention.prefix_pieces import PrefixPiece, cut_prefixes, cut_tails
 from sglang_freekv.memory.geometry import num_pages_of
 from sglang_freekv.memory.kv_memory import KVMemory
 from sglang_freekv.memory.layers import Layer, LayerKind
@@ -31,8 +32,9 @@ class PrefillPlan:
     last_slots: torch.Tensor  # int64 [num_runs], of the last token that the chunk writes to each page
     ended_groups: torch.Tensor  # int64 [num_runs, GROUP_PAGES], host pages of the group that ends with each page, or -1
     opened: PairList  # of the pages whose first token the chunk writes, the newest pages first
-    groups: list[list[PrefixPiece]]  # the pieces of a group fit the arena together
-    group_pages: list[torch.Tensor]  # int64, the host pages of each group
+    # By the sliding window of a layer, or None: groups of pieces that fit the arena together, and int64, their host pages
+    groups: dict[int | None, list[list[PrefixPiece]]]
+    group_pages: dict[int | None, list[torch.Tensor]]
     completed: Batch  # the requests whose prompt ends with this chunk
     last_tokens: torch.Tensor  # int64, index of the last token of those in the batch
     num_last: torch.Tensor  # int64, tokens of those in the chunk
@@ -43,19 +45,28 @@ class Prefill:
 
     Everything that touches the host store or the block tables runs on a side stream, in order; so the arena is filled
     while the layer before computes.
+
+    Parameters
+    ----------
+    attentions : sliding window or None -> PrefillAttention
+        None: of the layers whose queries see all tokens.
+    selectors : LayerKind -> Selector
+        Of every kind that selects.
+    streams : SideStreams
     """
 
     def __init__(
         self,
         memory: KVMemory,
-        attention: PrefillAttention,
+        attentions: dict[int | None, PrefillAttention],
         selectors: dict[LayerKind, Selector],
         streams: SideStreams,
     ) -> None:
-        self.memory, self.selectors, self._attention = memory, selectors, attention
+        self.memory, self.selectors, self._attentions = memory, selectors, attentions
         self._streams, self._stream = streams, streams.fetch
         self._plan: PrefillPlan | None = None
-        self._num_fills = 0  # of the plan so far; fill i uses half i % 2 of the arena
+        self._fills: list[tuple[Layer, torch.Tensor]] = []  # of the plan, in order: host pages of a group, in a layer
+        self._num_fills = 0  # of these so far; fill i uses half i % 2 of the arena
         self._filled: torch.cuda.Event | None = None  # after the last of them
 
     @property
@@ -67,10 +78,11 @@ class Prefill:
         self._streams.join()
         memory, page_size = self.memory, self.memory.geometry.page_size
         page_table = snapshot_page_table(chunk.rows, chunk.req_to_token, max(chunk.lens), page_size)
-        arena_pages = memory.arena.shape[1] // page_size
-        groups = list(cut_prefixes(page_table, chunk.prefix_lens, arena_pages, page_size))
+        groups = {window: self._groups(window, page_table, chunk.prefix_lens) for window in self._attentions}
         last_tokens = to_device(_last_tokens(chunk), memory.device)
         completed = self._first_step(chunk, page_table, last_tokens)
+        for windows in memory.sliding.values():
+            windows.slide(completed)
         masses = [memory.budgets.mass_of(chunk.rows_cpu[i]) for i in _completed(chunk)]
         masses = to_device(torch.tensor(masses, dtype=torch.float32), memory.device)
         memory.budgets.start(completed.rows, completed.budget_pages, masses)
@@ -82,7 +94,9 @@ class Prefill:
             ended_groups=self._ended_groups(chunk, page_table),
             opened=self._opened(chunk, page_table),
             groups=groups,
-            group_pages=[torch.cat([piece.pages for piece in group]) for group in groups],
+            group_pages={
+                window: [torch.cat([piece.pages for piece in group]) for group in own] for window, own in groups.items()
+            },
             completed=completed,
             last_tokens=last_tokens,
             num_last=to_device([chunk.extend_lens[i] for i in _completed(chunk)], memory.device),
@@ -90,20 +104,31 @@ class Prefill:
         self._begin(chunk)
         return self._plan
 
+    def _groups(
+        self, window: int | None, page_table: torch.Tensor, prefix_lens: list[int]
+    ) -> list[list[PrefixPiece]]:
+        """What layers with this sliding window, or without one, read of the prefixes."""
+        page_size = self.memory.geometry.page_size
+        sizes = (page_table, prefix_lens, self.memory.arena.shape[1] // page_size, page_size)
+        return list(cut_prefixes(*sizes) if window is None else cut_tails(*sizes, window))
+
     def _begin(self, chunk: ExtendInput) -> None:
         """Give the pages that the chunk opens to their new owners, and start to fill the arena."""
         plan, memory = self._plan, self.memory
-        num_pages = sum(map(len, plan.group_pages))
-        memory.counters.arena_filled_bytes += num_pages * memory.geometry.page_bytes
+        pages = [(layer, pages) for layer in memory.layers for pages in plan.group_pages[layer.kind.sliding_window]]
+        self._fills, self._num_fills = pages, 0
+        layer_bytes = memory.geometry.page_bytes // memory.geometry.num_layers
+        memory.counters.arena_filled_bytes += sum(len(pages) for _, pages in self._fills) * layer_bytes
         memory.tables.clear()
         memory.blocks.forget(plan.opened)
         memory.host.mark_filled(plan.slots)
-        self._attention.plan(chunk.extend_lens, plan.groups)
-        self._num_fills = 0
+        for window, attention in self._attentions.items():
+            attention.plan(chunk.extend_lens, plan.groups[window])
         with self._stream.fork():
             self._stream.keep(plan.slots, plan.page_starts, plan.last_slots, plan.last_tokens, plan.num_last)
             completed = (tensor for tensor in plan.completed if tensor is not None)
-            self._stream.keep(plan.ended_groups, *plan.opened, *plan.group_pages, *completed)
+            pages = itertools.chain.from_iterable(plan.group_pages.values())
+            self._stream.keep(plan.ended_groups, *plan.opened, *pages, *completed)
             self._fill_next()
 
     def _first_step(self, chunk: ExtendInput, page_table: torch.Tensor, last_tokens: torch.Tensor) -> Batch:
@@ -148,7 +173,15 @@ class Prefill:
         pairs = pairs_of(page_table[request, page], g.num_kv_heads)
         return PairList(pairs.flatten(), to_device([pairs.numel()], device).int())
 
-    def run(self, number: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
+    def run(
+        self,
+        number: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """One layer of an extend batch; the requests' tokens are concatenated.
 
         Parameters
@@ -158,25 +191,29 @@ class Prefill:
         q : model dtype, ``[num_tokens, num_qo_heads, head_dim]``, post-RoPE
         k, v : model dtype, ``[num_tokens, num_kv_heads, head_dim]``, k post-RoPE
         scale : float, of the logits
+        sinks : float32, ``[num_qo_heads]``, device, optional
+            Logits without a value, one more in each softmax.
 
         Returns
         -------
         model dtype, ``[num_tokens, num_qo_heads, head_dim]``
         """
-        layer, attention = self.memory.layers[number], self._attention
+        layer = self.memory.layers[number]
+        window = layer.kind.sliding_window
+        attention = self._attentions[window]
         with self._stream.fork():
             self._stream.keep(q, k, v)
             self._write_through(layer, k, v)
             if len(self._plan.last_tokens):
                 self._start_windows(layer, q, scale)
         state = attention.attend_chunk(q, k, v, scale)
-        for group in range(len(self._plan.groups)):
+        for group in range(len(self._plan.groups[window])):
             half, filled = (self._num_fills - 1) % 2, self._filled
             with self._stream.fork():
                 self._fill_next()  # into the half that the attention before has read
             self._stream.wait(filled)
             state = attention.attend_prefix(state, q, group, self.memory.arena[half], scale)
-        return attention.finish(state)
+        return attention.finish(state, sinks)
 
     def finish(self) -> None:
         """Wait for what runs beside the batch, on the current stream: after the last that it may run beside."""
@@ -202,13 +239,11 @@ class Prefill:
         start_windows(self.memory, selector, layer, plan.completed, q[plan.last_tokens], scale)
 
     def _fill_next(self) -> None:
-        """Lay out the next group of prefix pieces: of this layer, or of the next."""
-        plan, memory = self._plan, self.memory
-        if self._num_fills == len(plan.groups) * memory.geometry.num_layers:
+        """Lay out the next group of prefix pieces: of this layer, or of a later one."""
+        if self._num_fills == len(self._fills):
             return
-        number, group = divmod(self._num_fills, len(plan.groups))
-        layer, half = memory.layers[number], self._num_fills % 2
-        memory.ops.fill_arena(memory.arena[half], layer.store, plan.group_pages[group])
+        (layer, pages), half = self._fills[self._num_fills], self._num_fills % 2
+        self.memory.ops.fill_arena(self.memory.arena[half], layer.store, pages)
         self._num_fills += 1
         self._filled = self._stream.mark()
 
@@ -221,13 +256,16 @@ def start_windows(
     Parameters
     ----------
     selector : Selector or None
-        None where the layer selects nothing.
+        None where the layer selects nothing; a sliding window takes the latest pages.
     batch : Batch
         At the requests' first decode step.
     last_q : model dtype, ``[batch_size, num_kv_heads, group_size, head_dim]``, device
         Queries of the prompts' last tokens, which the first step compares its own with.
     scale : float, of the logits
     """
+    if layer.kind.sliding_window is not None:
+        make_next_resident(memory, layer, memory.sliding[layer.kind].at_start(batch), Half.BOTH)
+        return
     layer.last_q[batch.rows] = last_q
     if selector is not None:
         scores = None

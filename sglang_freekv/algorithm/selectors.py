@@ -43,7 +43,7 @@ class CodesSelector(MinMaxSelector):
     """By the largest logit of a page's tokens, as their keys in a few bits give it."""
 
     def score(self, layer: Layer, batch: Batch, half: Half, scale: float, flags: FlagList | None = None) -> Scores:
-        return Scores(self._score(layer, batch, half, flags, self.memory.index.codes[layer.number]))
+        return Scores(self._score(layer, batch, half, flags, self.memory.index.codes_of(layer.number)))
 
 
 class MassSelector(MinMaxSelector):
@@ -58,7 +58,7 @@ class MassSelector(MinMaxSelector):
         return Scores(masses.values[:, :1], masses.pages)
 
     def _masses(self, layer: Layer, batch: Batch, half: Half, scale: float, flags: FlagList | None = None) -> Scores:
-        codes, pages = self.memory.index.codes[layer.number], self._candidates(layer, batch, half, scale)
+        codes, pages = self.memory.index.codes_of(layer.number), self._candidates(layer, batch, half, scale)
         return Scores(self._score(layer, batch, half, flags, codes, scale, pages), pages)
 
     def _candidates(self, layer: Layer, batch: Batch, half: Half, scale: float) -> torch.Tensor | None:

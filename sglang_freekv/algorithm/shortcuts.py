@@ -13,6 +13,7 @@ import torch
 from freekv_kernels import Batch, pairs_of
 from sglang_freekv.algorithm.inputs import DecodeInput
 from sglang_freekv.memory.kv_memory import KVMemory
+from sglang_freekv.memory.layers import LayerKind
 
 
 class Shortcuts(NamedTuple):
@@ -22,6 +23,7 @@ class Shortcuts(NamedTuple):
     fills_pages: bool  # False: no token is the last one of its page
     scores_once: bool  # what correction reads is among what the next step needs: one pass over the pages serves both
     every_pair: torch.Tensor | None  # int64, what each layer reads, in order, where that is every page of every request
+    sliding_pairs: dict[LayerKind, torch.Tensor] | None  # int64, what each layer with a sliding window reads, in order
 
 
 def shortcuts(
@@ -51,12 +53,17 @@ def shortcuts(
         # A kernel looks for itself, and is compiled once.
         fills_pages=not may_skip or runs_everything or any(n % page_size == 0 for n in step.seq_lens_cpu),
         scores_once=may_skip,
-        every_pair=_every_pair(memory, batch, num_pages) if reads_every_page else None,
+        every_pair=_last_pairs(memory, batch, max(num_pages)) if reads_every_page else None,
+        sliding_pairs=None
+        if runs_everything or not may_skip
+        else {kind: _last_pairs(memory, batch, windows.width) for kind, windows in memory.sliding.items()},
     )
 
 
-def _every_pair(memory: KVMemory, batch: Batch, num_pages: list[int]) -> torch.Tensor:
-    """The pairs of every page of every request, in the order of the window attention's lists; on a CPU."""
-    pairs = pairs_of(batch.page_table[:, : max(num_pages)], memory.geometry.num_kv_heads).transpose(1, 2)
-    is_page = torch.arange(pairs.shape[-1]) < batch.num_pages[:, None, None]
+def _last_pairs(memory: KVMemory, batch: Batch, width: int) -> torch.Tensor:
+    """The pairs of the last `width` pages of every request, in the order of the attention's lists; on a CPU."""
+    pages = (batch.num_pages - width).clamp(min=0)[:, None] + torch.arange(width)
+    is_page = (pages < batch.num_pages[:, None])[:, None]
+    host_pages = batch.page_table.gather(1, pages.clamp_(max=batch.page_table.shape[1] - 1))
+    pairs = pairs_of(host_pages, memory.geometry.num_kv_heads).transpose(1, 2)
     return pairs[is_page.expand_as(pairs)]

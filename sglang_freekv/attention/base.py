@@ -30,6 +30,8 @@ class DecodeAttention(ABC):
     max_pages : int
         Most pages that a row reads.
     device : str
+    sliding_window : int, optional
+        Tokens that a row attends to at most, the latest ones of those that it lists. By default all.
 
     Attributes
     ----------
@@ -40,8 +42,17 @@ class DecodeAttention(ABC):
         Tokens in the last block of each row.
     """
 
-    def __init__(self, geometry: Geometry, max_requests: int, max_pages: int, device: str = "cpu") -> None:
+    def __init__(
+        self,
+        geometry: Geometry,
+        max_requests: int,
+        max_pages: int,
+        device: str = "cpu",
+        *,
+        sliding_window: int | None = None,
+    ) -> None:
         self.geometry, self.max_requests, self.max_pages = geometry, max_requests, max_pages
+        self.sliding_window = sliding_window
         num_rows = max_requests * geometry.num_kv_heads
         self.kv_indptr = torch.zeros(num_rows + 1, dtype=torch.int32, device=device)
         self.kv_indices = torch.zeros(num_rows * max_pages, dtype=torch.int32, device=device)
@@ -87,7 +98,12 @@ class DecodeAttention(ABC):
 
     @abstractmethod
     def run(
-        self, q: torch.Tensor, block_kv: torch.Tensor, scale: float, kv_indptr: torch.Tensor | None = None
+        self,
+        q: torch.Tensor,
+        block_kv: torch.Tensor,
+        scale: float,
+        kv_indptr: torch.Tensor | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attend in one layer.
 
@@ -98,6 +114,8 @@ class DecodeAttention(ABC):
         scale : float, of the logits
         kv_indptr : int32, ``[num_rows + 1]``, device, optional
             Instead of the planned one, where rows of this layer read fewer pages than planned, at least one.
+        sinks : float32, ``[num_kv_heads, group_size]``, device, optional
+            Logits without a value, one more in each softmax.
 
         Returns
         -------
@@ -107,6 +125,8 @@ class DecodeAttention(ABC):
 
 class PrefillAttention(ABC):
     """Attention of a chunk to itself, then to its prefixes, group by group from the arena.
+
+    Of a layer with a sliding window these are the tokens that the chunk's first query still sees, whole in one group.
 
     Per batch `plan`; per layer `attend_chunk`, `attend_prefix` for each group, `finish`. The state that they hand on is
     the output so far and its log-sum-exp, as the implementation keeps them; it is consumed by the next call.
@@ -149,5 +169,8 @@ class PrefillAttention(ABC):
         """
 
     @abstractmethod
-    def finish(self, state: Any) -> torch.Tensor:
-        """Return the output: model dtype, ``[num_tokens, num_qo_heads, head_dim]``."""
+    def finish(self, state: Any, sinks: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the output: model dtype, ``[num_tokens, num_qo_heads, head_dim]``.
+
+        `sinks` (float32, ``[num_qo_heads]``, device) are logits without a value, one more in each softmax.
+        """

@@ -44,3 +44,33 @@ def cut_prefixes(
             first, used = first + count, used + count
     if group:
         yield group
+
+
+def cut_tails(
+    page_table: torch.Tensor, prefix_lens: list[int], arena_pages: int, page_size: int, sliding_window: int
+) -> Iterator[list[PrefixPiece]]:
+    """Yield groups of the pieces that a sliding window sees of each prefix: its last tokens, in whole pages.
+
+    Parameters
+    ----------
+    page_table : int64, ``[batch_size, max_pages]``
+    prefix_lens : list of int, tokens
+    arena_pages : int
+        At least as many as a window lies in; a piece is not cut.
+    sliding_window : int
+        Tokens that a query sees, its own included.
+    """
+    group, used = [], 0
+    for request, prefix_len in enumerate(prefix_lens):
+        first = max(prefix_len - sliding_window + 1, 0) // page_size
+        count = num_pages_of(prefix_len, page_size) - first
+        num_tokens = prefix_len - first * page_size
+        if num_tokens <= 0 or sliding_window == 1:
+            continue
+        if used + count > arena_pages:
+            yield group
+            group, used = [], 0
+        group.append(PrefixPiece(request, page_table[request, first : first + count], used * page_size, num_tokens))
+        used += count
+    if group:
+        yield group

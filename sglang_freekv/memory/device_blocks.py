@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import groupby
 
 import torch
@@ -21,10 +22,16 @@ class DeviceBlocks:
     back windows, which step t + 1 will read, with 2t + 1. Inside the step, blocks stamped 2t or later stay; between
     steps (prefill, new pages), blocks stamped 2t + 1. So ``2 * width * num_kv_heads`` blocks per request suffice.
 
-    A layer whose kind is not cached has a block for every pair, at the block number of the pair: it never misses.
+    A layer whose kind is not cached has a block for every pair, at the block number of the pair: it never misses. One
+    with a sliding window stamps what it reads with 2t + 1, as the next step reads it again, and needs one block more
+    than that for each head of a request.
 
     Parameters
     ----------
+    num_blocks : int
+        Of each cached layer, but for those of `num_sliding`.
+    num_sliding : mapping of LayerKind to int, optional
+        Blocks of each layer of these kinds.
     counters : int64, ``[len(Count)]``, device
         Advanced by what is claimed between steps.
 
@@ -45,35 +52,52 @@ class DeviceBlocks:
         num_host_pages: int,
         num_blocks: int,
         kinds: tuple[LayerKind, ...],
+        num_sliding: Mapping[LayerKind, int] | None = None,
         counters: torch.Tensor,
         device: str,
     ) -> None:
-        g = geometry
+        g, num_sliding = geometry, num_sliding or {}
         self.geometry, self._ops, self._counters = g, ops, counters
         self._num_pairs = num_host_pages * g.num_kv_heads
         self._cached = [number for number, kind in enumerate(kinds) if kind.is_cached]
-        self.num_blocks = [num_blocks if kind.is_cached else self._num_pairs for kind in kinds]
+        self.num_blocks = [num_sliding.get(k, num_blocks) if k.is_cached else self._num_pairs for k in kinds]
         self.kv = [torch.empty((n, 2, g.page_size, g.head_dim), dtype=g.dtype, device=device) for n in self.num_blocks]
         for kv in self.kv:
             kv[:1].zero_()  # padding reads a token of block 0: numbers, as NaN could lead a router of experts astray
-        per_block = {"size": (g.num_layers, num_blocks), "dtype": torch.int32, "device": device}
+        num_cached = [self.num_blocks[number] for number in self._cached]
+        widest = max([num_blocks, *num_cached])  # of a layer with fewer, the first ones are used
+        per_block = {"size": (g.num_layers, widest), "dtype": torch.int32, "device": device}
         per_layer = {"size": (g.num_layers,), "dtype": torch.int32, "device": device}
         self.tables = BlockTables(
             table=torch.full((g.num_layers, num_host_pages, g.num_kv_heads), -1, dtype=torch.int32, device=device),
             owner=torch.full(fill_value=-1, **per_block),
             last_used=torch.full(fill_value=-1, **per_block),
-            free_blocks=torch.arange(num_blocks, dtype=torch.int32, device=device).flip(0).repeat(g.num_layers, 1),
-            num_free=torch.full(fill_value=num_blocks, **per_layer),
+            free_blocks=torch.zeros(**per_block),
+            num_free=torch.zeros(**per_layer),
             hand=torch.zeros(**per_layer),
         )
+        for number in self._cached:
+            of_layer, n = self.of_layer(number), self.num_blocks[number]
+            of_layer.free_blocks.copy_(torch.arange(n, dtype=torch.int32, device=device).flip(0))
+            of_layer.num_free.fill_(n)
         self.step = torch.zeros(1, dtype=torch.int64, device=device)
         every_pair = torch.arange(self._num_pairs, dtype=torch.int32, device=device)
         for number, kind in enumerate(kinds):
             if not kind.is_cached:
                 self.tables.table[number] = every_pair.view(num_host_pages, g.num_kv_heads)
-        # Runs of cached layers, which share one launch.
-        runs = (list(run) for is_cached, run in groupby(range(g.num_layers), self._cached.__contains__) if is_cached)
-        self._runs = [self.tables.layers(run[0], run[-1] + 1) for run in runs]
+        # Runs of cached layers with as many blocks, which share one launch.
+        runs = [list(run) for kind, run in groupby(range(g.num_layers), kinds.__getitem__) if kind.is_cached]
+        self._runs = [self._layers(run[0], run[-1] + 1) for run in runs]
+
+    def of_layer(self, number: int) -> BlockTables:
+        """The state of a layer, with the leading dimension."""
+        return self._layers(number, number + 1)
+
+    def _layers(self, first: int, last: int) -> BlockTables:
+        """The state of layers with as many blocks."""
+        layers, num_blocks = self.tables.layers(first, last), self.num_blocks[first]
+        owner, last_used, free_blocks = (x[:, :num_blocks] for x in (layers.owner, layers.last_used, layers.free_blocks))
+        return layers._replace(owner=owner, last_used=last_used, free_blocks=free_blocks)
 
     def advance(self, number: int) -> None:
         """Decode step `number` starts: the host counts the steps, the device follows."""
@@ -96,7 +120,7 @@ class DeviceBlocks:
         """Pair of each block of a layer, int64 ``[num_blocks]``, -1 where free."""
         if layer not in self._cached:
             return torch.arange(self._num_pairs, device=self.step.device)
-        return self.tables.owner[layer].long()
+        return self.of_layer(layer).owner[0].long()
 
     @property
     def num_resident(self) -> int:
@@ -120,7 +144,7 @@ class DeviceBlocks:
     def check_integrity(self) -> None:
         """Raise if block table, owners, stamps and free blocks disagree."""
         for layer in self._cached:
-            table, owner, last_used, free_blocks, num_free, _ = (x[layer] for x in self.tables)
+            table, owner, last_used, free_blocks, num_free, _ = (x[0] for x in self.of_layer(layer))
             table = table.view(-1)
             pairs = (table >= 0).nonzero().flatten()
             held = (owner >= 0).nonzero().flatten()

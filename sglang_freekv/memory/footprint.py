@@ -13,7 +13,8 @@ class DeviceFootprint:
 
     A request of n pages, with a budget of b pages for a KV head, has in that head
 
-        min(n, 2 b)  pages of each layer whose blocks come and go: its front and its back window
+        min(n, 2 b)  pages of each layer whose windows are chosen: its front and its back window
+        min(n, w)    pages of each layer with a sliding window, which lies in w pages
         n            pages of each dense layer
 
     and the page index of its n pages, as the tokens whose KV takes as many bytes. Windows are counted by this bound,
@@ -32,8 +33,9 @@ class DeviceFootprint:
 
     def __init__(self, geometry: Geometry, kinds: Sequence[LayerKind], index_page_bytes: int) -> None:
         g = self._geometry = geometry
-        self._num_cached = sum(kind.is_cached for kind in kinds)
-        self._num_dense = len(kinds) - self._num_cached
+        self._num_windowed = sum(kind.selects for kind in kinds)
+        self._sliding = [kind.num_sliding_pages(g.page_size) for kind in kinds if kind.sliding_window is not None]
+        self._num_dense = len(kinds) - self._num_windowed - len(self._sliding)
         self._index_page_bytes = index_page_bytes
         self._token_bytes = g.num_layers * g.num_kv_heads * g.block_bytes // g.page_size
 
@@ -49,5 +51,6 @@ class DeviceFootprint:
         """
         g, pages = self._geometry, sum(num_pages)
         windows = sum(min(n, 2 * budget) for n, own in zip(num_pages, budgets, strict=True) for budget in own)
-        blocks = windows * self._num_cached + pages * g.num_kv_heads * self._num_dense
+        sliding = sum(min(n, width) for n in num_pages for width in self._sliding)
+        blocks = windows * self._num_windowed + (sliding + pages * self._num_dense) * g.num_kv_heads
         return (blocks * g.block_bytes + pages * self._index_page_bytes) // self._token_bytes

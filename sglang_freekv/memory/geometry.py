@@ -37,6 +37,9 @@ class Geometry:
     page_size: int = 32  # tokens per page
     key_bits: int = 0  # of each element of a key, in the codes on the device; 0: no codes
     codec: Codec = PLAIN  # of the records of the host store
+    # Tokens that a query sees in each layer, its own included; None: all of them. Empty: all of them in every layer.
+    sliding_windows: tuple[int | None, ...] = ()
+    logit_cap: float = 0.0  # of attention: its logits become cap * tanh(logit / cap); 0: they stay as they are
 
     def __post_init__(self) -> None:
         if self.head_dim * self.key_bits % 8:
@@ -48,6 +51,12 @@ class Geometry:
     @property
     def group_size(self) -> int:
         return self.num_qo_heads // self.num_kv_heads
+
+    @property
+    def full_layers(self) -> tuple[int, ...]:
+        """Numbers of the layers whose queries see all tokens: those that pages may be chosen in."""
+        windows = self.sliding_windows or (None,) * self.num_layers
+        return tuple(number for number, window in enumerate(windows) if window is None)
 
     @property
     def block_bytes(self) -> int:

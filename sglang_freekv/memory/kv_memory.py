@@ -12,9 +12,10 @@ from sglang_freekv.memory.device_blocks import DeviceBlocks
 from sglang_freekv.memory.footprint import DeviceFootprint
 from sglang_freekv.memory.geometry import Geometry, num_pages_of
 from sglang_freekv.memory.host_store import HostStore
-from sglang_freekv.memory.layers import Layer, kinds_of
+from sglang_freekv.memory.layers import Layer, arena_tokens, kinds_of, sliding_kinds
 from sglang_freekv.memory.page_indexes import index_of
 from sglang_freekv.memory.selection_reads import SelectionReads
+from sglang_freekv.memory.sliding import SlidingWindows, sliding_blocks
 from sglang_freekv.memory.step_tables import StepTables
 from sglang_freekv.memory.windows import Windows, WindowSizes
 
@@ -30,7 +31,7 @@ class KVMemory:
     num_host_pages : int
         Pages of the host store, the padding page 0 included.
     num_blocks : int
-        Device blocks of each cached layer.
+        Device blocks of each layer whose windows are chosen; one with a sliding window has what its window takes.
     max_requests : int
         Rows of SGLang's request table; row 0 is padding and comes on top.
     max_context : int
@@ -46,6 +47,8 @@ class KVMemory:
     sizes : WindowSizes
     kinds : tuple of LayerKind
         Of each layer.
+    sliding : dict of LayerKind to SlidingWindows
+        Of every kind with a sliding window.
     index : PageIndex
         What pages are chosen by.
     layers : list of Layer
@@ -68,10 +71,11 @@ class KVMemory:
         self.ops = ops or (REFERENCE if device == "cpu" else triton_ops())
         self.runs_references = self.ops is REFERENCE
         self.max_pages = num_pages_of(max_context, g.page_size)
+        self._places = {number: place for place, number in enumerate(g.full_layers)}
         self.host = HostStore(g, num_host_pages, device)
         self.index = index_of(config)(g, num_host_pages, device)
-        # [half, arena_tokens, 2, num_kv_heads, head_dim]
-        self.arena = torch.empty((2, config.arena_tokens, 2, g.num_kv_heads, g.head_dim), dtype=g.dtype, device=device)
+        shape = (2, arena_tokens(config, g), 2, g.num_kv_heads, g.head_dim)  # half, token, K or V
+        self.arena = torch.empty(shape, dtype=g.dtype, device=device)
         self.start(config, num_blocks)
 
     def start(self, config: FreeKVConfig, num_blocks: int) -> None:
@@ -90,7 +94,9 @@ class KVMemory:
             torch.cuda.empty_cache()
         self.config = config
         self.sizes = WindowSizes.of(config, g.page_size)
-        self.kinds = kinds_of(config, g.num_layers)
+        self.kinds = kinds_of(config, g)
+        sliding = (g, self.max_requests, self.max_pages, self.device)
+        self.sliding = {kind: SlidingWindows.of(kind, *sliding) for kind in sliding_kinds(g)}
         self.counters = Counters(g.record_bytes, self.device)
         self._footprint = DeviceFootprint(g, self.kinds, index_of(config).page_bytes(g))
         num_selecting = sum(kind.selects for kind in self.kinds)
@@ -107,12 +113,22 @@ class KVMemory:
             num_host_pages=self.host.num_host_pages,
             num_blocks=num_blocks,
             kinds=self.kinds,
+            num_sliding={
+                kind: sliding_blocks(
+                    kind,
+                    self.geometry,
+                    max_pages=self.max_pages,
+                    max_requests=self.max_requests,
+                    num_host_pages=self.host.num_host_pages,
+                )
+                for kind in self.sliding
+            },
             counters=self.counters.values,
             device=self.device,
         )
         self.tables = StepTables(
             self.geometry,
-            width=self.sizes.width,
+            width=max([self.sizes.width, *(windows.width for windows in self.sliding.values())]),
             max_requests=self.max_requests,
             max_pages=self.max_pages,
             step=self.blocks.step,
@@ -126,10 +142,10 @@ class KVMemory:
         self.layers = [self._layer(number) for number in range(self.geometry.num_layers)]
 
     def _layer(self, number: int) -> Layer:
-        table = self.blocks.tables.table[number]
+        table, kind, place = self.blocks.tables.table[number], self.kinds[number], self._places.get(number)
         return Layer(
             number=number,
-            kind=self.kinds[number],
+            kind=kind,
             store=PageStore(
                 host_kv=self.host.kv[:, number],
                 summary=self.index.summary(number),
@@ -137,10 +153,10 @@ class KVMemory:
                 table=table,
                 codec=self.geometry.codec,
             ),
-            blocks=self.blocks.tables.layers(number, number + 1),
-            windows=self.windows.pages[:, number],
+            blocks=self.blocks.of_layer(number),
+            windows=self.sliding[kind].pages if place is None else self.windows.pages[:, place],
             row_budgets=None if self.config.mass is None else self.budgets.of_layers[number],
-            last_q=self.windows.last_q[number],
+            last_q=None if place is None else self.windows.last_q[place],
             front=self.tables.misses(number, Half.FRONT),
             back=self.tables.misses(number, Half.BACK),
         )
@@ -184,7 +200,8 @@ class KVMemory:
         groups : int64, ``[n, GROUP_PAGES]``, device
             Host pages of the group of pages that ends with the page of each slot, -1 where none does.
         """
-        self.index.seal(self.ops, layer.number, layer.store, slots, groups)
+        if layer.kind.sliding_window is None:
+            self.index.seal(self.ops, layer.number, layer.store, slots, groups)
 
     def begin_step(self) -> None:
         """A decode step starts: the windows written for it come to the front."""
@@ -205,7 +222,7 @@ class KVMemory:
             "device_blocks_bytes": self.blocks.nbytes,
             "block_table_bytes": sum(tensor.nbytes for tensor in self.blocks.tables),
             "page_summaries_bytes": self.index.nbytes,
-            "windows_bytes": self.windows.nbytes,
+            "windows_bytes": self.windows.nbytes + sum(windows.nbytes for windows in self.sliding.values()),
             "prefill_arena_bytes": self.arena.nbytes,
             "workspace_bytes": self.tables.nbytes,
         }

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from freekv_kernels import GROUP_PAGES
 from sglang_freekv.config import FreeKVConfig
 from sglang_freekv.memory.geometry import Geometry, num_pages_of
-from sglang_freekv.memory.layers import num_cached_layers
+from sglang_freekv.memory.layers import DENSE, arena_tokens, kinds_of, num_windowed_layers, sliding_kinds
 from sglang_freekv.memory.page_indexes import index_of
+from sglang_freekv.memory.sliding import sliding_blocks, sliding_pages
 from sglang_freekv.memory.units import GIB
 from sglang_freekv.memory.windows import WindowSizes
 
@@ -20,7 +21,7 @@ def bytes_by_page(geometry: Geometry, config: FreeKVConfig) -> int:
 
 
 def blocks_of_request(geometry: Geometry, config: FreeKVConfig) -> int:
-    """In each layer that has windows. Two windows are what a step may claim for a request; more are cache."""
+    """In each layer whose windows are chosen. Two are what a step may claim for a request; more are cache."""
     width = WindowSizes.of(config, geometry.page_size).max_budget
     return math.ceil(config.windows * width) * geometry.num_kv_heads
 
@@ -43,17 +44,17 @@ def workspace_bytes(geometry: Geometry, config: FreeKVConfig, max_context: int, 
     num_scored = sizes.num_scored(config.candidates, max_pages)
     batch = 8 * (max_pages + 4 + g.num_kv_heads + GROUP_PAGES)  # page table, row, slot, lengths, budgets, group
     scores = 2 * 4 * (g.num_qo_heads * num_scored + g.num_kv_heads * (num_listed or 0))  # of the main and side stream
-    misses = 2 * (8 + 4 + 4) * g.num_kv_heads * width  # front and back: pair, entry, block
+    of_sliding = [sliding_pages(kind, g, max_pages) for kind in sliding_kinds(g)]
+    misses = 2 * (8 + 4 + 4) * g.num_kv_heads * max([width, *of_sliding])  # front and back: pair, entry, block
     flags = (4 + (g.num_layers if config.candidates else 1)) * g.num_kv_heads
     opened = 8 * g.num_kv_heads
     queries = g.num_qo_heads * g.head_dim * g.dtype.itemsize  # of one layer
-    window_attention = 4 * g.num_kv_heads * (width + 2)  # kv_indices, kv_indptr, last_page_len
-    has_dense = num_cached_layers(config, g.num_layers) < g.num_layers
+    widths = [width, *of_sliding, *([max_pages] if DENSE in kinds_of(config, g) else [])]
+    attention = 4 * g.num_kv_heads * sum(n + 2 for n in widths)  # kv_indices, kv_indptr, last_page_len
     # Budgets of rows: in this step, in the next, and by row of the request table; kv_indptr.
     by_mass = (3 * 8 + 4) * g.num_layers * g.num_kv_heads if config.mass is not None else 0
-    dense_attention = 4 * g.num_kv_heads * (max_pages + 2) if has_dense else 0
     lists = misses + flags + opened
-    return max_requests * (batch + queries + scores + lists + window_attention + by_mass + dense_attention)
+    return max_requests * (batch + queries + scores + lists + attention + by_mass)
 
 
 @dataclass(frozen=True)
@@ -72,13 +73,23 @@ class Needs:
         return (self.num_pages + 1) * self.geometry.num_kv_heads
 
     @property
-    def num_cached_layers(self) -> int:
-        """Layers that have windows; the others keep every page on the device."""
-        return num_cached_layers(self.config, self.geometry.num_layers)
+    def num_windowed_layers(self) -> int:
+        """Layers whose windows are chosen."""
+        return num_windowed_layers(self.config, self.geometry)
 
     @property
     def dense_bytes(self) -> int:
-        return self.num_pairs * (self.geometry.num_layers - self.num_cached_layers) * self.geometry.block_bytes
+        """Of the layers that keep every page on the device."""
+        return self.num_pairs * kinds_of(self.config, self.geometry).count(DENSE) * self.geometry.block_bytes
+
+    def sliding_bytes(self, num_requests: int) -> int:
+        """Blocks of the layers with a sliding window, where so many requests may run."""
+        g, max_pages = self.geometry, self.num_pages + 1
+        if self.max_context is not None:
+            max_pages = min(max_pages, num_pages_of(self.max_context, g.page_size))
+        sizes = {"max_pages": max_pages, "max_requests": num_requests, "num_host_pages": self.num_pages + 1}
+        kinds = [kind for kind in kinds_of(self.config, g) if kind.sliding_window is not None]
+        return sum(sliding_blocks(kind, g, **sizes) for kind in kinds) * g.block_bytes
 
     @property
     def summaries_bytes(self) -> int:
@@ -87,7 +98,7 @@ class Needs:
     @property
     def arena_bytes(self) -> int:
         g = self.geometry
-        return 2 * self.config.arena_tokens * 2 * g.num_kv_heads * g.head_dim * g.dtype.itemsize
+        return 2 * arena_tokens(self.config, g) * 2 * g.num_kv_heads * g.head_dim * g.dtype.itemsize
 
     @property
     def window_pages(self) -> int:
@@ -98,19 +109,20 @@ class Needs:
     def window_bytes(self) -> int:
         """Page lists and latest queries of one request."""
         g = self.geometry
-        last_q_bytes = g.num_layers * g.num_qo_heads * g.head_dim * g.dtype.itemsize
+        num_layers = len(g.full_layers)
+        last_q_bytes = num_layers * g.num_qo_heads * g.head_dim * g.dtype.itemsize
         width = WindowSizes.of(self.config, g.page_size).width
-        return 2 * g.num_layers * g.num_kv_heads * width * 4 + last_q_bytes
+        return 2 * num_layers * g.num_kv_heads * width * 4 + last_q_bytes
 
     @property
     def row_bytes(self) -> int:
-        """Of one request, besides its blocks."""
-        return self.window_bytes + self.workspace_bytes(1)
+        """Of one request, besides the blocks of its windows that are chosen."""
+        return self.window_bytes + self.workspace_bytes(1) + self.sliding_bytes(1)
 
     @property
     def layer_blocks_bytes(self) -> int:
-        """One block in each layer that has windows."""
-        return self.num_cached_layers * self.geometry.block_bytes
+        """One block in each layer whose windows are chosen."""
+        return self.num_windowed_layers * self.geometry.block_bytes
 
     @property
     def blocks_per_request(self) -> int:

@@ -11,7 +11,10 @@ from sglang_freekv.memory.geometry import Geometry
 
 
 class PageIndex(ABC):
-    """What a selector reads of a page instead of its keys. It belongs to the host page: who shares one shares both."""
+    """What a selector reads of a page instead of its keys. It belongs to the host page: who shares one shares both.
+
+    `seal` and `audit` are about the layers that `summary` is kept of, or would be.
+    """
 
     @staticmethod
     @abstractmethod

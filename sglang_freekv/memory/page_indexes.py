@@ -18,24 +18,29 @@ _ROUNDING = 1e-6
 class MinMaxIndex(PageIndex):
     """Minimum and maximum of each channel of a page's post-RoPE keys, in FP8: see `fp8`.
 
+    A layer with a sliding window has no index, as nothing is chosen in it.
+
     Attributes
     ----------
-    summaries : uint8, ``[num_layers, num_host_pages, num_kv_heads, 2, head_dim]``, device
+    places : dict of int to int
+        Layer number -> its place in the tensors, of the layers that have an index.
+    summaries : uint8, ``[num_full_layers, num_host_pages, num_kv_heads, 2, head_dim]``, device
     """
 
     def __init__(self, geometry: Geometry, num_host_pages: int, device: str) -> None:
         g = geometry
         self.geometry = g
-        shape = (g.num_layers, num_host_pages, g.num_kv_heads, 2, g.head_dim)
+        self.places = {number: place for place, number in enumerate(g.full_layers)}
+        shape = (len(g.full_layers), num_host_pages, g.num_kv_heads, 2, g.head_dim)
         self.summaries = torch.empty(shape, dtype=torch.uint8, device=device)
 
     @staticmethod
     def page_bytes(geometry: Geometry) -> int:
         g = geometry
-        return g.num_layers * g.num_kv_heads * 2 * g.head_dim
+        return len(g.full_layers) * g.num_kv_heads * 2 * g.head_dim
 
-    def summary(self, number: int) -> torch.Tensor:
-        return self.summaries[number]
+    def summary(self, number: int) -> torch.Tensor | None:
+        return self.summaries[self.places[number]] if number in self.places else None
 
     def seal(self, ops: Ops, number: int, store: PageStore, slots: torch.Tensor, groups: torch.Tensor) -> None:
         pass  # a summary is complete with every token
@@ -44,7 +49,7 @@ class MinMaxIndex(PageIndex):
         self, number: int, store: PageStore, pages: torch.Tensor, filled: torch.Tensor, groups: torch.Tensor
     ) -> None:
         bounds = self._bounds(store, pages, filled, groups)
-        is_wrong = (_of_pages(self.summaries[number], pages) != bounds).flatten(1).any(1)
+        is_wrong = (_of_pages(self.summary(number), pages) != bounds).flatten(1).any(1)
         if is_wrong.any():
             raise RuntimeError(f"layer {number}: wrong summary of host page {int(pages[is_wrong][0])}")
 
@@ -69,7 +74,7 @@ class CodesIndex(MinMaxIndex):
 
     Attributes
     ----------
-    codes : uint8, ``[num_layers, num_host_pages, num_kv_heads, page_size, head_dim * key_bits // 8]``, device
+    codes : uint8, ``[num_full_layers, num_host_pages, num_kv_heads, page_size, head_dim * key_bits // 8]``, device
     """
 
     def __init__(self, geometry: Geometry, num_host_pages: int, device: str) -> None:
@@ -77,20 +82,24 @@ class CodesIndex(MinMaxIndex):
         g = geometry
         if not g.key_bits:
             raise ValueError("An index of codes needs bits for them; key_bits is 0.")
-        shape = (g.num_layers, num_host_pages, g.num_kv_heads, g.page_size, g.head_dim * g.key_bits // 8)
+        shape = (len(g.full_layers), num_host_pages, g.num_kv_heads, g.page_size, g.head_dim * g.key_bits // 8)
         self.codes = torch.empty(shape, dtype=torch.uint8, device=device)
+
+    def codes_of(self, number: int) -> torch.Tensor:
+        """Of a layer: uint8, ``[num_host_pages, num_kv_heads, page_size, head_dim * key_bits // 8]``."""
+        return self.codes[self.places[number]]
 
     @staticmethod
     def page_bytes(geometry: Geometry) -> int:
         g = geometry
-        codes = g.num_layers * g.num_kv_heads * g.page_size * g.head_dim * g.key_bits // 8
+        codes = len(g.full_layers) * g.num_kv_heads * g.page_size * g.head_dim * g.key_bits // 8
         return MinMaxIndex.page_bytes(g) + codes
 
     def encoded_by_append(self, number: int, groups: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         return self.codes[number], None
 
     def seal(self, ops: Ops, number: int, store: PageStore, slots: torch.Tensor, groups: torch.Tensor) -> None:
-        ops.encode_pages(slots, store, self.codes[number])
+        ops.encode_pages(slots, store, self.codes_of(number))
 
     def audit(
         self, number: int, store: PageStore, pages: torch.Tensor, filled: torch.Tensor, groups: torch.Tensor
@@ -99,8 +108,8 @@ class CodesIndex(MinMaxIndex):
         super().audit(number, store, pages, filled, groups)
         g = self.geometry
         full = pages[filled == g.page_size]
-        low, step = code_steps(_of_pages(self.summaries[number], full)[:, :, None], g.key_bits)
-        values, units = unpack_codes(_of_pages(self.codes[number], full), g.key_bits)
+        low, step = code_steps(_of_pages(self.summary(number), full)[:, :, None], g.key_bits)
+        values, units = unpack_codes(_of_pages(self.codes_of(number), full), g.key_bits)
         values = values.transpose(2, 3) * units + 0.5
         keys = store.codec.decode_keys(store.host_kv, full, g.dtype).float().clamp_(-LARGEST, LARGEST)
         error = (low + values * step - keys).abs()
@@ -120,7 +129,7 @@ class GroupedCodesIndex(CodesIndex):
         return self.codes[number], groups
 
     def seal(self, ops: Ops, number: int, store: PageStore, slots: torch.Tensor, groups: torch.Tensor) -> None:
-        ops.encode_pages(slots, store, self.codes[number], groups)
+        ops.encode_pages(slots, store, self.codes_of(number), groups)
 
     def _bounds(
         self, store: PageStore, pages: torch.Tensor, filled: torch.Tensor, groups: torch.Tensor
@@ -138,21 +147,21 @@ class BallsIndex(MinMaxIndex):
 
     Attributes
     ----------
-    centres : model dtype, ``[num_layers, num_host_pages, num_kv_heads, head_dim]``, device
-    radii : float32, ``[num_layers, num_host_pages, num_kv_heads]``, device
+    centres : model dtype, ``[num_full_layers, num_host_pages, num_kv_heads, head_dim]``, device
+    radii : float32, ``[num_full_layers, num_host_pages, num_kv_heads]``, device
         Around the centre as it is stored.
     """
 
     def __init__(self, geometry: Geometry, num_host_pages: int, device: str) -> None:
         super().__init__(geometry, num_host_pages, device)
-        shape = (geometry.num_layers, num_host_pages, geometry.num_kv_heads)
+        shape = (len(geometry.full_layers), num_host_pages, geometry.num_kv_heads)
         self.centres = torch.empty((*shape, geometry.head_dim), dtype=geometry.dtype, device=device)
         self.radii = torch.empty(shape, dtype=torch.float32, device=device)
 
     @staticmethod
     def page_bytes(geometry: Geometry) -> int:
         g = geometry
-        balls = g.num_layers * g.num_kv_heads * (g.head_dim * g.dtype.itemsize + 4)
+        balls = len(g.full_layers) * g.num_kv_heads * (g.head_dim * g.dtype.itemsize + 4)
         return MinMaxIndex.page_bytes(g) + balls
 
     def seal(self, ops: Ops, number: int, store: PageStore, slots: torch.Tensor, groups: torch.Tensor) -> None:
@@ -162,8 +171,8 @@ class BallsIndex(MinMaxIndex):
             return
         keys = store.codec.decode_keys(store.host_kv, pages, self.geometry.dtype).float()
         centres = keys.mean(2).to(self.geometry.dtype)
-        self.centres[number, pages] = centres
-        self.radii[number, pages] = (keys - centres.float()[:, :, None]).norm(dim=-1).amax(-1)
+        self.centres[self.places[number], pages] = centres
+        self.radii[self.places[number], pages] = (keys - centres.float()[:, :, None]).norm(dim=-1).amax(-1)
 
     def audit(
         self, number: int, store: PageStore, pages: torch.Tensor, filled: torch.Tensor, groups: torch.Tensor
@@ -172,7 +181,7 @@ class BallsIndex(MinMaxIndex):
         super().audit(number, store, pages, filled, groups)
         full = pages[filled == self.geometry.page_size]
         keys = store.codec.decode_keys(store.host_kv, full, self.geometry.dtype).float()
-        centres, radii = (_of_pages(x[number], full).float() for x in (self.centres, self.radii))
+        centres, radii = (_of_pages(x[self.places[number]], full).float() for x in (self.centres, self.radii))
         means, farthest = keys.mean(2), (keys - centres[:, :, None]).norm(dim=-1).amax(-1)
         rounding = torch.finfo(self.geometry.dtype).eps
         is_wrong = ((centres - means).abs() > rounding * keys.abs().amax(2)).any(-1)

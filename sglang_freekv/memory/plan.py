@@ -7,7 +7,7 @@ from typing import Any
 
 from sglang_freekv.config import FreeKVConfig, UnsupportedConfiguration
 from sglang_freekv.memory.geometry import Geometry
-from sglang_freekv.memory.layers import num_cached_layers
+from sglang_freekv.memory.layers import arena_tokens, num_windowed_layers
 from sglang_freekv.memory.needs import Needs, blocks_of_request, bytes_by_page
 from sglang_freekv.memory.recalls import RECALLS
 from sglang_freekv.memory.units import GIB, in_words
@@ -23,7 +23,7 @@ class MemoryPlan:
     geometry: Geometry
     config: FreeKVConfig
     num_pages: int  # of the host store, without the padding page
-    num_blocks: int  # device blocks per layer
+    num_blocks: int  # device blocks of each layer whose windows are chosen
     max_requests: int  # running at the same time
     host_bytes: int
     device_blocks_bytes: int
@@ -44,9 +44,9 @@ class MemoryPlan:
 
     @property
     def cached_blocks_bytes(self) -> int:
-        """Device blocks of the layers that have windows: what ``--freekv-device-blocks-memory`` sizes."""
+        """Device blocks of the layers whose windows are chosen: what ``--freekv-device-blocks-memory`` sizes."""
         g = self.geometry
-        return self.num_blocks * num_cached_layers(self.config, g.num_layers) * g.block_bytes
+        return self.num_blocks * num_windowed_layers(self.config, g) * g.block_bytes
 
     def describe(self) -> str:
         """One line per pool, for the log."""
@@ -63,7 +63,7 @@ class MemoryPlan:
             ),
             "device blocks": (self.device_blocks_bytes, f"{self.num_blocks:,} per layer"),
             "page summaries": (self.summaries_bytes, "with key codes and block table"),
-            "prefill arena": (self.arena_bytes, f"2 x {c.arena_tokens:,} tokens of one layer"),
+            "prefill arena": (self.arena_bytes, f"2 x {arena_tokens(c, self.geometry):,} tokens of one layer"),
             "windows": (self.windows_bytes, "page lists and latest queries"),
             **on_gpu,
         }
@@ -153,12 +153,16 @@ def _plan_of(needs: Needs, num_blocks: int, max_requests: int) -> MemoryPlan:
         num_blocks=num_blocks,
         max_requests=max_requests,
         host_bytes=(needs.num_pages + 1) * needs.geometry.page_bytes,
-        device_blocks_bytes=num_blocks * needs.layer_blocks_bytes + needs.dense_bytes,
+        device_blocks_bytes=(
+            num_blocks * needs.layer_blocks_bytes + needs.dense_bytes + needs.sliding_bytes(max_requests)
+        ),
         summaries_bytes=needs.summaries_bytes,
         arena_bytes=needs.arena_bytes,
         windows_bytes=(max_requests + 1) * needs.window_bytes,
         workspace_bytes=needs.workspace_bytes(max_requests) + needs.attention_bytes,
-        request_bytes=needs.blocks_per_request * needs.layer_blocks_bytes + needs.window_bytes,
+        request_bytes=(
+            needs.blocks_per_request * needs.layer_blocks_bytes + needs.sliding_bytes(1) + needs.window_bytes
+        ),
     )
 
 
@@ -185,7 +189,7 @@ def _plan_pages(
 def _plan_blocks(needs: Needs, left: int, max_requests: int) -> tuple[int, int]:
     """Device blocks of a layer, and running requests: each has its windows of them, or everything is resident."""
     asked = needs.asked_blocks_bytes()
-    if needs.max_context is not None:
+    if needs.max_context is not None or needs.sliding_bytes(1):
         # SGLang proposes thousands; buffers of requests that could never run would take the blocks' memory.
         max_requests = min(max_requests, max(_requests_with_buffers(needs, left, asked), 1))
     blocks_bytes = left - max_requests * needs.row_bytes if asked is None else asked

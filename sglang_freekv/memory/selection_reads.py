@@ -32,7 +32,7 @@ class SelectionReads:
     def __init__(self, geometry: Geometry, config: FreeKVConfig, num_layers: int, max_pages: int) -> None:
         self._sizes, self._candidates = WindowSizes.of(config, geometry.page_size), config.candidates
         self._num_listed = self._sizes.num_listed(self._candidates, max_pages)
-        share = num_layers / geometry.num_layers
+        share = num_layers / max(len(geometry.full_layers), 1)
         is_read = config.selector_name not in BASELINES or config.selector_name == "arkvale"
         self._page_bytes = is_read * int(share * index_of(config).page_bytes(geometry))
         self._bounds_bytes = num_layers * geometry.num_kv_heads * 2 * geometry.head_dim

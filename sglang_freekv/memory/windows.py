@@ -57,25 +57,26 @@ class WindowSizes(NamedTuple):
 
 
 class Windows:
-    """The double buffer of page lists, indexed by `req_pool_idx`; row 0 is padding.
+    """The double buffer of page lists, indexed by `req_pool_idx`; row 0 is padding. Of layers whose queries see all.
 
     Entries are *logical* pages (position // page_size): SGLang may give a running request other host pages when it
     de-duplicates a prefix. Step t reads the front, ``pages[t % 2]``, and writes the back, for the next.
 
     Attributes
     ----------
-    pages : int32, ``[2, num_layers, max_requests + 1, num_kv_heads, width]``, device
+    pages : int32, ``[2, num_full_layers, max_requests + 1, num_kv_heads, width]``, device
         Ascending, -1 padded. A row within its budget changes its window only when a page is opened, in both halves.
-    last_q : model dtype, ``[num_layers, max_requests + 1, num_kv_heads, group_size, head_dim]``, device
+    last_q : model dtype, ``[num_full_layers, max_requests + 1, num_kv_heads, group_size, head_dim]``, device
         Latest queries.
     """
 
     def __init__(self, geometry: Geometry, max_requests: int, width: int, device: str) -> None:
         g, rows = geometry, max_requests + 1
-        shape = (2, g.num_layers, rows, g.num_kv_heads, width)
+        num_layers = max(len(g.full_layers), 1)  # a kernel of no layers has no shape
+        shape = (2, num_layers, rows, g.num_kv_heads, width)
         self.pages = torch.full(shape, -1, dtype=torch.int32, device=device)
         self.last_q = torch.zeros(
-            (g.num_layers, rows, g.num_kv_heads, g.group_size, g.head_dim), dtype=g.dtype, device=device
+            (num_layers, rows, g.num_kv_heads, g.group_size, g.head_dim), dtype=g.dtype, device=device
         )
 
     @property

@@ -26,7 +26,7 @@ class ArkValeSelector(Selector):
 
     def score(self, layer: Layer, batch: Batch, half: Half, scale: float, flags: FlagList | None = None) -> Scores:
         index = self.memory.index
-        centres, radii = (x[layer.number, batch.page_table].float() for x in (index.centres, index.radii))
+        centres, radii = (x[index.places[layer.number], batch.page_table].float() for x in (index.centres, index.radii))
         q = layer.last_q[batch.rows].float()
         scores = torch.einsum("bhgd,bphd->bhgp", q, centres)
         scores += q.norm(dim=-1)[..., None] * radii.transpose(1, 2)[:, :, None]
