@@ -36,18 +36,28 @@ class ReferenceRequest(ReferenceScores):
         self.last_query: list[torch.Tensor | None] = [None] * rule.num_layers  # [Hq, D] float64
         self.read: list[list[list[int]]] = [[[]] * rule.num_kv_heads] * rule.num_layers  # windows of the last step
 
-    def prefill(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-        """Append a chunk and return the causal attention of its queries over everything, `[n, Hq, D]`."""
+    def prefill(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scale: float,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Append a chunk and return its causal attention over all that a layer's queries see, `[n, Hq, D]`."""
         self.remember(layer, k, v)
         self.last_query[layer] = q[-1].double()
         length = len(self.keys[layer])
         first = length - len(q)
-        seen = torch.arange(length)[None, :] <= torch.arange(first, length)[:, None]
+        key, query = torch.arange(length)[None, :], torch.arange(first, length)[:, None]
+        seen = (key <= query) & (key > query - (self.rule.sliding_window(layer) or length))
         out = torch.empty_like(q, dtype=torch.float64)
         for qo_head in range(self.rule.num_qo_heads):
             kv_head = qo_head // self.group_size
             logits = scale * q[:, qo_head].double() @ self.keys[layer][:, kv_head].T
-            weights = logits.masked_fill(~seen, -math.inf).softmax(dim=-1)
+            logits = self.capped(logits).masked_fill(~seen, -math.inf)
+            weights = self.weights(logits, None if sinks is None else sinks[qo_head])
             out[:, qo_head] = weights @ self.values[layer][:, kv_head]
         return out
 
@@ -57,9 +67,10 @@ class ReferenceRequest(ReferenceScores):
         q, previous = q.double(), self.last_query[layer]
         self.last_query[layer] = q
         num_pages = math.ceil(len(self.keys[layer]) / self.rule.page_size)
-        if layer in self.rule.dense_layers:
-            every_page = [list(range(num_pages)) for _ in range(self.rule.num_kv_heads)]
-            return Expected(every_page, [{} for _ in every_page], [False] * len(every_page), False)
+        if layer in self.rule.dense_layers or self.rule.sliding_window(layer) is not None:
+            first = max(len(self.keys[layer]) - (self.rule.sliding_window(layer) or math.inf), 0)
+            pages = [list(range(int(first) // self.rule.page_size, num_pages)) for _ in range(self.rule.num_kv_heads)]
+            return Expected(pages, [{} for _ in pages], [False] * len(pages), False)
         over_budget = num_pages > self.budget_pages
         of_heads = [
             self.front_window(layer, kv_head, q, previous, self.read[layer][kv_head])
@@ -89,16 +100,37 @@ class ReferenceRequest(ReferenceScores):
             is_flagged = kept[0] - kept[1] > self.rule.gate
         return (again, scores_again, True, window) if is_flagged else (window, scores, False, window)
 
-    def attend(self, layer: int, q: torch.Tensor, windows: list[list[int]], scale: float) -> torch.Tensor:
-        """Attention of one query `[Hq, D]` over the tokens of a window per KV head, `[Hq, D]`."""
+    def attend(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        windows: list[list[int]],
+        scale: float,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attention of one query `[Hq, D]` over the tokens of a window per KV head, `[Hq, D]`; `sinks [Hq]`."""
         out = torch.empty_like(q, dtype=torch.float64)
         for qo_head in range(self.rule.num_qo_heads):
             kv_head = qo_head // self.group_size
             keys = torch.cat([self.page_keys(layer, kv_head, page) for page in windows[kv_head]])
             values = torch.cat([self.page_values(layer, kv_head, page) for page in windows[kv_head]])
-            weights = (scale * keys @ q[qo_head].double()).softmax(dim=0)
-            out[qo_head] = weights @ values
+            seen = slice(-(self.rule.sliding_window(layer) or len(keys)), None)
+            logits = self.capped(scale * keys[seen] @ q[qo_head].double())
+            out[qo_head] = self.weights(logits, None if sinks is None else sinks[qo_head]) @ values[seen]
         return out
+
+    def capped(self, logits: torch.Tensor) -> torch.Tensor:
+        """Logits as the model has them."""
+        cap = self.rule.logit_cap
+        return cap * (logits / cap).tanh() if cap else logits
+
+    @staticmethod
+    def weights(logits: torch.Tensor, sink: torch.Tensor | None) -> torch.Tensor:
+        """Softmax of `[..., keys]`, with one logit more whose weight is dropped."""
+        if sink is None:
+            return logits.softmax(dim=-1)
+        with_sink = torch.cat((logits, sink.double().expand(*logits.shape[:-1], 1)), dim=-1)
+        return with_sink.softmax(dim=-1)[..., :-1]
 
     def window(
         self,

@@ -37,6 +37,8 @@ class Rule:
     mass: float  # share of the attention that a window is to hold, of a request that asks for none; 0: its budget
     times: int  # most pages that a head selects, for each that its budget has room for
     dense_layers: tuple[int, ...] = ()
+    sliding_windows: tuple[int | None, ...] = ()  # tokens that a query sees in each layer; None or empty: all
+    logit_cap: float = 0.0
 
     @classmethod
     def of(cls, memory: KVMemory) -> Rule:
@@ -61,7 +63,13 @@ class Rule:
             mass=config.mass or 0.0,
             times=sizes.times,
             dense_layers=config.dense_layers,
+            sliding_windows=g.sliding_windows,
+            logit_cap=g.logit_cap,
         )
+
+    def sliding_window(self, layer: int) -> int | None:
+        """Tokens that a query sees in a layer, its own included; None: all."""
+        return self.sliding_windows[layer] if self.sliding_windows else None
 
 
 class ReferenceScores:

@@ -56,8 +56,9 @@ class DecodedToken:
 class ReferenceChecks:
     """Holds the memory of an engine against what the reference says of its requests."""
 
-    def __init__(self, memory: KVMemory, rule: Rule) -> None:
+    def __init__(self, memory: KVMemory, rule: Rule, sinks: torch.Tensor | None = None) -> None:
         g = memory.geometry
+        self.sinks = sinks  # float32 [num_layers, Hq]
         self.memory, self.rule, self.page_size = memory, rule, g.page_size
         has_rounded_scores = g.key_bits > 0 and g.dtype != torch.float32
         self._score_tolerance = CODES_TOLERANCE if has_rounded_scores else SCORE_TOLERANCE[g.dtype]
@@ -86,14 +87,16 @@ class ReferenceChecks:
         for layer, (expected, out) in enumerate(zip(token.expected, token.outputs, strict=True)):
             q = request.trace.q[layer, request.length - 1]
             windows = expected.windows
-            if layer not in self.rule.dense_layers:
-                windows = window_of(front[layer], request)
+            if self.memory.kinds[layer].selects:
+                place = self.memory.geometry.full_layers.index(layer)
+                windows = window_of(front[place], request)
                 for head, choice in enumerate(zip(expected.windows, expected.scores, strict=True)):
                     difference = explain_difference(windows[head], *choice, self._score_tolerance)
                     assert not difference, difference
-                self._back_windows(request, layer, back[layer], q, windows)
+                self._back_windows(request, layer, back[place], q, windows)
             self._blocks(request, layer, windows)
-            self.output(out, request.reference.attend(layer, q, windows, self.rule.scale))
+            sinks = None if self.sinks is None else self.sinks[layer]
+            self.output(out, request.reference.attend(layer, q, windows, self.rule.scale, sinks))
 
     def _back_windows(
         self, request: Request, layer: int, windows: torch.Tensor, q: torch.Tensor, present: list[list[int]]
@@ -138,7 +141,7 @@ class ReferenceChecks:
         Where pages are chosen by mass, the page that ends a group has those of the group. And the codes of a full page
         stand for what is less than half a step from its keys.
         """
-        host, trace = self.memory.host, request.trace
+        host, trace, full = self.memory.host, request.trace, list(self.memory.geometry.full_layers)
         for logical, page in enumerate(request.pages):
             tokens = slice(logical * self.page_size, min((logical + 1) * self.page_size, request.length))
             num_tokens = tokens.stop - tokens.start
@@ -146,10 +149,10 @@ class ReferenceChecks:
             keys, values = (x[:, tokens].transpose(1, 2) for x in (trace.k, trace.v))  # [L, H, tokens, D]
             assert host.kv[page, :, :, 0, :num_tokens].equal(keys)
             assert host.kv[page, :, :, 1, :num_tokens].equal(values)
-            summary = self.memory.index.summaries[:, page].cpu()
+            summary, keys = self.memory.index.summaries[:, page].cpu(), keys[full]
             known = keys
             if self.rule.candidates and logical % GROUP_PAGES == GROUP_PAGES - 1 and num_tokens == self.page_size:
-                known = trace.k[:, tokens.stop - GROUP_PAGES * self.page_size : tokens.stop].transpose(1, 2)
+                known = trace.k[full, tokens.stop - GROUP_PAGES * self.page_size : tokens.stop].transpose(1, 2)
             assert summary.equal(fp8.bounds(torch.stack((known.amin(dim=2), known.amax(dim=2)), 2)))
             if self.memory.geometry.key_bits and num_tokens == self.page_size:
                 decoded, step = decode_keys(summary, self.memory.index.codes[:, page])

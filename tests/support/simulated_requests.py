@@ -39,6 +39,8 @@ class SimulatedEngine:
         Device blocks per layer; by default as few as can work.
     ops : Ops, optional
         By default those of the device.
+    sinks : float32, ``[num_layers, num_qo_heads]``, optional
+        Of the model's softmax.
     device : str
         Of the engine; the reference is on the CPU.
 
@@ -57,13 +59,14 @@ class SimulatedEngine:
         num_pages: int = 120,
         num_blocks: int | None = None,
         ops: Ops | None = None,
+        sinks: torch.Tensor | None = None,
         device: str = "cpu",
     ) -> None:
         g = replace(geometry, key_bits=config.key_bits)
         if num_blocks is None:
             num_blocks = 2 * WindowSizes.of(config, g.page_size).max_budget * g.num_kv_heads * max_requests
         self.geometry, self.config, self.scale = g, config, 1 / math.sqrt(g.head_dim)
-        self.page_size = g.page_size
+        self.page_size, self.sinks = g.page_size, sinks
         self.device = device
         self.memory = KVMemory(
             g,
@@ -93,7 +96,7 @@ class SimulatedEngine:
             kv.fill_(math.nan)
         self.decoder, self.prefiller = build_engine(self.memory)
         self.rule = Rule.of(self.memory)
-        self.checks = ReferenceChecks(self.memory, self.rule)
+        self.checks = ReferenceChecks(self.memory, self.rule, self.sinks)
 
     def start_over(self, config: FreeKVConfig, num_blocks: int) -> None:
         """Other settings, once no request is left; pages that are held stay as they are."""
@@ -186,9 +189,9 @@ class SimulatedEngine:
         for layer in range(self.geometry.num_layers):
             parts = [request.trace.tokens(layer, first, last) for request, first, last in spans]
             q, k, v = (torch.cat(x).to(self.device) for x in zip(*parts, strict=True))
-            outputs.append(self.prefiller.run(layer, q, k, v, self.scale).cpu())
+            outputs.append(self.prefiller.run(layer, q, k, v, self.scale, self._sinks_of(layer)).cpu())
             expected = [
-                request.reference.prefill(layer, *part, self.scale)
+                request.reference.prefill(layer, *part, self.scale, self._sinks_of(layer))
                 for (request, _), part in zip(chunks, parts, strict=True)
             ]
             self.checks.output(outputs[-1], torch.cat(expected))
@@ -231,7 +234,10 @@ class SimulatedEngine:
         self.decoder.plan(DecodeInput(self._tensor(rows), self._tensor(lens), slots, self.req_to_token, rows, lens))
 
     def run_decode(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        return self.decoder.run(layer, q, k, v, self.scale)
+        return self.decoder.run(layer, q, k, v, self.scale, self._sinks_of(layer))
+
+    def _sinks_of(self, layer: int) -> torch.Tensor | None:
+        return None if self.sinks is None else self.sinks[layer]
 
     def forget_blocks(self, pages: list[int]) -> None:
         """Evict every block of some pages."""
@@ -240,12 +246,12 @@ class SimulatedEngine:
         self.memory.blocks.forget(PairList(self._tensor(pairs), self._tensor([len(pairs)]).int()))
 
     def front(self, layer: int) -> torch.Tensor:
-        """The windows `[max_requests + 1, H, W]` that the last step read."""
-        return self._windows(0)[layer]
+        """The windows `[max_requests + 1, H, W]` that the last step read, of a layer whose queries see all."""
+        return self._windows(0)[self.geometry.full_layers.index(layer)]
 
     def back(self, layer: int) -> torch.Tensor:
         """Those that the next step will read."""
-        return self._windows(1)[layer]
+        return self._windows(1)[self.geometry.full_layers.index(layer)]
 
     def _windows(self, ahead: int) -> torch.Tensor:
         return self.memory.windows.pages[(int(self.memory.blocks.step) + ahead) % 2]
