@@ -13,9 +13,8 @@ import torch
 from tools.zygote.client import zygote
 
 # Files of tests/server that use none of the shared servers.
-STARTS_ITS_OWN = {
-    f"tests/server/{name}.py" for name in ("test_accuracy_quick", "test_baselines", "test_faults", "test_features")
-}
+_OWN = ("test_accuracy_quick", "test_baselines", "test_faults", "test_features", "test_sliding_models")
+STARTS_ITS_OWN = {f"tests/server/{name}.py" for name in _OWN}
 
 SHARED_SERVERS = "tests/server/"  # one scope: all files there that use them
 # The scopes that take longest start first, so that parallel workers end together.

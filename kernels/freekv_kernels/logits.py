@@ -1,4 +1,4 @@
-"""What models make of attention's logits besides a softmax: a soft cap, and a sink that takes its share of the weight."""
+"""What models make of attention's logits besides a softmax: a soft cap, and a sink that takes a share of the weight."""
 
 from __future__ import annotations
 

@@ -21,9 +21,9 @@ def build_engine(memory: KVMemory) -> tuple[Decode, Prefill]:
         workspace = ()
     else:
         from sglang_freekv.attention.gpu import FlashInferPrefillAttention as PrefillAttention
-        from sglang_freekv.attention.gpu import FlashInferSlidingPrefillAttention as SlidingPrefillAttention
         from sglang_freekv.attention.gpu import FlashInferWindowAttention as WindowAttention
         from sglang_freekv.attention.gpu import allocate_float_workspace
+        from sglang_freekv.attention.gpu_sliding import FlashInferSlidingPrefillAttention as SlidingPrefillAttention
 
         workspace = (allocate_float_workspace(g, device),)
 
@@ -31,9 +31,7 @@ def build_engine(memory: KVMemory) -> tuple[Decode, Prefill]:
     widths = {WINDOWED: memory.sizes.width, DENSE: memory.max_pages}
     widths |= {kind: windows.width for kind, windows in memory.sliding.items()}
     attentions = {
-        kind: WindowAttention(
-            g, memory.max_requests, width, device, *workspace, sliding_window=kind.sliding_window
-        )
+        kind: WindowAttention(g, memory.max_requests, width, device, *workspace, sliding_window=kind.sliding_window)
         for kind, width in widths.items()
         if kind == WINDOWED or kind in memory.kinds
     }

@@ -32,7 +32,7 @@ class PrefillPlan:
     last_slots: torch.Tensor  # int64 [num_runs], of the last token that the chunk writes to each page
     ended_groups: torch.Tensor  # int64 [num_runs, GROUP_PAGES], host pages of the group that ends with each page, or -1
     opened: PairList  # of the pages whose first token the chunk writes, the newest pages first
-    # By the sliding window of a layer, or None: groups of pieces that fit the arena together, and int64, their host pages
+    # By the sliding window of a layer, or None: groups of pieces that fit the arena together; int64, their host pages
     groups: dict[int | None, list[list[PrefixPiece]]]
     group_pages: dict[int | None, list[torch.Tensor]]
     completed: Batch  # the requests whose prompt ends with this chunk
@@ -104,9 +104,7 @@ class Prefill:
         self._begin(chunk)
         return self._plan
 
-    def _groups(
-        self, window: int | None, page_table: torch.Tensor, prefix_lens: list[int]
-    ) -> list[list[PrefixPiece]]:
+    def _groups(self, window: int | None, page_table: torch.Tensor, prefix_lens: list[int]) -> list[list[PrefixPiece]]:
         """What layers with this sliding window, or without one, read of the prefixes."""
         page_size = self.memory.geometry.page_size
         sizes = (page_table, prefix_lens, self.memory.arena.shape[1] // page_size, page_size)

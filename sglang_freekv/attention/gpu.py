@@ -6,12 +6,14 @@ a run. An int workspace holds a plan until the next one, so every wrapper has it
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import torch
 from flashinfer import BatchDecodeWithPagedKVCacheWrapper, BatchPrefillWithRaggedKVCacheWrapper, merge_state_in_place
 from flashinfer.decode import fast_decode_plan
 
+from freekv_kernels import add_sinks
 from sglang_freekv.attention.base import DecodeAttention, PrefillAttention, indptr_of
 from sglang_freekv.attention.prefix_pieces import PrefixPiece
 from sglang_freekv.memory.geometry import GPU_GROUP_SIZE, GPU_HEAD_DIMS, Geometry
@@ -63,10 +65,18 @@ class FlashInferWindowAttention(DecodeAttention):
     """
 
     def __init__(
-        self, geometry: Geometry, max_requests: int, max_pages: int, device: str, workspace: torch.Tensor
+        self,
+        geometry: Geometry,
+        max_requests: int,
+        max_pages: int,
+        device: str,
+        workspace: torch.Tensor,
+        *,
+        sliding_window: int | None = None,
     ) -> None:
-        super().__init__(geometry, max_requests, max_pages, device)
+        super().__init__(geometry, max_requests, max_pages, device, sliding_window=sliding_window)
         check_supported(geometry)
+        self._logits = logits_of(geometry, sliding_window)
         self._workspace = workspace
         self._num_sms = torch.cuda.get_device_properties(device).multi_processor_count
         self._wrappers: dict[int, BatchDecodeWithPagedKVCacheWrapper] = {}
@@ -93,6 +103,7 @@ class FlashInferWindowAttention(DecodeAttention):
                 g.page_size,
                 q_data_type=g.dtype,
                 sm_scale=1.0,
+                **self._logits,
                 global_override_indptr_cpu=indptr,
             )
         self._copied.record()
@@ -126,12 +137,18 @@ class FlashInferWindowAttention(DecodeAttention):
             g.page_size,
             q_data_type=g.dtype,
             sm_scale=1.0,
+            **self._logits,
             disable_split_kv=not is_split,
         )
         return wrapper
 
     def run(
-        self, q: torch.Tensor, block_kv: torch.Tensor, scale: float, kv_indptr: torch.Tensor | None = None
+        self,
+        q: torch.Tensor,
+        block_kv: torch.Tensor,
+        scale: float,
+        kv_indptr: torch.Tensor | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         if kv_indptr is not None:
             # A plan for longer rows holds. FlashInfer 0.6.15 (BatchPrefillWithPagedKVCacheDevice in
@@ -142,7 +159,11 @@ class FlashInferWindowAttention(DecodeAttention):
             self.kv_indptr[: self.num_rows + 1].copy_(kv_indptr)
         # A dependent launch would read last_page_len before the kernel in front, which may write it, has ended.
         wrapper = self._wrappers[self.num_rows]
-        return wrapper.run(q.flatten(0, 1), block_kv.unsqueeze(3), q_scale=scale, enable_pdl=False).view(q.shape)
+        given = (q.flatten(0, 1), block_kv.unsqueeze(3))
+        if sinks is None:
+            return wrapper.run(*given, q_scale=scale, enable_pdl=False).view(q.shape)
+        out, lse = wrapper.run(*given, q_scale=scale, enable_pdl=False, return_lse=True)
+        return add_sinks(out.view(q.shape), lse.view(q.shape[:3]) * math.log(2), sinks)
 
 
 class _Part(NamedTuple):
@@ -166,7 +187,7 @@ class FlashInferPrefillAttention(PrefillAttention):
 
     def __init__(self, geometry: Geometry, workspace: torch.Tensor) -> None:
         check_supported(geometry)
-        self.geometry, self._workspace = geometry, workspace
+        self.geometry, self._workspace, self._logits = geometry, workspace, logits_of(geometry, None)
         self._num_sms = torch.cuda.get_device_properties(workspace.device).multi_processor_count
         self._wrappers: list[BatchPrefillWithRaggedKVCacheWrapper] = []
         self._int_bytes = 0  # of each wrapper
@@ -208,7 +229,7 @@ class FlashInferPrefillAttention(PrefillAttention):
             g, wrapper = self.geometry, self._wrappers[len(planned)]
             q_indptr, kv_indptr = indptr_of(q_lens), indptr_of(kv_lens)
             heads = g.num_qo_heads, g.num_kv_heads, g.head_dim
-            wrapper.plan(q_indptr, kv_indptr, *heads, causal=causal, q_data_type=g.dtype)
+            wrapper.plan(q_indptr, kv_indptr, *heads, causal=causal, q_data_type=g.dtype, **self._logits)
             planned[key] = wrapper
         return planned[key]
 
@@ -216,7 +237,7 @@ class FlashInferPrefillAttention(PrefillAttention):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
         # Unlike `run`, `forward` takes a scale with each call.
-        return self._chunk.forward_return_lse(q, k, v, causal=True, sm_scale=scale)
+        return self._chunk.forward_return_lse(q, k, v, causal=True, sm_scale=scale, **self._logits)
 
     def attend_prefix(
         self, state: tuple[torch.Tensor, torch.Tensor], q: torch.Tensor, group: int, arena: torch.Tensor, scale: float
@@ -224,7 +245,7 @@ class FlashInferPrefillAttention(PrefillAttention):
         out, lse = state
         for tokens, rows, wrapper in self._parts[group]:
             k, v = arena[rows].unbind(1)
-            part = wrapper.forward_return_lse(q[tokens], k, v, sm_scale=scale)
+            part = wrapper.forward_return_lse(q[tokens], k, v, sm_scale=scale, **self._logits)
             merge_state_in_place(*map(self._by_group, (out[tokens], lse[tokens], *part)))
         return state
 
@@ -232,8 +253,9 @@ class FlashInferPrefillAttention(PrefillAttention):
         """View ``[tokens, num_qo_heads, ...]`` with a group as the heads: the merge has a thread for each head."""
         return tensor.view(-1, self.geometry.group_size, *tensor.shape[2:])
 
-    def finish(self, state: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        return state[0]
+    def finish(self, state: tuple[torch.Tensor, ...], sinks: torch.Tensor | None = None) -> torch.Tensor:
+        out, lse = state[:2]
+        return out if sinks is None else add_sinks(out, lse * math.log(2), sinks)
 
 
 def adjacent_pieces(group: list[PrefixPiece]) -> list[list[PrefixPiece]]:
@@ -246,6 +268,14 @@ def adjacent_pieces(group: list[PrefixPiece]) -> list[list[PrefixPiece]]:
         else:
             runs.append([piece])
     return runs
+
+
+def logits_of(geometry: Geometry, sliding_window: int | None) -> dict[str, Any]:
+    """What FlashInfer is to make of logits, in a plan and in the runs of it; it counts the tokens before the query."""
+    return {
+        "window_left": -1 if sliding_window is None else sliding_window - 1,
+        "logits_soft_cap": geometry.logit_cap,
+    }
 
 
 def check_supported(geometry: Geometry) -> None:

@@ -96,7 +96,9 @@ class DeviceBlocks:
     def _layers(self, first: int, last: int) -> BlockTables:
         """The state of layers with as many blocks."""
         layers, num_blocks = self.tables.layers(first, last), self.num_blocks[first]
-        owner, last_used, free_blocks = (x[:, :num_blocks] for x in (layers.owner, layers.last_used, layers.free_blocks))
+        owner, last_used, free_blocks = (
+            x[:, :num_blocks] for x in (layers.owner, layers.last_used, layers.free_blocks)
+        )
         return layers._replace(owner=owner, last_used=last_used, free_blocks=free_blocks)
 
     def advance(self, number: int) -> None:

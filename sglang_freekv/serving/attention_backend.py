@@ -163,16 +163,18 @@ class FreeKVAttentionBackend(AttentionBackend):
         save_kv_cache: bool,
         extras: dict,
     ) -> torch.Tensor:
+        sinks = extras.pop("sinks", None)
         self._check_call(layer, k, save_kv_cache, extras)
         head_dim = layer.qk_head_dim
         heads = [x.reshape(len(x), -1, head_dim) for x in (q, k, v)]
         if padding := self.memory.geometry.head_dim - head_dim:
             heads = [torch.nn.functional.pad(x, (0, padding)) for x in heads]
-        out = phase.run(layer.layer_id - self._first_layer, *heads, layer.scaling)
+        sinks = None if sinks is None else sinks.float()
+        out = phase.run(layer.layer_id - self._first_layer, *heads, layer.scaling, sinks)
         return out[..., :head_dim].flatten(1)
 
     def _check_call(self, layer: RadixAttention, k: torch.Tensor | None, save_kv_cache: bool, extras: dict) -> None:
-        """Raise UnsupportedConfiguration where a model asks for more than softmax(q k) v over all tokens."""
+        """Raise UnsupportedConfiguration where a model asks for more than softmax(q k) v over what a layer sees."""
         if layer not in self._checked_layers:  # a model may hide its layers in a dictionary
             check_layer(layer, self.memory.geometry, self._first_layer)
             self._checked_layers.add(layer)

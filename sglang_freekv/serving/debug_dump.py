@@ -150,7 +150,7 @@ class DebugDump:
         """Windows by KV head, in logical pages; `absent` are those of them without a block."""
         memory, layer = self._memory, self._memory.layers[number]
         if not layer.kind.selects:
-            return {"layer": number, "dense": True}
+            return {"layer": number, layer.kind.name: True}
         pages, step = batch.page_table[index, : int(batch.num_pages[index])], int(batch.step)
         is_resident = (layer.store.table[pages] >= 0).tolist()  # [num_pages][num_kv_heads]
         described: dict[str, Any] = {"layer": number}

@@ -2,7 +2,7 @@
 
 SGLang says what a layer wants in the fields of `RadixAttention`, and every backend reads those that it knows. Here
 every field is known: it is read, it has no effect, or it must have the value with which attention is
-softmax(scaling * q k) v over all earlier tokens.
+softmax(scaling * q k) v over all earlier tokens, or over those in the layer's window, with a soft cap and sinks or not.
 """
 
 from __future__ import annotations
@@ -21,9 +21,8 @@ ALLOWED: dict[str, tuple[Any, ...]] = {
     "attn_type": (AttentionType("decoder"),),
     "is_cross_attention": (False,),
     "use_irope": (False,),
-    "logit_cap": (0, None),
-    "sliding_window_size": (-1, None),
     "pos_encoding_mode": ("NONE",),
+    "logit_capping_method": ("tanh",),
     "xai_temperature_len": (-1, None),
     # Scales of queries in 8 bits, and of an indexer.
     "q_scale_float": (None,),
@@ -34,11 +33,13 @@ ALLOWED: dict[str, tuple[Any, ...]] = {
 READ = {
     *("layer_id", "scaling", "head_dim", "qk_head_dim", "v_head_dim"),
     *("tp_q_head_num", "tp_k_head_num", "tp_v_head_num"),
+    *("sliding_window_size", "logit_cap"),  # held against what the memory was planned for
 }
-# The method of a cap that is refused, and the scales of a quantized KV cache, which `support` refuses.
-WITHOUT_EFFECT = {"logit_capping_method", "quant_method", "k_scale", "v_scale", "k_scale_float", "v_scale_float"}
+# The scales of a quantized KV cache, which `support` refuses.
+WITHOUT_EFFECT = {"quant_method", "k_scale", "v_scale", "k_scale_float", "v_scale_float"}
 
-_OF_EVERY_MODULE = frozenset(vars(torch.nn.Module()))
+# And a mark that Transformers leaves on the modules of models that are its own, as Gemma 3 is.
+_OF_EVERY_MODULE = frozenset(vars(torch.nn.Module())) | {"_is_hf_initialized"}
 
 
 def fields_of(layer: RadixAttention) -> dict[str, Any]:
@@ -63,6 +64,7 @@ def check_layer(layer: RadixAttention, geometry: Geometry, first_layer: int) -> 
         if name not in READ | WITHOUT_EFFECT and not _is_one_of(value, ALLOWED.get(name, (None,)))
     ]
     asked += _other_shapes(layer, geometry)
+    asked += _other_logits(layer, geometry, layer.layer_id - first_layer)
     if not 0 <= layer.layer_id - first_layer < geometry.num_layers:
         asked.append(f"a number beyond the {geometry.num_layers} layers of the KV cache")
     refuse(layer, asked)
@@ -94,6 +96,16 @@ def _is_one_of(value: Any, allowed: tuple[Any, ...]) -> bool:
 
 def _shown(value: Any) -> str:
     return f"a tensor {tuple(value.shape)}" if isinstance(value, torch.Tensor) else str(value)
+
+
+def _other_logits(layer: RadixAttention, geometry: Geometry, number: int) -> list[str]:
+    """What of its window and its cap is not as the configuration was read."""
+    planned = geometry.sliding_windows[number : number + 1] or (None,)
+    # SGLang counts the tokens before the query; -1: no window.
+    window = -1 if planned[0] is None else planned[0] - 1
+    expected = {"sliding_window_size": window, "logit_cap": geometry.logit_cap}
+    found = {"sliding_window_size": layer.sliding_window_size or -1, "logit_cap": layer.logit_cap or 0.0}
+    return [f"{name}={found[name]} instead of {expected[name]}" for name in found if found[name] != expected[name]]
 
 
 def _other_shapes(layer: RadixAttention, geometry: Geometry) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from sglang_freekv.config import FreeKVConfig, UnsupportedConfiguration
+from sglang_freekv.serving.model_windows import sliding_windows
 
 if TYPE_CHECKING:
     from sglang.srt.configs.model_config import ModelConfig
@@ -14,13 +15,19 @@ def check_model(model: ModelConfig, config: FreeKVConfig) -> None:
     """Raise UnsupportedConfiguration where the model is not served."""
     if (obstacle := _obstacle(model)) is not None:
         raise UnsupportedConfiguration(
-            f"--kv-retrieval freekv serves models with full attention in every layer; "
+            f"--kv-retrieval freekv serves models with keys and values of each head in every layer; "
             f"{model.model_path} has {obstacle}. Remove --kv-retrieval to serve it."
         )
     num_layers = model.num_hidden_layers
     if any(layer >= num_layers for layer in config.dense_layers):
         raise UnsupportedConfiguration(
             f"--freekv-dense-layers is {config.dense_layers}; the model has layers 0 to {num_layers - 1}."
+        )
+    windows = sliding_windows(model)
+    if sliding := [layer for layer in config.dense_layers if windows and windows[layer] is not None]:
+        raise UnsupportedConfiguration(
+            f"--freekv-dense-layers is {config.dense_layers}, and the model's layers {sliding} have a sliding window, "
+            f"beyond which there is nothing to attend to; leave them out."
         )
 
 
@@ -29,7 +36,6 @@ def _obstacle(model: ModelConfig) -> str | None:
     from sglang.srt.configs.hybrid_arch import mambaish_config
     from sglang.srt.configs.model_config import AttentionArch
 
-    text = model.hf_text_config
     if model.attention_arch == AttentionArch.MLA:
         return "multi-head latent attention (MLA), which has no keys per head"
     if mambaish_config(model) is not None:
@@ -39,10 +45,8 @@ def _obstacle(model: ModelConfig) -> str | None:
         return "cross-attention layers"
     if _sees_later_tokens(model):
         return "attention to later tokens, as encoders have"
-    if model.is_hybrid_swa or model.is_local_attention_model or _slides(model):
-        return "sliding-window layers"
-    if getattr(text, "attn_logit_softcapping", None) is not None:
-        return "soft-capped attention logits"
+    if sliding_windows(model) is None:
+        return "sliding-window layers, and FreeKV does not know which of them a model of its class has"
     if model.v_head_dim != model.head_dim:
         return f"values of another width ({model.v_head_dim}) than keys ({model.head_dim})"
     return None
@@ -57,13 +61,3 @@ def _sees_later_tokens(model: ModelConfig) -> bool:
         or getattr(text, "is_causal", True) is False
         or bool(getattr(text, "use_bidirectional_attention", False))
     )
-
-
-def _slides(model: ModelConfig) -> bool:
-    """Whether a layer's attention ends before the context does."""
-    text = model.hf_text_config
-    window = model.sliding_window_size
-    if not window or window >= model.context_len or getattr(text, "use_sliding_window", True) is False:
-        return False
-    layer_types = getattr(text, "layer_types", None)
-    return layer_types is None or "sliding_attention" in layer_types

@@ -15,6 +15,7 @@ from sglang_freekv.memory.geometry import Geometry, stored_head_dim
 from sglang_freekv.memory.pinned import free_container_bytes, free_host_bytes
 from sglang_freekv.memory.plan import MemoryPlan, plan_memory
 from sglang_freekv.memory.units import GIB, in_words
+from sglang_freekv.serving.model_windows import sliding_windows
 
 if TYPE_CHECKING:
     from sglang.srt.configs.model_config import ModelConfig
@@ -137,6 +138,8 @@ def geometry_of_model(
         dtype=dtype,
         page_size=page_size,
         key_bits=config.key_bits,
+        sliding_windows=sliding_windows(model) or (),
+        logit_cap=getattr(model.hf_text_config, "attn_logit_softcapping", None) or 0.0,
     )
 
 

@@ -57,7 +57,8 @@ _KV_DTYPES = {"bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "float16": tor
 
 # The first allowed value is SGLang's default.
 RULES = (
-    Rule("attention_backend", (None, "flashinfer", "torch_native"), "FreeKV brings its own attention"),
+    # GPT-OSS is served by no other of SGLang's names: `_gpt_oss` presets it.
+    Rule("attention_backend", (None, "flashinfer", "torch_native", "triton"), "FreeKV brings its own attention"),
     Rule("prefill_attention_backend", (None,), "FreeKV brings its own attention"),
     Rule("decode_attention_backend", (None,), "FreeKV brings its own attention"),
     Rule(
@@ -117,6 +118,7 @@ def preset(raw: Mapping[str, Any]) -> dict[str, Any]:
         "page_size": FreeKVConfig.page_size,
         "attention_backend": "torch_native" if on_cpu else "flashinfer",
         "radix_cache_backend": "freekv",
+        "disable_hybrid_swa_memory": True,  # the host store has the tokens of every layer, also where a window slides
         "disable_prefill_cuda_graph": True,  # prefill reads prefixes of any length from the host store
     }
     _apply_rules(raw)

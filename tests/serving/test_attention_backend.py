@@ -200,7 +200,7 @@ def test_graphs_for_more_requests_than_the_pools_hold_are_refused() -> None:
     [
         ({"logit_cap": 30.0}, {}, "logit_cap=30.0"),
         ({"sliding_window_size": 4095}, {}, "sliding_window_size=4095"),
-        ({}, {"sinks": torch.zeros(4)}, "sinks"),
+        ({}, {"learned_bias": torch.zeros(4)}, "learned_bias"),
         ({}, {"save_kv_cache": False}, "keys and values that another layer or kernel has stored"),
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
@@ -17,8 +19,7 @@ OTHER = {
     "attn_type": AttentionType.ENCODER_ONLY,
     "is_cross_attention": True,
     "use_irope": True,
-    "logit_cap": 30.0,
-    "sliding_window_size": 4095,
+    "logit_capping_method": "other",
     "pos_encoding_mode": "ALIBI",
     "xai_temperature_len": 1024,
     "q_scale_float": 0.5,
@@ -26,6 +27,7 @@ OTHER = {
     "idx_k_scale_float": 0.5,
     "idx_v_scale_float": 0.5,
 }
+OTHER_LOGITS = {"logit_cap": 30.0, "sliding_window_size": 4095}  # than the memory was planned for
 OTHER_SHAPES = {
     "tp_q_head_num": 8,
     "tp_k_head_num": 1,
@@ -64,9 +66,20 @@ def test_each_allowed_field_has_a_case_here():
     assert set(OTHER) == set(ALLOWED)
 
 
-@pytest.mark.parametrize("name", OTHER)
-def test_a_field_with_another_value_is_refused_by_name(name: str):
-    assert_refused(f"{name}={OTHER[name]}", layer(FIRST + 1), layer(**{name: OTHER[name]}))
+@pytest.mark.parametrize(("name", "value"), (OTHER | OTHER_LOGITS).items())
+def test_a_field_with_another_value_is_refused_by_name(name: str, value: object):
+    assert_refused(f"{name}={value}", layer(FIRST + 1), layer(**{name: value}))
+
+
+def test_windows_and_caps_are_those_that_the_memory_was_planned_for():
+    geometry = replace(GEOMETRY, sliding_windows=(128, None, 64), logit_cap=50.0)
+    layers = [layer(FIRST + i, logit_cap=50.0, sliding_window_size=size) for i, size in enumerate((127, -1, 63))]
+    assert check_layers(layers, geometry, FIRST) == set(layers)
+    for size in (-1, 128, 63):
+        with pytest.raises(UnsupportedConfiguration, match=f"sliding_window_size={size} instead of 127"):
+            check_layers([layer(logit_cap=50.0, sliding_window_size=size)], geometry, FIRST)
+    with pytest.raises(UnsupportedConfiguration, match=r"logit_cap=0.0 instead of 50.0"):
+        check_layers([layer(FIRST + 1)], geometry, FIRST)
 
 
 @pytest.mark.parametrize("name", OTHER_SHAPES)

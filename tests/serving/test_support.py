@@ -46,22 +46,14 @@ SERVED = {
     "qwen2 whose window is switched off": {**QWEN2, "sliding_window": 1024, "use_sliding_window": False},
     "mistral without a window": {**MISTRAL, "sliding_window": None},
     "mistral whose window is the context": {**MISTRAL, "sliding_window": 8192},
+    "mistral with a window, which SGLang does not give its layers": {**MISTRAL, "sliding_window": 1024},
+    "gemma 2": {"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "sliding_window": 64, "head_dim": 16},
     "qwen3": {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 16},
 }
 REFUSED = {
-    "sliding window": ({**MISTRAL, "sliding_window": 1024}, "sliding-window layers"),
     "sliding window in upper layers": (
         {**QWEN2, "sliding_window": 1024, "use_sliding_window": True, "max_window_layers": 2},
         "sliding-window layers",
-    ),
-    "soft cap": (
-        {
-            "architectures": ["Gemma2ForCausalLM"],
-            "model_type": "gemma2",
-            "sliding_window": 8192,
-            "head_dim": 16,
-        },
-        "soft-capped",
     ),
     "MLA": (
         {
