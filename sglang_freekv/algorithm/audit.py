@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from freekv_kernels import Batch, Count, Half
+from freekv_kernels import Batch, Count, Half, window_pairs
 from sglang_freekv.algorithm.decode import Decode
 from sglang_freekv.memory.kv_memory import KVMemory
+from sglang_freekv.memory.layers import Layer
 
 # Compared at a time, to bound the memory of the comparison.
 _BLOCKS_PER_CHUNK = 4096
@@ -60,6 +61,8 @@ def audit_index(memory: KVMemory, pages: torch.Tensor, groups: torch.Tensor) -> 
     last = groups[:, -1]
     groups = groups[(last >= 0) & (filled[last] == memory.geometry.page_size)]
     for layer in memory.layers:
+        if layer.kind.sliding_window is not None:  # it has no index
+            continue
         try:
             memory.index.audit(layer.number, layer.store, pages, filled[pages], groups)
         except RuntimeError as error:
@@ -69,9 +72,10 @@ def audit_index(memory: KVMemory, pages: torch.Tensor, groups: torch.Tensor) -> 
 def audit_windows(decode: Decode) -> None:
     """Raise AuditError where a window of the step just run breaks its rule.
 
-    Front windows must have their form: sink, ascending pages, recent, within the budget. Back windows must be what this
-    step's queries select. Where budgets follow the mass, they must be what these queries ask for, and the rows of a
-    request together must have no more than its budgets.
+    Front windows must have their form: sink, ascending pages, recent, within the budget; those of a layer with a
+    sliding window are its latest pages, each in a block. Back windows must be what this step's queries select. Where
+    budgets follow the mass, they must be what these queries ask for, and the rows of a request together must have no
+    more than its budgets.
     """
     memory, plan = decode.memory, decode.last_plan
     batch = plan.batch
@@ -80,6 +84,8 @@ def audit_windows(decode: Decode) -> None:
     (front,), (back,) = (half.indices(int(batch.step)) for half in (Half.FRONT, Half.BACK))
     is_over_next = batch.num_pages_next[:, None] > batch.budget_pages
     for layer in memory.layers:
+        if layer.kind.sliding_window is not None:
+            _audit_sliding(layer, batch, front)
         if (selector := decode.selectors.get(layer.kind)) is None:
             continue
         # Candidates were listed beside the windows that the step found, which are no more where it corrected.
@@ -104,6 +110,25 @@ def audit_windows(decode: Decode) -> None:
             index, head = is_wrong.nonzero()[0].tolist()
             row = int(batch.rows[index])
             raise AuditError(f"layer {layer.number}, row {row}, KV head {head}: the back window is not what q selects")
+
+
+def _audit_sliding(layer: Layer, batch: Batch, front: int) -> None:
+    """Check the windows of a layer whose window slides: the latest pages, in order, and a block of each."""
+    window = layer.windows[front, batch.rows].long()  # [batch_size, num_kv_heads, width]
+    n, width = batch.num_pages[:, None, None], window.shape[2]
+    column = torch.arange(width, device=window.device)
+    expected = (n - width).clamp(min=0) + column
+    is_page = expected < n
+    is_wrong = window != expected.where(is_page, -1)
+    pairs, _ = window_pairs(expected.where(is_page, 0).expand_as(window).clone(), batch.page_table, batch.num_pages)
+    is_absent = (layer.store.table.view(-1).take(pairs) < 0) & is_page
+    for fault, found in {"it is not of the latest pages": is_wrong, "a page of it has no block": is_absent}.items():
+        if found.any():
+            index, head, _ = found.nonzero()[0].tolist()
+            raise AuditError(
+                f"layer {layer.number}, row {int(batch.rows[index])}, KV head {head}: wrong sliding window, {fault}: "
+                f"{window[index, head].tolist()} at {int(batch.num_pages[index])} pages"
+            )
 
 
 def _audit_sum(batch: Batch, of_rows: Batch, layer: int) -> None:

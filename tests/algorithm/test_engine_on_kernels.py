@@ -5,6 +5,8 @@ The same simulated requests as for the references, held against the same indepen
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -26,15 +28,22 @@ pytestmark = [pytest.mark.gpu] if ON_GPU else []
 
 
 def make_engine(
-    kind: type[SimulatedEngine] = SimulatedEngine, page_size: int = PAGE, **settings: object
+    kind: type[SimulatedEngine] = SimulatedEngine,
+    page_size: int = PAGE,
+    sliding_windows: tuple[int | None, ...] = (),
+    logit_cap: float = 0.0,
+    **settings: object,
 ) -> SimulatedEngine:
     in_pages = {"budget_tokens": 5, "sink_tokens": 1, "recent_tokens": 1, "arena_tokens": 4}
     defaults = {name: pages * page_size for name, pages in in_pages.items()} | {"key_bits": 0}
     geometry = Geometry(NUM_LAYERS, num_qo_heads=6, num_kv_heads=2, page_size=page_size, **SHAPE)
+    geometry = replace(geometry, sliding_windows=sliding_windows, logit_cap=logit_cap)
     device = "cuda" if ON_GPU else "cpu"
     config = FreeKVConfig(page_size=page_size, **(defaults | settings))
     return kind(geometry, config, max_requests=3, ops=freekv_kernels.triton_ops(), device=device)
 
+
+SLIDING = {"gate": 0.01, "sliding_windows": (70, None), "logit_cap": 2.0}
 
 # Every way that differs in which ops are called, or how; sizes and poolings are the ops' own and in tests/kernels.
 CASES = {
@@ -48,6 +57,7 @@ CASES = {
         **{"selector": "mass", "key_bits": 2, "hysteresis": 0.05, "gate": 0.01},
         **{"mass": 0.7, "candidates": 2},
     },
+    "sliding-layer-capped": {"key_bits": 2, **SLIDING},
     "exact-dense-layer-every-page-fetched": {
         **{"tau": 1.01, "dense_layers": (0,), "refetch": True},
         **{"group_pooling": "mean"},
@@ -112,7 +122,9 @@ def test_a_prefix_that_lost_its_blocks_is_fetched_on_demand_once_for_all() -> No
     audit_blocks(engine.memory)
 
 
-@pytest.mark.parametrize("settings", [{"tau": 0.9}, {"gate": 0.01, "mass": 0.7}], ids=["tau", "budgets-by-mass"])
+@pytest.mark.parametrize(
+    "settings", [{"tau": 0.9}, {"gate": 0.01, "mass": 0.7}, SLIDING], ids=["tau", "budgets-by-mass", "sliding"]
+)
 def test_a_recorded_step_can_be_replayed_for_other_batches_and_lengths(settings: dict) -> None:
     """Nothing of a step, but what lies in tensors, is decided between plan and the last layer."""
     engine = make_engine(GraphEngine if ON_GPU else RecordingEngine, key_bits=2, **settings)

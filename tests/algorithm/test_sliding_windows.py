@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from freekv_kernels import Count
+from sglang_freekv.algorithm.audit import AuditError, audit_blocks, audit_index, audit_windows
 from sglang_freekv.config import FreeKVConfig
 from sglang_freekv.memory.geometry import Geometry
 from sglang_freekv.memory.layers import kinds_of
@@ -75,6 +76,28 @@ def test_every_chunk_and_step_matches_the_reference(geometry: Geometry) -> None:
     assert engine.memory.counters[Count.DEMAND_MISSES] == 0, "no page of a sliding window is lost before it is left"
     has_full = any(kind.selects for kind in engine.memory.kinds)
     assert (engine.corrected + engine.kept > 0) == has_full
+
+
+def test_an_audit_passes_and_finds_a_page_that_is_not_among_the_latest_or_has_no_block() -> None:
+    geometry = make_geometry(3 * PAGE, None)
+    engine = SimulatedEngine(geometry, make_config(), max_requests=2)
+    request = engine.start(make_trace(geometry, 12 * PAGE, 4), 9 * PAGE + 5)
+    engine.prefill_whole(request)
+    engine.decode()
+    memory, table = engine.memory, engine.memory.blocks.tables.table
+    audit_blocks(memory)
+    audit_index(memory, torch.tensor(request.pages), request.groups)
+    audit_windows(engine.decoder)
+    held = int(table[0, request.pages[8], 1])
+    table[0, request.pages[8], 1] = -1
+    with pytest.raises(
+        AuditError, match=r"layer 0, row .*, KV head 1: wrong sliding window, a page of it has no block"
+    ):
+        audit_windows(engine.decoder)
+    table[0, request.pages[8], 1] = held
+    memory.layers[0].windows[:, request.row, 0, 2] -= 1
+    with pytest.raises(AuditError, match=r"layer 0, row .*, KV head 0: wrong sliding window, it is not of the latest"):
+        audit_windows(engine.decoder)
 
 
 @pytest.mark.parametrize("cap", [0.0, 2.0])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from types import SimpleNamespace
 from unittest.mock import MagicMock
 
@@ -74,7 +75,8 @@ class Wrapper:
     def run(self, q: torch.Tensor, kv: torch.Tensor, **kwargs: object) -> torch.Tensor:
         assert q.is_cuda and kv.is_cuda
         assert q._is_view(), "queries are copied in front of attention"
-        return torch.empty_like(q)
+        out = torch.empty_like(q)
+        return (out, q.new_empty(q.shape[:2], dtype=torch.float32)) if kwargs.get("return_lse") else out
 
     def forward_return_lse(self, q: torch.Tensor, *kv: torch.Tensor, **kwargs: object) -> tuple[torch.Tensor, ...]:
         assert all(tensor.is_cuda for tensor in kv)
@@ -131,25 +133,30 @@ def qkv(num_tokens: int) -> list[torch.Tensor]:
     return list(fused.split([6, 2, 2], 1))
 
 
+@pytest.mark.parametrize("sliding_windows", [(), (70, None, 20)])
 @pytest.mark.parametrize("dense_layers", [(), (1,), (0, 1, 2)])
-def test_every_op_gets_tensors_of_its_device_and_the_host_waits_for_none(gpu: FakeGPU, dense_layers) -> None:
+def test_every_op_gets_tensors_of_its_device_and_the_host_waits_for_none(
+    gpu: FakeGPU, dense_layers, sliding_windows
+) -> None:
     config = FreeKVConfig(
         budget_tokens=4 * PAGE, sink_tokens=PAGE, recent_tokens=PAGE, arena_tokens=4 * PAGE, dense_layers=dense_layers
     )
     ops = Ops(*(kernel(name, getattr(REFERENCE, name)) for name in Ops._fields))
     sizes = {"num_host_pages": 60, "num_blocks": 200, "max_requests": 4, "max_context": 32 * PAGE}
-    memory = KVMemory(GEOMETRY, config, **sizes, device="cuda", ops=ops)
+    geometry = replace(GEOMETRY, sliding_windows=sliding_windows)
+    memory = KVMemory(geometry, config, **sizes, device="cuda", ops=ops)
     decode, prefill = build_engine(memory)
     memory.admit(1, 3 * PAGE)
     req_to_token = torch.empty(5, 32 * PAGE, dtype=torch.int32, device="cuda")
+    sinks = torch.empty(6, device="cuda") if sliding_windows else None
     rows, lens = torch.empty(2, 2, dtype=torch.int64, device="cuda")
 
     for prefixes, chunk in (([0, 0], 300), ([300, 300], 4), ([9 * PAGE, 0], 40)):
         slots = torch.empty(2 * chunk, dtype=torch.int64, device="cuda")
         prefill.plan(ExtendInput(rows, slots, req_to_token, [1, 2], prefixes, [chunk, chunk], [True, False]))
         for layer in range(NUM_LAYERS):
-            assert prefill.run(layer, *qkv(2 * chunk), 0.1).is_cuda
+            assert prefill.run(layer, *qkv(2 * chunk), 0.1, sinks).is_cuda
     for length, in_graph in ((65, False), (320, False), (321, False), (321, True)):
         decode.plan(DecodeInput(rows, lens, rows[:1], req_to_token, [1], [length]), in_graph)
         for layer in range(NUM_LAYERS):
-            assert decode.run(layer, *qkv(2), 0.1).is_cuda
+            assert decode.run(layer, *qkv(2), 0.1, sinks).is_cuda

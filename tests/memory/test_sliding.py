@@ -34,7 +34,9 @@ def plan(
 
 @pytest.mark.parametrize("device_gib", [8, 30, 110])
 @pytest.mark.parametrize("max_context", [131072, None])
-def test_everything_fits_and_every_request_has_both_kinds_of_windows(device_gib: float, max_context: int | None) -> None:
+def test_everything_fits_and_every_request_has_both_kinds_of_windows(
+    device_gib: float, max_context: int | None
+) -> None:
     found = plan(device_gib=device_gib, max_context=max_context)
     parts = ("device_blocks_bytes", "summaries_bytes", "arena_bytes", "windows_bytes", "workspace_bytes")
     assert sum(getattr(found, part) for part in parts) <= device_gib * GIB

@@ -15,7 +15,6 @@ import torch
 from freekv_kernels import Ops
 from sglang_freekv.algorithm.decode import Decode
 from sglang_freekv.algorithm.inputs import DecodeInput
-from sglang_freekv.memory.layers import WINDOWED
 from tests.support.reference_checks import Request
 from tests.support.simulated_requests import SimulatedEngine
 
@@ -99,14 +98,17 @@ class RecordingEngine(ReplayingEngine):
 
     @contextmanager
     def _recording(self, decode: Decode) -> Iterator[None]:
-        memory, attention = decode.memory, decode.attentions[WINDOWED]
-        ops, run = memory.ops, attention.run
+        memory, ops = decode.memory, decode.memory.ops
+        runs = {attention: attention.run for attention in decode.attentions.values()}
         memory.ops = Ops(*(self._recorded(op, returns=False) for op in ops))
-        attention.run = self._recorded(run, returns=True)
+        for attention, run in runs.items():
+            attention.run = self._recorded(run, returns=True)
         try:
             yield
         finally:
-            memory.ops, attention.run = ops, run
+            memory.ops = ops
+            for attention, run in runs.items():
+                attention.run = run
 
     def _recorded(self, call: Callable, returns: bool) -> Callable:
         """Call, and note the call for replays; only attention returns something that is not at a fixed address."""
