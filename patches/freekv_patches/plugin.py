@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-_ATTENTION_NAMES = ("flashinfer", "torch_native")  # much of SGLang asks for these names, so they are kept
+# Much of SGLang asks for these names, so they are kept; the last one is for models that it serves with no other.
+_ATTENTION_NAMES = ("flashinfer", "torch_native", "triton")
 _OUR_FLAGS = tuple("--" + name.replace("_", "-") for name in (METHOD_OPTION, OPTION_PREFIX))
 
 

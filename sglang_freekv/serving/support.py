@@ -6,7 +6,7 @@ import dataclasses
 import importlib.util
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -55,10 +55,12 @@ _OWN_GRAPHS = "a decode step is captured as a whole, or runs without a graph"
 
 _KV_DTYPES = {"bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+# Plain SGLang has no sinks in the backends by whose names FreeKV's goes, so it takes none of these for such a model.
+_BACKENDS_OF_CLASSES = {"GptOssForCausalLM": "triton"}
+
 # The first allowed value is SGLang's default.
 RULES = (
-    # GPT-OSS is served by no other of SGLang's names: `_gpt_oss` presets it.
-    Rule("attention_backend", (None, "flashinfer", "torch_native", "triton"), "FreeKV brings its own attention"),
+    Rule("attention_backend", (None, "flashinfer", "torch_native"), "FreeKV brings its own attention"),
     Rule("prefill_attention_backend", (None,), "FreeKV brings its own attention"),
     Rule("decode_attention_backend", (None,), "FreeKV brings its own attention"),
     Rule(
@@ -121,10 +123,31 @@ def preset(raw: Mapping[str, Any]) -> dict[str, Any]:
         "disable_hybrid_swa_memory": True,  # the host store has the tokens of every layer, also where a window slides
         "disable_prefill_cuda_graph": True,  # prefill reads prefixes of any length from the host store
     }
-    _apply_rules(raw)
+    backend = raw.get("attention_backend")
+    # Whether a class needs that name is known for sure when SGLang has read the model: see `check_settings`.
+    _apply_rules({**raw, "attention_backend": None} if backend in _BACKENDS_OF_CLASSES.values() else raw)
     defaults = {field.name: field.default for field in dataclasses.fields(ServerArgs)}
     left = {name: value for name, value in presets.items() if raw.get(name, defaults[name]) == defaults[name]}
+    if (backend := _backend_of_class(_architectures(raw.get("model_path") or ""))) is not None:
+        # Without a GPU there is nothing to capture, which SGLang concludes from the names that it has for a CPU.
+        left |= {"attention_backend": backend, **({"disable_cuda_graph": True} if on_cpu else {})}
     return {**raw, **left}
+
+
+def _architectures(model_path: str) -> list[str]:
+    """The classes that a model names; none where it is not on this machine yet, or cannot be read."""
+    from transformers import PretrainedConfig
+
+    try:
+        fields, _ = PretrainedConfig.get_config_dict(model_path, local_files_only=True)
+    except (OSError, ValueError):
+        return []
+    return fields.get("architectures") or []
+
+
+def _backend_of_class(architectures: Iterable[str]) -> str | None:
+    """The name of the attention backend that SGLang wants for a class; None: any."""
+    return next((_BACKENDS_OF_CLASSES[name] for name in architectures if name in _BACKENDS_OF_CLASSES), None)
 
 
 def check_resolved(server_args: ServerArgs, config: FreeKVConfig) -> None:
@@ -138,7 +161,10 @@ def check_resolved(server_args: ServerArgs, config: FreeKVConfig) -> None:
 
 def check_settings(server_args: ServerArgs, config: FreeKVConfig) -> None:
     """The part of `check_resolved` that does not ask the machine."""
-    _apply_rules(vars(server_args))
+    model, settings = server_args.get_model_config(), dict(vars(server_args))
+    if settings["attention_backend"] == _backend_of_class(model.hf_config.architectures):
+        settings["attention_backend"] = None  # preset
+    _apply_rules(settings)
     if server_args.page_size != config.page_size:
         raise UnsupportedConfiguration(
             f"--page-size is {config.page_size}, and another flag makes it {server_args.page_size}; leave that out."
@@ -155,7 +181,7 @@ def check_settings(server_args: ServerArgs, config: FreeKVConfig) -> None:
         )
     if server_args.device == "cuda":
         _check_selector(config.selector_name)
-    check_model(server_args.get_model_config(), config)
+    check_model(model, config)
 
 
 def _check_selector(name: str) -> None:

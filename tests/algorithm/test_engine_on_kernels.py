@@ -43,7 +43,7 @@ def make_engine(
     return kind(geometry, config, max_requests=3, ops=freekv_kernels.triton_ops(), device=device)
 
 
-SLIDING = {"gate": 0.01, "sliding_windows": (70, None), "logit_cap": 2.0}
+SLIDING = {"selector": "codes", "tau": 0.9, "sliding_windows": (70, None), "logit_cap": 2.0}
 
 # Every way that differs in which ops are called, or how; sizes and poolings are the ops' own and in tests/kernels.
 CASES = {

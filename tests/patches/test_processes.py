@@ -124,7 +124,7 @@ def test_the_flags_do_not_change_what_a_plain_command_line_resolves_to(reports):
 def test_with_the_flag_every_target_is_patched_and_plain_arguments_still_resolve_as_before(reports):
     report = reports[FREEKV_LAUNCH]
     assert report["touched"] == [each.target for each in ALL_PATCHES]
-    assert report["caches"] == ["freekv"] and sorted(report["backends"]) == ["flashinfer", "torch_native"]
+    assert report["caches"] == ["freekv"] and sorted(report["backends"]) == ["flashinfer", "torch_native", "triton"]
     assert report["is_freekv"] and report["plain_is_unchanged"] and report["announced"] is None
 
 
