@@ -33,3 +33,14 @@ class ExtendInput(NamedTuple):
     def lens(self) -> list[int]:
         """Tokens of each request, the chunk included."""
         return [prefix + extend for prefix, extend in zip(self.prefix_lens, self.extend_lens, strict=True)]
+
+    @property
+    def completed(self) -> list[int]:
+        """Index of the requests whose prompt ends with the chunk; padding has none."""
+        requests = enumerate(zip(self.is_final, self.rows_cpu, strict=True))
+        return [i for i, (is_final, row) in requests if is_final and row]
+
+    @property
+    def last_tokens(self) -> list[int]:
+        """Index, in the batch, of the last token of those."""
+        return [sum(self.extend_lens[: i + 1]) - 1 for i in self.completed]

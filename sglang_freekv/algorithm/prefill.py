@@ -79,11 +79,11 @@ class Prefill:
         memory, page_size = self.memory, self.memory.geometry.page_size
         page_table = snapshot_page_table(chunk.rows, chunk.req_to_token, max(chunk.lens), page_size)
         groups = {window: self._groups(window, page_table, chunk.prefix_lens) for window in self._attentions}
-        last_tokens = to_device(_last_tokens(chunk), memory.device)
+        last_tokens = to_device(chunk.last_tokens, memory.device)
         completed = self._first_step(chunk, page_table, last_tokens)
         for windows in memory.sliding.values():
             windows.slide(completed)
-        masses = [memory.budgets.mass_of(chunk.rows_cpu[i]) for i in _completed(chunk)]
+        masses = [memory.budgets.mass_of(chunk.rows_cpu[i]) for i in chunk.completed]
         masses = to_device(torch.tensor(masses, dtype=torch.float32), memory.device)
         memory.budgets.start(completed.rows, completed.budget_pages, masses)
         page_starts = to_device(_page_starts(chunk.prefix_lens, chunk.extend_lens, page_size), memory.device)
@@ -99,7 +99,7 @@ class Prefill:
             },
             completed=completed,
             last_tokens=last_tokens,
-            num_last=to_device([chunk.extend_lens[i] for i in _completed(chunk)], memory.device),
+            num_last=to_device([chunk.extend_lens[i] for i in chunk.completed], memory.device),
         )
         self._begin(chunk)
         return self._plan
@@ -132,7 +132,7 @@ class Prefill:
     def _first_step(self, chunk: ExtendInput, page_table: torch.Tensor, last_tokens: torch.Tensor) -> Batch:
         """The requests whose prompt is complete, at their first decode step."""
         memory, page_size, device = self.memory, self.memory.geometry.page_size, self.memory.device
-        final, lens = _completed(chunk), chunk.lens
+        final, lens = chunk.completed, chunk.lens
         which = to_device(final, device)
         budgets = [pages for i in final for pages in memory.budgets.of(chunk.rows_cpu[i])]
         return Batch(
@@ -272,16 +272,6 @@ def start_windows(
             batch = selector.apportion(layer, batch, Half.BOTH, scores, torch.empty_like(batch.budget_pages))
         selector.write_windows(layer, batch, Half.BOTH, scale, scores=scores)
         make_next_resident(memory, layer, batch, Half.BOTH)
-
-
-def _completed(chunk: ExtendInput) -> list[int]:
-    """Index of the requests whose prompt ends with the chunk; padding has none."""
-    return [i for i, (is_final, row) in enumerate(zip(chunk.is_final, chunk.rows_cpu, strict=True)) if is_final and row]
-
-
-def _last_tokens(chunk: ExtendInput) -> list[int]:
-    """Index, in the batch, of the last token of those."""
-    return [sum(chunk.extend_lens[: i + 1]) - 1 for i in _completed(chunk)]
 
 
 def _page_starts(prefix_lens: list[int], extend_lens: list[int], page_size: int) -> list[int]:

@@ -61,7 +61,7 @@ class MemoryPlan:
                 f"{self.num_tokens:,} tokens of {in_words(self.geometry.token_bytes)}, all layers: what all requests "
                 f"and the prefix cache may hold together",
             ),
-            "device blocks": (self.device_blocks_bytes, f"{self.num_blocks:,} per layer"),
+            "device blocks": (self.device_blocks_bytes, self._describe_blocks()),
             "page summaries": (self.summaries_bytes, "with key codes and block table"),
             "prefill arena": (self.arena_bytes, f"2 x {arena_tokens(c, self.geometry):,} tokens of one layer"),
             "windows": (self.windows_bytes, "page lists and latest queries"),
@@ -79,6 +79,12 @@ class MemoryPlan:
                 f"are in use, nothing is recalled from CPU memory"
             )
         return "\n".join(["FreeKV memory plan", *lines])
+
+    def _describe_blocks(self) -> str:
+        """How many blocks of which layers."""
+        windows = [window for window in self.geometry.sliding_windows if window is not None]
+        sliding = f"; {len(windows)} layers have a sliding window of up to {max(windows):,} tokens" if windows else ""
+        return f"{self.num_blocks:,} per layer{' that sees everything' if windows else ''}{sliding}"
 
     def _offers(self) -> list[str]:
         """What more windows for each request would buy; nothing where everything is resident."""
