@@ -25,9 +25,10 @@ import torch
 from benchmarks.models.compare import MODELS, EngineFailed, Outcome, make_model, run_model
 from benchmarks.records import RESULTS, RecordWriter, read_records
 from sglang_freekv.testing.tiny_model import TinyModel
+from sglang_freekv.testing.tiny_sliding_model import TinySlidingModel
 
 
-def describe(name: str, model: TinyModel, device: str) -> dict[str, int | str]:
+def describe(name: str, model: TinyModel | TinySlidingModel, device: str) -> dict[str, int | str]:
     """The parameters that a record is known by."""
     return {
         "model": name,

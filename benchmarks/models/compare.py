@@ -18,6 +18,7 @@ from benchmarks.gpu.serve_check import difference
 from benchmarks.records import ROOT
 from sglang_freekv.memory.geometry import GPU_HEAD_DIMS, Geometry, stored_head_dim
 from sglang_freekv.testing.tiny_model import TinyModel
+from sglang_freekv.testing.tiny_sliding_model import TinySlidingModel
 
 MODELS = {
     "llama-mha": TinyModel("llama", heads=4, kv_heads=4, head_dim=64),
@@ -30,8 +31,12 @@ MODELS = {
     "qwen2": TinyModel("qwen2", hidden=448, heads=7, kv_heads=1, head_dim=64),  # on a CPU SGLang takes hidden / heads
     "qwen3": TinyModel("qwen3", heads=8, kv_heads=2, head_dim=128),
     "qwen3-moe": TinyModel("qwen3_moe", heads=8, kv_heads=1, head_dim=128),
+    # Plain SGLang on a CPU has no soft caps and no sinks, so Gemma 2 and GPT-OSS are not here.
+    "gemma3": TinySlidingModel("gemma3_text"),
+    "cohere2": TinySlidingModel("cohere2"),
+    "exaone4": TinySlidingModel("exaone4"),
 }
-_LAYERS = 2
+_LAYERS = 3  # where windows slide the last one sees everything
 _COVERED, _OVER = (45, 100, 160), (700, 1000, 1300)  # tokens of the prompts
 _MAX_BUDGET, _BUDGET, _NEW = 192, 128, 24  # tokens
 _ENGINE_SECONDS = 400
@@ -56,12 +61,16 @@ class Outcome:
         return self.has_finished and self.recalled_blocks > 0 and self.absent_pages == 0
 
 
-def make_model(name: str, dtype: str) -> TinyModel:
+def make_model(name: str, dtype: str) -> TinyModel | TinySlidingModel:
     return replace(MODELS[name], layers=_LAYERS, dtype=dtype)
 
 
 def run_model(
-    model: TinyModel, device: str, folder: Path, seconds: float = _ENGINE_SECONDS, num_at_once: int = 1
+    model: TinyModel | TinySlidingModel,
+    device: str,
+    folder: Path,
+    seconds: float = _ENGINE_SECONDS,
+    num_at_once: int = 1,
 ) -> Outcome:
     """Write the checkpoint, run both engines, compare them.
 
@@ -117,7 +126,7 @@ def _call(prompts: list[list[int]], **custom: int) -> dict:
     return {"input_ids": prompts, "sampling_params": sampling, "return_logprob": True}
 
 
-def _common_keywords(model: TinyModel, device: str) -> dict:
+def _common_keywords(model: TinyModel | TinySlidingModel, device: str) -> dict:
     keywords = {
         "device": device,
         "dtype": model.dtype,
@@ -138,13 +147,13 @@ def _common_keywords(model: TinyModel, device: str) -> dict:
     return keywords
 
 
-def _plain_keywords(model: TinyModel, device: str) -> dict:
+def _plain_keywords(model: TinyModel | TinySlidingModel, device: str) -> dict:
     """Where FlashInfer has no kernel for the heads, SGLang's other attention is the measure."""
     is_missing = device == "cuda" and model.head_dim not in GPU_HEAD_DIMS
     return {"attention_backend": "triton"} if is_missing else {}
 
 
-def _freekv_keywords(model: TinyModel, device: str) -> dict:
+def _freekv_keywords(model: TinyModel | TinySlidingModel, device: str) -> dict:
     geometry = _geometry(model, device)
     # Both windows of every request; the longer prompts have more pages than that.
     blocks_bytes = len(_OVER) * 2 * _MAX_BUDGET // geometry.page_size * geometry.page_bytes
@@ -160,7 +169,7 @@ def _freekv_keywords(model: TinyModel, device: str) -> dict:
     }
 
 
-def _geometry(model: TinyModel, device: str) -> Geometry:
+def _geometry(model: TinyModel | TinySlidingModel, device: str) -> Geometry:
     return Geometry(
         num_layers=model.layers,
         num_qo_heads=model.heads,

@@ -40,8 +40,10 @@ class Probe:
         self._windows: dict[int, torch.Tensor] = {}  # layer -> the step before's
         decode.run = self.run
 
-    def run(self, number: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:
-        """As `Decode.run`."""
+    def run(
+        self, number: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, sinks: None = None
+    ) -> torch.Tensor:
+        """As `Decode.run`, of a model without sinks whose layers all see everything."""
         memory, batch = self._decode.memory, self._decode.last_plan.batch
         g, layer = memory.geometry, memory.layers[number]
         if number == 0:

@@ -15,7 +15,7 @@ def check_model(model: ModelConfig, config: FreeKVConfig) -> None:
     """Raise UnsupportedConfiguration where the model is not served."""
     if (obstacle := _obstacle(model)) is not None:
         raise UnsupportedConfiguration(
-            f"--kv-retrieval freekv serves models with keys and values of each head in every layer; "
+            f"--kv-retrieval freekv serves models with full attention or sliding windows in every layer; "
             f"{model.model_path} has {obstacle}. Remove --kv-retrieval to serve it."
         )
     num_layers = model.num_hidden_layers

@@ -6,7 +6,6 @@ import logging
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from sglang_freekv.memory.layers import DENSE
 from sglang_freekv.memory.units import in_words
 
 if TYPE_CHECKING:
@@ -38,7 +37,8 @@ class RequestLog:
             return
         # Where budgets follow the mass, only the device knows how many.
         up_to = "up to " if self._memory.budgets.mass_of(req.req_pool_idx) else ""
-        but = ", but for dense layers" if DENSE in self._memory.kinds else ""
+        others = sorted({kind.name for kind in self._memory.kinds if not kind.selects})
+        but = f", but for {' and '.join(others)} layers" if others else ""
         line = (
             f"FreeKV request: {num_prompt:,} + {num_new:,} tokens, of which a step attended to {up_to}{budget:,}{but} "
             f"({budget / len(slots):.0%} at the end)"

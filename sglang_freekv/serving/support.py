@@ -55,7 +55,8 @@ _OWN_GRAPHS = "a decode step is captured as a whole, or runs without a graph"
 
 _KV_DTYPES = {"bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# Plain SGLang has no sinks in the backends by whose names FreeKV's goes, so it takes none of these for such a model.
+# Plain SGLang has no sinks in the backends by whose names FreeKV's goes, so it takes none of these for such a model; and
+# none that it takes runs on a CPU without its kernel library.
 _BACKENDS_OF_CLASSES = {"GptOssForCausalLM": "triton"}
 
 # The first allowed value is SGLang's default.
@@ -129,8 +130,11 @@ def preset(raw: Mapping[str, Any]) -> dict[str, Any]:
     defaults = {field.name: field.default for field in dataclasses.fields(ServerArgs)}
     left = {name: value for name, value in presets.items() if raw.get(name, defaults[name]) == defaults[name]}
     if (backend := _backend_of_class(_architectures(raw.get("model_path") or ""))) is not None:
-        # Without a GPU there is nothing to capture, which SGLang concludes from the names that it has for a CPU.
-        left |= {"attention_backend": backend, **({"disable_cuda_graph": True} if on_cpu else {})}
+        if on_cpu and raw.get("device") != "cuda":  # the doctor asks for a GPU that is elsewhere
+            raise UnsupportedConfiguration(
+                f"SGLang serves {raw['model_path']} with attention that needs a GPU; give another model, or a GPU."
+            )
+        left["attention_backend"] = backend
     return {**raw, **left}
 
 
@@ -161,9 +165,11 @@ def check_resolved(server_args: ServerArgs, config: FreeKVConfig) -> None:
 
 def check_settings(server_args: ServerArgs, config: FreeKVConfig) -> None:
     """The part of `check_resolved` that does not ask the machine."""
-    model, settings = server_args.get_model_config(), dict(vars(server_args))
-    if settings["attention_backend"] == _backend_of_class(model.hf_config.architectures):
-        settings["attention_backend"] = None  # preset
+    settings = dict(vars(server_args))
+    if settings.get("attention_backend") in _BACKENDS_OF_CLASSES.values():
+        architectures = server_args.get_model_config().hf_config.architectures
+        if settings["attention_backend"] == _backend_of_class(architectures):
+            settings["attention_backend"] = None  # preset
     _apply_rules(settings)
     if server_args.page_size != config.page_size:
         raise UnsupportedConfiguration(
@@ -181,7 +187,7 @@ def check_settings(server_args: ServerArgs, config: FreeKVConfig) -> None:
         )
     if server_args.device == "cuda":
         _check_selector(config.selector_name)
-    check_model(model, config)
+    check_model(server_args.get_model_config(), config)
 
 
 def _check_selector(name: str) -> None:

@@ -133,13 +133,15 @@ def test_what_would_be_refused_is_said_with_its_reason(llama: str, diagnose: Cal
 
 def test_a_model_that_is_not_served_is_named_with_the_part_that_is_in_the_way(tmp_path: Path, diagnose: Callable):
     config = CONFIGS["llama-3.1-8b"] | {
-        "architectures": ["MistralForCausalLM"],
-        "model_type": "mistral",
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
         "sliding_window": 4096,
+        "use_sliding_window": True,
+        "max_window_layers": 2,
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
     status, report = diagnose("--model-path", str(tmp_path), *H100)
-    assert status == 1 and "has sliding-window layers. Remove --kv-retrieval to serve it." in report
+    assert status == 1 and "has sliding-window layers, and FreeKV does not know which" in report
 
 
 def test_a_patch_that_does_not_fit_is_a_problem(monkeypatch: pytest.MonkeyPatch, diagnose: Callable):

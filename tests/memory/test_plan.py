@@ -261,7 +261,14 @@ def test_a_plan_without_a_context_has_no_workspace_and_says_nothing_about_it():
 def configurator(device: str, free_gib: float, dp_size: int = 1) -> types.SimpleNamespace:
     """What `plan_for` asks of SGLang's configurator, for a machine with two ranks, or two of each replica."""
     model = types.SimpleNamespace(
-        num_attention_heads=32, head_dim=128, context_len=8192, get_num_kv_heads=lambda tp_size: 8 // tp_size
+        num_attention_heads=32,
+        head_dim=128,
+        context_len=8192,
+        get_num_kv_heads=lambda tp_size: 8 // tp_size,
+        hf_config=types.SimpleNamespace(architectures=["LlamaForCausalLM"]),
+        hf_text_config=types.SimpleNamespace(),
+        is_local_attention_model=False,
+        sliding_window_size=None,
     )
     return types.SimpleNamespace(
         device=device,
