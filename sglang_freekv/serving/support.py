@@ -6,7 +6,7 @@ import dataclasses
 import importlib.util
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -16,6 +16,7 @@ from sglang_freekv.algorithm.selectors import SELECTORS
 from sglang_freekv.config import FreeKVConfig, UnsupportedConfiguration
 from sglang_freekv.memory.geometry import GPU_GROUP_SIZE, GPU_HEAD_DIMS
 from sglang_freekv.memory.units import in_words
+from sglang_freekv.serving.backend_names import OTHER_NAMES, architectures_of, backend_of
 from sglang_freekv.serving.model_support import check_model
 
 if TYPE_CHECKING:
@@ -54,10 +55,6 @@ _OWN_LAYOUT = "FreeKV has its own layout of the KV cache"
 _OWN_GRAPHS = "a decode step is captured as a whole, or runs without a graph"
 
 _KV_DTYPES = {"bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-# Plain SGLang has no sinks in the backends by whose names FreeKV's goes, so it takes none of these for such a model; and
-# none that it takes runs on a CPU without its kernel library.
-_BACKENDS_OF_CLASSES = {"GptOssForCausalLM": "triton"}
 
 # The first allowed value is SGLang's default.
 RULES = (
@@ -126,32 +123,16 @@ def preset(raw: Mapping[str, Any]) -> dict[str, Any]:
     }
     backend = raw.get("attention_backend")
     # Whether a class needs that name is known for sure when SGLang has read the model: see `check_settings`.
-    _apply_rules({**raw, "attention_backend": None} if backend in _BACKENDS_OF_CLASSES.values() else raw)
+    _apply_rules({**raw, "attention_backend": None} if backend in OTHER_NAMES else raw)
     defaults = {field.name: field.default for field in dataclasses.fields(ServerArgs)}
     left = {name: value for name, value in presets.items() if raw.get(name, defaults[name]) == defaults[name]}
-    if (backend := _backend_of_class(_architectures(raw.get("model_path") or ""))) is not None:
+    if (backend := backend_of(architectures_of(raw.get("model_path") or ""))) is not None:
         if on_cpu and raw.get("device") != "cuda":  # the doctor asks for a GPU that is elsewhere
             raise UnsupportedConfiguration(
                 f"SGLang serves {raw['model_path']} with attention that needs a GPU; give another model, or a GPU."
             )
         left["attention_backend"] = backend
     return {**raw, **left}
-
-
-def _architectures(model_path: str) -> list[str]:
-    """The classes that a model names; none where it is not on this machine yet, or cannot be read."""
-    from transformers import PretrainedConfig
-
-    try:
-        fields, _ = PretrainedConfig.get_config_dict(model_path, local_files_only=True)
-    except (OSError, ValueError):
-        return []
-    return fields.get("architectures") or []
-
-
-def _backend_of_class(architectures: Iterable[str]) -> str | None:
-    """The name of the attention backend that SGLang wants for a class; None: any."""
-    return next((_BACKENDS_OF_CLASSES[name] for name in architectures if name in _BACKENDS_OF_CLASSES), None)
 
 
 def check_resolved(server_args: ServerArgs, config: FreeKVConfig) -> None:
@@ -166,9 +147,9 @@ def check_resolved(server_args: ServerArgs, config: FreeKVConfig) -> None:
 def check_settings(server_args: ServerArgs, config: FreeKVConfig) -> None:
     """The part of `check_resolved` that does not ask the machine."""
     settings = dict(vars(server_args))
-    if settings.get("attention_backend") in _BACKENDS_OF_CLASSES.values():
+    if settings.get("attention_backend") in OTHER_NAMES:
         architectures = server_args.get_model_config().hf_config.architectures
-        if settings["attention_backend"] == _backend_of_class(architectures):
+        if settings["attention_backend"] == backend_of(architectures):
             settings["attention_backend"] = None  # preset
     _apply_rules(settings)
     if server_args.page_size != config.page_size:
