@@ -165,8 +165,9 @@ class FreeKVAttentionBackend(AttentionBackend):
     ) -> torch.Tensor:
         sinks = extras.pop("sinks", None)
         self._check_call(layer, k, save_kv_cache, extras)
-        head_dim = layer.qk_head_dim
-        heads = [x.reshape(len(x), -1, head_dim) for x in (q, k, v)]
+        head_dim, num_heads = layer.qk_head_dim, (layer.tp_q_head_num, layer.tp_k_head_num, layer.tp_v_head_num)
+        # Gemma 3 has a dimension in front.
+        heads = [x.reshape(-1, number, head_dim) for x, number in zip((q, k, v), num_heads, strict=True)]
         if padding := self.memory.geometry.head_dim - head_dim:
             heads = [torch.nn.functional.pad(x, (0, padding)) for x in heads]
         sinks = None if sinks is None else sinks.float()
