@@ -85,9 +85,9 @@ class CodesIndex(MinMaxIndex):
         shape = (len(g.full_layers), num_host_pages, g.num_kv_heads, g.page_size, g.head_dim * g.key_bits // 8)
         self.codes = torch.empty(shape, dtype=torch.uint8, device=device)
 
-    def codes_of(self, number: int) -> torch.Tensor:
-        """Of a layer: uint8, ``[num_host_pages, num_kv_heads, page_size, head_dim * key_bits // 8]``."""
-        return self.codes[self.places[number]]
+    def codes_of(self, number: int) -> torch.Tensor | None:
+        """Of a layer: uint8, ``[num_host_pages, num_kv_heads, page_size, head_dim * key_bits // 8]``, or None."""
+        return self.codes[self.places[number]] if number in self.places else None
 
     @staticmethod
     def page_bytes(geometry: Geometry) -> int:
@@ -96,7 +96,7 @@ class CodesIndex(MinMaxIndex):
         return MinMaxIndex.page_bytes(g) + codes
 
     def encoded_by_append(self, number: int, groups: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        return self.codes[number], None
+        return self.codes_of(number), None
 
     def seal(self, ops: Ops, number: int, store: PageStore, slots: torch.Tensor, groups: torch.Tensor) -> None:
         ops.encode_pages(slots, store, self.codes_of(number))
@@ -126,7 +126,8 @@ class GroupedCodesIndex(CodesIndex):
     """The same, and the page that ends a group of `GROUP_PAGES` has the bounds of the group: what is scored first."""
 
     def encoded_by_append(self, number: int, groups: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        return self.codes[number], groups
+        codes = self.codes_of(number)
+        return codes, None if codes is None else groups
 
     def seal(self, ops: Ops, number: int, store: PageStore, slots: torch.Tensor, groups: torch.Tensor) -> None:
         ops.encode_pages(slots, store, self.codes_of(number), groups)
