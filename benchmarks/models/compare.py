@@ -31,10 +31,9 @@ MODELS = {
     "qwen2": TinyModel("qwen2", hidden=448, heads=7, kv_heads=1, head_dim=64),  # on a CPU SGLang takes hidden / heads
     "qwen3": TinyModel("qwen3", heads=8, kv_heads=2, head_dim=128),
     "qwen3-moe": TinyModel("qwen3_moe", heads=8, kv_heads=1, head_dim=128),
-    # Plain SGLang on a CPU has no soft caps and no sinks, so Gemma 2 and GPT-OSS are not here.
+    # Plain SGLang on a CPU has no soft caps, and serves neither GPT-OSS nor Exaone 4 with windows.
     "gemma3": TinySlidingModel("gemma3_text"),
     "cohere2": TinySlidingModel("cohere2"),
-    "exaone4": TinySlidingModel("exaone4"),
 }
 _LAYERS = 3  # where windows slide the last one sees everything
 _COVERED, _OVER = (45, 100, 160), (700, 1000, 1300)  # tokens of the prompts

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
+from typing import Any
 
-# Plain SGLang has no sinks in the backends by whose names FreeKV's goes, so it takes neither for such a model; and none
-# that it takes runs on a CPU without its kernel library.
-_BACKENDS_OF_CLASSES = {"GptOssForCausalLM": "triton"}
-OTHER_NAMES = frozenset(_BACKENDS_OF_CLASSES.values())
+# SGLang takes neither of the names by which FreeKV's attention usually goes for a model with sinks, nor for Exaone 4
+# with windows; and none that it takes runs on a CPU without its kernel library.
+OTHER_NAME = "triton"
 
 
-def architectures_of(model_path: str) -> list[str]:
-    """The classes that a model names; none where it is not on this machine yet, or cannot be read."""
+def fields_of(model_path: str) -> dict[str, Any]:
+    """A model's config.json; nothing where it is not on this machine yet, or cannot be read."""
     from transformers import PretrainedConfig
 
     try:
         fields, _ = PretrainedConfig.get_config_dict(model_path, local_files_only=True)
     except (OSError, ValueError):
-        return []
-    return fields.get("architectures") or []
+        return {}
+    return fields
 
 
-def backend_of(architectures: Iterable[str]) -> str | None:
-    """The name of the attention backend that SGLang wants for a class; None: any."""
-    return next((_BACKENDS_OF_CLASSES[name] for name in architectures if name in _BACKENDS_OF_CLASSES), None)
+def needs_other_name(fields: Mapping[str, Any]) -> bool:
+    """Whether SGLang serves the model of a config.json under OTHER_NAME alone."""
+    names = fields.get("architectures") or ()
+    slides = fields.get("sliding_window_pattern") is not None
+    return "GptOssForCausalLM" in names or ("Exaone4ForCausalLM" in names and slides)

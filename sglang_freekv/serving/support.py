@@ -16,7 +16,7 @@ from sglang_freekv.algorithm.selectors import SELECTORS
 from sglang_freekv.config import FreeKVConfig, UnsupportedConfiguration
 from sglang_freekv.memory.geometry import GPU_GROUP_SIZE, GPU_HEAD_DIMS
 from sglang_freekv.memory.units import in_words
-from sglang_freekv.serving.backend_names import OTHER_NAMES, architectures_of, backend_of
+from sglang_freekv.serving.backend_names import OTHER_NAME, fields_of, needs_other_name
 from sglang_freekv.serving.model_support import check_model
 
 if TYPE_CHECKING:
@@ -121,17 +121,16 @@ def preset(raw: Mapping[str, Any]) -> dict[str, Any]:
         "disable_hybrid_swa_memory": True,  # the host store has the tokens of every layer, also where a window slides
         "disable_prefill_cuda_graph": True,  # prefill reads prefixes of any length from the host store
     }
-    backend = raw.get("attention_backend")
-    # Whether a class needs that name is known for sure when SGLang has read the model: see `check_settings`.
-    _apply_rules({**raw, "attention_backend": None} if backend in OTHER_NAMES else raw)
+    # Whether a model needs that name is known for sure when SGLang has read it: see `check_settings`.
+    _apply_rules({**raw, "attention_backend": None} if raw.get("attention_backend") == OTHER_NAME else raw)
     defaults = {field.name: field.default for field in dataclasses.fields(ServerArgs)}
     left = {name: value for name, value in presets.items() if raw.get(name, defaults[name]) == defaults[name]}
-    if (backend := backend_of(architectures_of(raw.get("model_path") or ""))) is not None:
+    if needs_other_name(fields_of(raw.get("model_path") or "")):
         if on_cpu and raw.get("device") != "cuda":  # the doctor asks for a GPU that is elsewhere
             raise UnsupportedConfiguration(
                 f"SGLang serves {raw['model_path']} with attention that needs a GPU; give another model, or a GPU."
             )
-        left["attention_backend"] = backend
+        left["attention_backend"] = OTHER_NAME
     return {**raw, **left}
 
 
@@ -147,10 +146,9 @@ def check_resolved(server_args: ServerArgs, config: FreeKVConfig) -> None:
 def check_settings(server_args: ServerArgs, config: FreeKVConfig) -> None:
     """The part of `check_resolved` that does not ask the machine."""
     settings = dict(vars(server_args))
-    if settings.get("attention_backend") in OTHER_NAMES:
-        architectures = server_args.get_model_config().hf_config.architectures
-        if settings["attention_backend"] == backend_of(architectures):
-            settings["attention_backend"] = None  # preset
+    is_other = settings.get("attention_backend") == OTHER_NAME
+    if is_other and needs_other_name(server_args.get_model_config().hf_config.to_dict()):
+        settings["attention_backend"] = None  # preset
     _apply_rules(settings)
     if server_args.page_size != config.page_size:
         raise UnsupportedConfiguration(

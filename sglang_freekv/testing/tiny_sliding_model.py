@@ -88,7 +88,8 @@ class TinySlidingModel:
         theta = {"rope_theta": 1e6, "rope_type": "default"}
         if self.arch == "gemma2":
             caps = {"attn_logit_softcapping": _CAP, "final_logit_softcapping": 30.0}
-            return {"query_pre_attn_scalar": self.head_dim, "rope_theta": 1e6, **caps}
+            act = {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}
+            return {"query_pre_attn_scalar": self.head_dim, "rope_theta": 1e6, **caps, **act}
         if self.arch == "gemma3_text":
             thetas = {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "sliding_window_pattern": pattern}
             return {"query_pre_attn_scalar": self.head_dim, "tie_word_embeddings": False, **thetas}

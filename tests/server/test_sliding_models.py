@@ -1,7 +1,7 @@
-"""Models with sliding windows, soft caps and sinks on a server.
+"""Models with sliding windows and soft caps on a server.
 
-The tokens of a request within its budget are those of plain SGLang; of models that plain SGLang serves with other
-attention on a CPU, or not at all, they are those of Transformers.
+The tokens of a request within its budget are those of plain SGLang; of a model that plain SGLang serves with other
+attention on a CPU they are those of Transformers.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ FREEKV = (
     *("--freekv-sink", "32", "--freekv-recent", "32", "--freekv-device-blocks-memory", "0.03"),
 )
 FULL_WIDTH = {"custom_params": {"freekv_budget": MAX_BUDGET}}
-# SGLang's torch attention has windows, but neither a cap nor sinks.
-BY_PLAIN_SGLANG, BY_TRANSFORMERS = ("gemma3_text", "cohere2", "exaone4"), ("gemma2",)
+# SGLang's torch attention has windows, but no cap.
+BY_PLAIN_SGLANG, BY_TRANSFORMERS = ("gemma3_text", "cohere2"), ("gemma2",)
 
 
 @dataclass(frozen=True)
