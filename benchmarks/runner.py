@@ -45,7 +45,7 @@ def forward(runner, batch: ForwardBatch, rows: Sequence[int], *, is_unfinished: 
     is_freekv = isinstance(runner.token_to_kv_pool, FreeKVPool)
     if is_freekv:  # as the patch of SGLang's worker does around each batch
         unfinished = SimpleNamespace(rid=batch.rids[-1]) if is_unfinished else None
-        reqs = [SimpleNamespace(req_pool_idx=row) for row in rows]
+        reqs = [SimpleNamespace(req_pool_idx=row, kv=SimpleNamespace(req_pool_idx=row)) for row in rows]
         runner.attn_backend.begin_batch(SimpleNamespace(reqs=reqs, chunked_req=unfinished))
     logits = runner.forward(batch).logits_output.next_token_logits
     if is_freekv:

@@ -16,6 +16,7 @@ from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 
 from sglang_freekv.config import UnsupportedConfiguration
 from sglang_freekv.memory.geometry import Geometry
+from sglang_freekv.releases import release
 
 ALLOWED: dict[str, tuple[Any, ...]] = {
     "attn_type": (AttentionType("decoder"),),
@@ -36,7 +37,10 @@ READ = {
     *("tp_q_head_num", "tp_k_head_num", "tp_v_head_num"),
 }
 # The method of a cap that is refused, and the scales of a quantized KV cache, which `support` refuses.
-WITHOUT_EFFECT = {"logit_capping_method", "quant_method", "k_scale", "v_scale", "k_scale_float", "v_scale_float"}
+WITHOUT_EFFECT = {
+    *("logit_capping_method", "quant_method", "k_scale", "v_scale", "k_scale_float", "v_scale_float"),
+    *release.PREFILL_GRAPH_FIELDS,
+}
 
 _OF_EVERY_MODULE = frozenset(vars(torch.nn.Module()))
 
