@@ -23,6 +23,10 @@ def resolve(server_args: ServerArgs) -> None:
     """Nothing to do: the arguments are resolved."""
 
 
+def publish(server_args: ServerArgs) -> None:
+    """Nothing to do before this process runs a model by itself: what makes its parts hands them the arguments."""
+
+
 def settings_of(server_args: ServerArgs) -> ServerArgs:
     """What holds the resolved settings as attributes."""
     return server_args

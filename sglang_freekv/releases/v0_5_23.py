@@ -24,6 +24,14 @@ def resolve(server_args: ServerArgs) -> None:
     server_args.resolve_once()
 
 
+def publish(server_args: ServerArgs) -> None:
+    """Make resolved arguments those of this process, the only rank, before it runs a model by itself."""
+    from sglang.srt import runtime_context
+
+    ranks = runtime_context.SpawnRanks(world_rank=0, gpu_id=0)
+    runtime_context.publish(server_args, role="scheduler", ranks=ranks)
+
+
 def settings_of(server_args: ServerArgs) -> ResolvingConfig:
     """What holds the resolved settings as attributes."""
     from sglang.srt.arg_groups.model_override_base import resolving_view
