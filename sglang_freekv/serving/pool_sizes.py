@@ -171,7 +171,7 @@ def _agree(plan: MemoryPlan, tp_size: int) -> MemoryPlan:
     """Take the minimum over the ranks: their schedulers stay in step only with equal capacities."""
     if tp_size == 1:
         return plan
-    from sglang.srt.distributed import get_world_group
+    from sglang.srt.distributed.parallel_state import get_world_group
 
     sizes = torch.tensor([plan.num_pages, plan.num_blocks, plan.max_requests])
     torch.distributed.all_reduce(sizes, torch.distributed.ReduceOp.MIN, group=get_world_group().cpu_group)

@@ -190,7 +190,7 @@ def test_the_pool_is_as_wide_as_the_request_table_and_takes_the_plan_along(monke
     from sglang_freekv.serving import kv_pool
 
     monkeypatch.setattr(kv_pool, "FreeKVPool", lambda *arguments: arguments)
-    server_args = ServerArgs(model_path="dummy")
+    server_args = ServerArgs(model_path="dummy", page_size=32)
     server_args._freekv, server_args._freekv_plan = FreeKVConfig(), "plan"
     configurator = types.SimpleNamespace(
         server_args=server_args,

@@ -10,6 +10,8 @@ from sglang.srt.mem_cache.radix_cache import RadixCache
 
 from sglang_freekv.cpu.allocator import CpuPagedAllocator as CpuAllocator  # noqa: F401
 
+# Values that its parser does not take at all.
+UNKNOWN_VALUES: frozenset[str] = frozenset()
 # Page sizes for which plain SGLang takes that allocator on the CPU platform.
 PAGE_SIZES = (1, 16, 32)
 

@@ -10,6 +10,8 @@ from sglang.srt.managers.schedule_batch import ReqKvInfo
 from sglang.srt.mem_cache.allocator.paged import PagedTokenToKVPoolAllocator as CpuAllocator  # noqa: F401
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
+# Values that its parser does not take at all.
+UNKNOWN_VALUES = frozenset({"--cuda-graph-backend-decode tc_piecewise"})
 # Page sizes for which plain SGLang takes that allocator on the CPU platform.
 PAGE_SIZES = (16, 32)
 
@@ -21,7 +23,7 @@ def request(row: int, **fields: Any) -> SimpleNamespace:
 
 def give_row(req: Any, row: int | None) -> None:
     """A request comes with a row and a page of tokens, or has none yet."""
-    req.kv = ReqKvInfo(req_pool_idx=row, kv_allocated_len=0 if row is None else 32)
+    req.kv = ReqKvInfo(req_pool_idx=row, kv_allocated_len=32)
 
 
 def let_go(cache: UnifiedRadixCache, req: SimpleNamespace, num_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
