@@ -20,6 +20,13 @@ _NO_LIBRARY = os.devnull
 _GRAMMAR_BACKEND = "outlines"  # masks with torch operations; SGLang's default, xgrammar, with a GPU's only
 
 
+class _NoPools:
+    """Of a release that was not tested, under which this module is imported, too, and its platform not used."""
+
+
+_Pools = module_for_release("sglang_freekv.cpu.pools").Pools if is_tested_release() else _NoPools
+
+
 def activate() -> str | None:
     """Name the platform class, or None where an accelerator exists or the user runs SGLang's CPU engine.
 
@@ -32,7 +39,7 @@ def activate() -> str | None:
     return f"{__name__}.CpuPlatform"
 
 
-class CpuPlatform(module_for_release("sglang_freekv.cpu.pools").Pools, CpuDeviceMixin, SRTPlatform):
+class CpuPlatform(_Pools, CpuDeviceMixin, SRTPlatform):
     """A CPU without SGLang's CPU kernel library: torch operations, no device graphs, no pinned memory.
 
     Declared out-of-tree, so that SGLang asks this class for its memory and its attention backend.

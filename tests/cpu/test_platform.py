@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import pkgutil
+import sys
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -78,6 +80,16 @@ def settings_of(**keywords) -> Any:
     server_args = ServerArgs(**keywords)
     release.resolve(server_args)
     return release.settings_of(server_args)
+
+
+def test_beside_another_release_the_entry_point_can_be_loaded_whatever_that_release_lacks(no_choice):
+    no_choice.setattr("importlib.metadata.version", lambda name: "0.5.20")
+    for name in ("PlatformCapabilities", "KVPoolKind"):
+        no_choice.delattr(f"sglang.srt.platforms.interface.{name}", raising=False)
+    modules = [name for name in sys.modules if name.startswith("sglang_freekv.")]
+    for name in modules:
+        no_choice.delitem(sys.modules, name)
+    assert import_module("sglang_freekv.cpu.platform").activate() is None
 
 
 @needs_cpu_platform
