@@ -24,7 +24,7 @@ class _NoPools:
     """Of a release that was not tested, under which this module is imported, too, and its platform not used."""
 
 
-_Pools = module_for_release("sglang_freekv.cpu.pools").Pools if is_tested_release() else _NoPools
+Pools = module_for_release("sglang_freekv.cpu.pools").Pools if is_tested_release() else _NoPools
 
 
 def activate() -> str | None:
@@ -39,7 +39,7 @@ def activate() -> str | None:
     return f"{__name__}.CpuPlatform"
 
 
-class CpuPlatform(_Pools, CpuDeviceMixin, SRTPlatform):
+class CpuPlatform(Pools, CpuDeviceMixin, SRTPlatform):
     """A CPU without SGLang's CPU kernel library: torch operations, no device graphs, no pinned memory.
 
     Declared out-of-tree, so that SGLang asks this class for its memory and its attention backend.
