@@ -1,6 +1,6 @@
 # make serve           set everything up and serve a small model with KV retrieval (MODEL=needle MODEL=folder PORT=30001)
 # make test            set everything up and run the tests       (PYTEST_FLAGS="-k radix")
-# make test-release    the tests on another tested release of SGLang, in an environment of its own (SGLANG=0.5.23)
+# make test-release    the tests on another release of SGLang, in an environment of its own (SGLANG=0.5.23)
 # make compile-kernels the kernels, for every supported GPU; the tests compile for one
 # make accuracy        methods, budgets and tasks through the server (ACCURACY_FLAGS="--tasks single --count 4")
 # make accuracy-quick  the part of it that is in the tests
@@ -64,7 +64,7 @@ test: $(INSTALLED)
 
 test-release:
 	@test -n "$(SGLANG)" || { echo "make: name a release: make test-release SGLANG=0.5.23" >&2; exit 1; }
-	@$(MAKE) test VENV=.venv-$(SGLANG) SGLANG=$(SGLANG)
+	@FREEKV_TRY_SGLANG=$(SGLANG) $(MAKE) test VENV=.venv-$(SGLANG) SGLANG=$(SGLANG)
 
 compile-kernels: $(INSTALLED)
 	FREEKV_ALL_GPUS=1 $(RUN) -m pytest -q tests/kernels/test_compile.py

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-from sglang_freekv.tested_release import TESTED_RELEASES, served_release
+from sglang_freekv.tested_release import TESTED_RELEASES, is_served, served_release
 
 if TYPE_CHECKING:
     from sglang_freekv.config import FreeKVConfig
@@ -29,7 +29,7 @@ class IncompatibleSGLang(RuntimeError):
 
 @dataclass(frozen=True)
 class Patch:
-    """One hook on one callable of SGLang, in every tested release or in those that it names.
+    """One hook on one callable of SGLang, in every release that this package is written for, or in those that it names.
 
     `signature` is the ``str(inspect.signature)`` that the hook was written against; a final "..." is any rest. Where
     releases differ it is a mapping from each release that the patch is for.
@@ -43,7 +43,7 @@ class Patch:
     remove_when: str  # the upstream event that makes it unnecessary
 
     def signature_in(self, release: str) -> str | None:
-        """What the target is in a tested release; None where the patch is not for it."""
+        """What the target is in a release; None where the patch is not for it."""
         return self.signature if isinstance(self.signature, str) else self.signature.get(release)
 
     def find(self) -> Callable[..., Any]:
@@ -121,9 +121,9 @@ def freekv_config(server_args: Any) -> FreeKVConfig | None:
 
 def check_version() -> None:
     """Raise IncompatibleSGLang where the installed release was not tested."""
-    if (found := version("sglang")) not in TESTED_RELEASES:
+    if not is_served(found := version("sglang")):
         raise IncompatibleSGLang(
-            f"FreeKV works with sglang {' and '.join(TESTED_RELEASES)}, found {found}; install one of these, or remove "
+            f"FreeKV works with sglang {' or '.join(TESTED_RELEASES)}, found {found}; install that, or remove "
             f"--kv-retrieval."
         )
 

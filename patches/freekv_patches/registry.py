@@ -17,7 +17,7 @@ _OF_A_SERVER = (launch, requests, endpoints, memory, runner, scheduler, metrics)
 
 
 def patches_for(release: str, modules: tuple[ModuleType, ...] = (*_OF_FLAGS, *_OF_A_SERVER)) -> tuple[Patch, ...]:
-    """The patches that are for a tested release."""
+    """The patches that are for a release."""
     patches = (patch for module in modules for patch in module.PATCHES)
     return tuple(patch for patch in patches if patch.signature_in(release) is not None)
 

@@ -10,7 +10,7 @@ from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform
 
-from sglang_freekv.tested_release import is_tested_release, module_for_release
+from sglang_freekv.tested_release import is_served_release, module_for_release
 
 logger = logging.getLogger(__name__)
 
@@ -21,10 +21,10 @@ _GRAMMAR_BACKEND = "outlines"  # masks with torch operations; SGLang's default, 
 
 
 class _NoPools:
-    """Of a release that was not tested, under which this module is imported, too, and its platform not used."""
+    """Of a release that is not served, under which this module is imported, too, and its platform not used."""
 
 
-Pools = module_for_release("sglang_freekv.cpu.pools").Pools if is_tested_release() else _NoPools
+Pools = module_for_release("sglang_freekv.cpu.pools").Pools if is_served_release() else _NoPools
 
 
 def activate() -> str | None:
@@ -32,7 +32,7 @@ def activate() -> str | None:
 
     And None where SGLang is not a release that it is written for.
     """
-    if not is_tested_release():
+    if not is_served_release():
         return None
     if torch.accelerator.is_available() or os.environ.get("SGLANG_USE_CPU_ENGINE") == "1":
         return None

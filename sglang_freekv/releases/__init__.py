@@ -1,4 +1,4 @@
-"""What tested releases of SGLang name differently: `release` is the module of the installed one."""
+"""What releases of SGLang name differently: `release` is the module of the installed one."""
 
 from __future__ import annotations
 

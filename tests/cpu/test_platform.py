@@ -71,7 +71,7 @@ def test_the_platform_stays_away_where_the_user_runs_the_cpu_engine_of_sglang(no
 
 
 def test_the_platform_stays_away_from_a_release_of_sglang_that_it_does_not_know(no_choice):
-    no_choice.setattr(platform, "is_tested_release", lambda: False)
+    no_choice.setattr(platform, "is_served_release", lambda: False)
     assert platform.activate() is None
 
 

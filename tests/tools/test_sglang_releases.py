@@ -18,7 +18,7 @@ import pytest
 from freekv_patches import registry
 from freekv_patches.patch import Attribute
 from freekv_patches.registry import ALL_PATCHES
-from sglang_freekv.tested_release import TESTED_RELEASES, module_name
+from sglang_freekv.tested_release import WRITTEN_FOR, module_name
 from tools.sglang_releases import compatibility, seams
 from tools.sglang_releases.compatibility import Record, hooks_of, open_release, seams_of, table
 from tools.sglang_releases.release import Release, is_same
@@ -37,7 +37,7 @@ def record() -> Record:
 
 
 def test_the_installed_release_is_a_recorded_one(installed, record):
-    assert list(record.tested) == list(TESTED_RELEASES)
+    assert list(record.tested) == list(WRITTEN_FOR)
     assert record.differences(installed, installed.version) == {}
 
 
@@ -71,7 +71,7 @@ def test_a_hooks_target_reads_as_it_imports(patch, installed):
 def test_a_patch_that_names_releases_names_tested_ones():
     patches = [patch for module in (*registry._OF_FLAGS, *registry._OF_A_SERVER) for patch in module.PATCHES]
     named = [set(patch.signature) for patch in patches if not isinstance(patch.signature, str)]
-    assert named and all(names and names <= set(TESTED_RELEASES) for names in named)
+    assert named and all(names and names <= set(WRITTEN_FOR) for names in named)
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_a_patch_that_names_releases_names_tested_ones():
 )
 def test_modules_of_releases_offer_the_same_names(package, extra):
     folder = Path(import_module(package).__file__).parent
-    offered = {name: _public_names(folder / f"{name}.py") for name in map(module_name, TESTED_RELEASES)}
+    offered = {name: _public_names(folder / f"{name}.py") for name in map(module_name, WRITTEN_FOR)}
     common = set.intersection(*offered.values())
     assert common and {name for name, names in offered.items() if names != common} == set(extra)
 
@@ -323,7 +323,7 @@ def test_the_command_shows_a_wheel_beside_the_recorded_release_and_writes_only_w
     monkeypatch.setattr(Record, "save", lambda record: record_file.write_text(json.dumps(dataclasses.asdict(record))))
     other = str(wheel(tmp_path, SOURCES, "9.0"))
     assert compatibility.main([other]) == 0
-    hooks = " | ".join(f"{len(hooks_of(release))} of {len(hooks_of(release))}" for release in TESTED_RELEASES)
+    hooks = " | ".join(f"{len(hooks_of(release))} of {len(hooks_of(release))}" for release in WRITTEN_FOR)
     assert re.search(rf"\| hooks that fit \|.* {hooks} \| 0 of \d+ \|", capsys.readouterr().out) is not None
     assert not table_file.exists() and "9.0" not in record_file.read_text()
     assert compatibility.main(["--write", other]) == 0

@@ -23,7 +23,7 @@ from packaging.version import Version
 
 from freekv_patches.patch import Attribute
 from freekv_patches.registry import patches_for
-from sglang_freekv.tested_release import TESTED_RELEASES
+from sglang_freekv.tested_release import TESTED_RELEASES, WRITTEN_FOR
 from tools.sglang_releases.release import Release, is_same
 from tools.sglang_releases.seams import find_seams
 
@@ -58,7 +58,7 @@ class Record:
 
     def add(self, release: Release) -> None:
         """Take a release in: a tested one as what it is, another as its differences."""
-        if release.version in TESTED_RELEASES:
+        if release.version in WRITTEN_FOR:
             self.tested[release.version] = seams_of(release)
             return
         found = {tested: self.differences(release, tested) for tested in self.tested}
@@ -96,10 +96,11 @@ class Table:
             "# SGLang releases",
             "",
             f"Made by `python -m tools.sglang_releases.compatibility --write {' '.join(self._versions)}`. The package "
-            f"is tested on {' and '.join(self._record.tested)}, and refuses to start on any other. Each release is "
-            f"read beside the tested one that it is most like: a hook counts as changed when its signature is not the "
-            f"one recorded for that, another seam when it is no longer what it was there; - is what that release does "
-            f"without. A release fits by reading where nothing has changed and nothing is gone.",
+            f"is written for {' and '.join(self._record.tested)}, tested on {' and '.join(TESTED_RELEASES)}, and "
+            f"refuses to start on any other. Each release is read beside the one of those that it is most like: a hook "
+            f"counts as changed when its signature is not the one recorded for that, another seam when it is no longer "
+            f"what it was there; - is what that release does without. A release fits by reading where nothing has "
+            f"changed and nothing is gone.",
             "",
             _row("", *heads),
             rule,
@@ -122,7 +123,7 @@ class Table:
 
     def _verdict(self, version: str) -> str:
         if version in self._record.tested:
-            return "tested"
+            return "written for, refused" if version in set(WRITTEN_FOR) - set(TESTED_RELEASES) else "tested"
         return "refused" if self._record.others[version] else "fits by reading, refused"
 
     def _cell(self, path: str, version: str) -> str:
@@ -180,8 +181,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--write", action="store_true", help=f"renew {RECORD.name} and {TABLE.name} beside this file")
     options = parser.parse_args(argv)
     installed = Release.installed()
-    if installed.version not in TESTED_RELEASES:
-        raise SystemExit(f"error: {installed.version} is installed, and the tested ones are {TESTED_RELEASES}")
+    if installed.version not in WRITTEN_FOR:
+        raise SystemExit(f"error: {installed.version} is installed; install one of {', '.join(WRITTEN_FOR)} for this")
     record = Record.load()
     if options.write:
         record.add(installed)
@@ -189,7 +190,7 @@ def main(argv: list[str] | None = None) -> int:
     if options.releases:
         with tempfile.TemporaryDirectory() as folder:
             releases = [open_release(given, Path(folder)) for given in options.releases]
-            for release in sorted(releases, key=lambda release: release.version not in TESTED_RELEASES):
+            for release in sorted(releases, key=lambda release: release.version not in WRITTEN_FOR):
                 if release.version != installed.version:
                     record.add(release)
         print(table(record), end="")

@@ -14,7 +14,7 @@ from pathlib import Path
 import freekv_patches
 import sglang_freekv
 from sglang_freekv.serving.support import RULES
-from sglang_freekv.tested_release import TESTED_RELEASES, module_name
+from sglang_freekv.tested_release import WRITTEN_FOR, module_name
 from tools.sglang_releases.release import is_for_types
 
 _SERVER_ARGS = "sglang.srt.server_args.ServerArgs"
@@ -36,7 +36,7 @@ def find_seams(release: str) -> dict[str, str]:
     Some candidates are our own methods, not SGLang's.
     """
     found: dict[str, str] = {}
-    others = {module_name(other) for other in TESTED_RELEASES if other != release}
+    others = {module_name(other) for other in WRITTEN_FOR if other != release}
     files = [
         file for package in (sglang_freekv, freekv_patches) for file in Path(package.__file__).parent.rglob("*.py")
     ]
