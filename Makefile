@@ -1,5 +1,6 @@
 # make serve           set everything up and serve a small model with KV retrieval (MODEL=needle MODEL=folder PORT=30001)
 # make test            set everything up and run the tests       (PYTEST_FLAGS="-k radix")
+# make test-release    the tests on another release of SGLang, in an environment of its own (SGLANG=0.5.23)
 # make compile-kernels the kernels, for every supported GPU; the tests compile for one
 # make accuracy        methods, budgets and tasks through the server (ACCURACY_FLAGS="--tasks single --count 4")
 # make accuracy-quick  the part of it that is in the tests
@@ -20,7 +21,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help serve test compile-kernels accuracy accuracy-quick real-model suites train-model bench bench-quick \
+.PHONY: help serve test test-release compile-kernels accuracy accuracy-quick real-model suites train-model bench bench-quick \
     bench-programs cost-model soak soak-quick fuzz compatibility gpu-suite lint clean
 
 # The first that runs and is recent enough.
@@ -42,6 +43,8 @@ SOAK_FLAGS ?= --minutes 30 --out benchmarks/results/soak.jsonl
 FUZZ_FLAGS ?= --out benchmarks/results/fuzz.jsonl
 PROGRAMS_FLAGS ?=
 WHEELS ?=
+# A release of SGLang to install instead of the one that pyproject.toml names.
+SGLANG ?=
 ACCURACY_FLAGS ?= --resume
 OUT ?= build/needle/model
 # The environment takes 9.2 GB, and the downloads as much again for a moment.
@@ -58,6 +61,10 @@ serve: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(RUN) -m pytest -q -n 2 --dist loadscope --no-loadscope-reorder --durations=15 $(PYTEST_FLAGS)
+
+test-release:
+	@test -n "$(SGLANG)" || { echo "make: name a release: make test-release SGLANG=0.5.23" >&2; exit 1; }
+	@FREEKV_TRY_SGLANG=$(SGLANG) $(MAKE) test VENV=.venv-$(SGLANG) SGLANG=$(SGLANG)
 
 compile-kernels: $(INSTALLED)
 	FREEKV_ALL_GPUS=1 $(RUN) -m pytest -q tests/kernels/test_compile.py
@@ -125,6 +132,14 @@ $(INSTALLED): pyproject.toml
 	@$(WATCH_INSTALL)
 	@touch $@
 
+# Another release than the named one comes with its own torch, and pip would not put the package beside it.
+define INSTALL
+if test -z "$(SGLANG)"; then $(RUN) -m pip install --progress-bar off -e '.[test]'; \
+else $(RUN) -m pip install --progress-bar off "sglang==$(SGLANG)" $$($(PYTHON) -c "import tomllib; print(*(p.replace(' ', '') \
+    for p in tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['test']))") && \
+    $(RUN) -m pip install --progress-bar off --no-deps -e .; fi
+endef
+
 define CHECK_MACHINE
 test -n "$(PYTHON)" || { \
     echo "make: no Python 3.11 or later found; install one (Debian: apt install python3 python3-venv)" \
@@ -139,7 +154,7 @@ endef
 define WATCH_INSTALL
 log=$(VENV)/install.log; \
 echo "Installing SGLang and PyTorch into $(VENV): about 9.2 GB, some minutes (messages in $$log)"; \
-$(RUN) -m pip install --progress-bar off -e '.[test]' >$$log 2>&1 & pip=$$!; \
+{ $(INSTALL); } >$$log 2>&1 & pip=$$!; \
 trap 'kill $$pip 2>/dev/null || true' INT TERM; \
 start=$$SECONDS; before=$$(df --output=avail -m $(VENV) | tail -1); \
 if [ -t 1 ]; then end='\r'; every=1; else end='\n'; every=15; fi; \

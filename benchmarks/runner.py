@@ -8,21 +8,24 @@ from types import SimpleNamespace
 
 import torch
 from sglang.benchmark.one_batch import load_model
-from sglang.srt.entrypoints.engine import _set_envs_and_config
+from sglang.srt.entrypoints.engine import Engine, _set_envs_and_config
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardBatch, ForwardMode
 from sglang.srt.plugins import load_plugins
-from sglang.srt.server_args import PortArgs, ServerArgs
+from sglang.srt.server_args import PortArgs
 
+from sglang_freekv.releases import release
 from sglang_freekv.serving.kv_pool import FreeKVPool
 
 
 def load_runner(model: str, device: str, **keywords: object):
-    """SGLang's ModelRunner with pools and attention, as `sglang.bench_one_batch` makes it; keywords of ServerArgs."""
+    """SGLang's ModelRunner with pools and attention, as `sglang.bench_one_batch` makes it; keywords of `sgl.Engine`."""
     torch.set_grad_enabled(False)
     load_plugins()
     if device == "cuda":
         keywords |= {"attention_backend": "flashinfer"}
-    server_args = ServerArgs(model_path=model, device=device, random_seed=0, **keywords)
+    server_args = Engine.server_args_class(model_path=model, device=device, random_seed=0, **keywords)
+    release.resolve(server_args)
+    release.publish(server_args)
     _set_envs_and_config(server_args)
     return load_model(server_args, PortArgs.init_new(server_args), 0, 0)[0].torch_runner
 
@@ -45,7 +48,7 @@ def forward(runner, batch: ForwardBatch, rows: Sequence[int], *, is_unfinished: 
     is_freekv = isinstance(runner.token_to_kv_pool, FreeKVPool)
     if is_freekv:  # as the patch of SGLang's worker does around each batch
         unfinished = SimpleNamespace(rid=batch.rids[-1]) if is_unfinished else None
-        reqs = [SimpleNamespace(req_pool_idx=row) for row in rows]
+        reqs = [SimpleNamespace(req_pool_idx=row, kv=SimpleNamespace(req_pool_idx=row)) for row in rows]
         runner.attn_backend.begin_batch(SimpleNamespace(reqs=reqs, chunked_req=unfinished))
     logits = runner.forward(batch).logits_output.next_token_logits
     if is_freekv:

@@ -86,6 +86,16 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """SGLang writes into the environment what it resolves, and servers of other tests would inherit it."""
+    before = {name: value for name, value in os.environ.items() if name.startswith("SGLANG_")}
+    yield
+    for name in [name for name in os.environ if name.startswith("SGLANG_") and name not in before]:
+        del os.environ[name]
+    os.environ.update(before)
+
+
+@pytest.fixture(autouse=True)
 def seed() -> None:
     """A failure can be repeated."""
     torch.manual_seed(0)

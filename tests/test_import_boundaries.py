@@ -18,15 +18,20 @@ SOURCES = {"freekv_kernels": ROOT / "kernels", "sglang_freekv": ROOT, "freekv_pa
 ROOMS: dict[str, set[str]] = {}
 ROOMS["freekv_kernels"] = set()
 ROOMS["sglang_freekv"] = set()  # config, flags, request_params, tested_release
+ROOMS["sglang_freekv.releases"] = {"sglang_freekv"}
 ROOMS["sglang_freekv.memory"] = {"freekv_kernels", "sglang_freekv"}
 ROOMS["sglang_freekv.attention"] = {"freekv_kernels", "sglang_freekv.memory"}
 ROOMS["sglang_freekv.algorithm"] = {*ROOMS["sglang_freekv.memory"], "sglang_freekv.memory", "sglang_freekv.attention"}
 ROOMS["sglang_freekv.testing"] = {*ROOMS["sglang_freekv.algorithm"], "sglang_freekv.algorithm"}
 ROOMS["sglang_freekv.cpu"] = {"sglang_freekv"}
-ROOMS["sglang_freekv.serving"] = {*ROOMS["sglang_freekv.algorithm"], "sglang_freekv.algorithm"}
+ROOMS["sglang_freekv.serving"] = {
+    *ROOMS["sglang_freekv.algorithm"],
+    "sglang_freekv.algorithm",
+    "sglang_freekv.releases",
+}
 ROOMS["sglang_freekv.operations"] = {"sglang_freekv.serving"}
-ROOMS["freekv_patches"] = {"sglang_freekv", "sglang_freekv.serving"}
-ROOMS["sglang_freekv.doctor"] = {"sglang_freekv", "sglang_freekv.memory", "sglang_freekv.serving", "freekv_patches"}
+ROOMS["freekv_patches"] = {"sglang_freekv", "sglang_freekv.releases", "sglang_freekv.serving"}
+ROOMS["sglang_freekv.doctor"] = {*ROOMS["freekv_patches"], "sglang_freekv.memory", "freekv_patches"}
 
 # Rooms that run without SGLang, in tests and in a notebook.
 WITHOUT_SGLANG = [

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable
 
 from freekv_patches.patch import HookType, Patch, freekv_config
+from sglang_freekv.releases import release
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +28,10 @@ UPDATES = {
 
 
 def refuse_without_recorder(self):
-    if freekv_config(self.server_args) is not None and self.server_args.expert_distribution_recorder_mode is None:
+    if freekv_config(self.server_args) is None:
+        return
+    server_args = release.settings_of(self.server_args)
+    if server_args.expert_distribution_recorder_mode is None:
         from fastapi import HTTPException  # this endpoint turns no other error into an answer
 
         raise HTTPException(

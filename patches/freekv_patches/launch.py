@@ -10,6 +10,13 @@ from __future__ import annotations
 from freekv_patches.announcement import announced_to_children
 from freekv_patches.patch import HookType, Patch, freekv_config
 
+_ARGUMENTS = (
+    "(cls, server_args: 'ServerArgs', init_tokenizer_manager_func: 'Callable', "
+    "run_scheduler_process_func: 'Callable', run_detokenizer_process_func: 'Callable', "
+    "port_args: 'Optional[PortArgs]' = None"
+)
+_RESULT = " -> 'Tuple[TokenizerManager, TemplateManager, PortArgs, SchedulerInitResult, Optional[SubprocessWatchdog]]'"
+
 
 def launch_subprocesses(original, cls, server_args, *args, **kwargs):
     with announced_to_children(freekv_config(server_args) is not None):
@@ -21,12 +28,10 @@ PATCHES = (
         target="sglang.srt.entrypoints.engine.Engine._launch_subprocesses",
         kind=HookType.AROUND,
         hook=launch_subprocesses,
-        signature=(
-            "(cls, server_args: 'ServerArgs', init_tokenizer_manager_func: 'Callable', "
-            "run_scheduler_process_func: 'Callable', run_detokenizer_process_func: 'Callable', "
-            "port_args: 'Optional[PortArgs]' = None) -> 'Tuple[TokenizerManager, TemplateManager, PortArgs, "
-            "SchedulerInitResult, Optional[SubprocessWatchdog]]'"
-        ),
+        signature={
+            "0.5.17": f"{_ARGUMENTS}){_RESULT}",
+            "0.5.23": f"{_ARGUMENTS}, placement_group=None){_RESULT}",
+        },
         reason="a child loads plug-ins before it sees the arguments, so it is told while it starts",
         remove_when="SGLang hands the server arguments to plug-ins",
     ),

@@ -9,33 +9,42 @@ from __future__ import annotations
 
 import inspect
 import pkgutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-from sglang_freekv.tested_release import TESTED_SGLANG
+from sglang_freekv.tested_release import TESTED_RELEASES, is_served, served_release
 
 if TYPE_CHECKING:
     from sglang_freekv.config import FreeKVConfig
 
 
 class IncompatibleSGLang(RuntimeError):
-    """This SGLang is not the one that the patches were written against."""
+    """This SGLang is not one that the patches were written against."""
 
 
 @dataclass(frozen=True)
 class Patch:
-    """One hook on one callable of SGLang."""
+    """One hook on one callable of SGLang, in every release that this package is written for, or in those that it names.
+
+    `signature` is the ``str(inspect.signature)`` that the hook was written against; a final "..." is any rest. Where
+    releases differ it is a mapping from each release that the patch is for.
+    """
 
     target: str  # dotted path
     kind: HookType
     hook: Callable[..., Any]
-    signature: str  # str(inspect.signature) it was written against; a final "..." is any rest
+    signature: str | Mapping[str, str]
     reason: str  # why no registry or subclass does it
     remove_when: str  # the upstream event that makes it unnecessary
+
+    def signature_in(self, release: str) -> str | None:
+        """What the target is in a release; None where the patch is not for it."""
+        return self.signature if isinstance(self.signature, str) else self.signature.get(release)
 
     def find(self) -> Callable[..., Any]:
         """Return the target's function, without its classmethod or staticmethod.
@@ -52,13 +61,20 @@ class Patch:
 
     def mismatch(self) -> str | None:
         """Say how the target differs from the recorded one; None where it does not."""
+        expected = self.signature_in(served_release())
         try:
             found = str(inspect.signature(self.find()))
         except (AttributeError, ImportError, TypeError, ValueError) as error:  # gone, or nothing to call
-            return f"{self.target}: expected {self.signature}, found nothing ({error})"
-        prefix = self.signature.removesuffix("...")
-        matches = found.startswith(prefix) if prefix != self.signature else found == self.signature
-        return None if matches else f"{self.target}: expected {self.signature}, found {found}"
+            return f"{self.target}: expected {expected}, found nothing ({error})"
+        prefix = expected.removesuffix("...")
+        matches = found.startswith(prefix) if prefix != expected else found == expected
+        return None if matches else f"{self.target}: expected {expected}, found {found}"
+
+    def register(self) -> None:
+        """Hand the hook to SGLang, once; `HookRegistry.apply_hooks` puts it in."""
+        registered = HookRegistry._hooks.get(self.target, ())
+        if all(hook is not self.hook for _, hook, _ in registered):
+            HookRegistry.register(self.target, self.hook, self.kind)
 
     def is_applied(self) -> bool:
         """Whether the target carries this hook: one of the wrappers around the original calls it."""
@@ -70,6 +86,34 @@ class Patch:
         return False
 
 
+class Attribute(Patch):
+    """A class that SGLang keeps as an attribute of another, to be called with arguments: the hook is called around it.
+
+    Its signature is the name of that class. SGLang's registry replaces a class wherever it is imported, and wraps none,
+    so it is not used.
+    """
+
+    def mismatch(self) -> str | None:
+        expected = self.signature_in(served_release())
+        try:
+            found = self._original().__name__
+        except (AttributeError, ImportError) as error:
+            return f"{self.target}: expected {expected}, found nothing ({error})"
+        return None if found == expected else f"{self.target}: expected {expected}, found {found}"
+
+    def register(self) -> None:
+        owner_path, _, name = self.target.rpartition(".")
+        hooked = partial(self.hook, self._original())
+        setattr(pkgutil.resolve_name(owner_path), name, staticmethod(hooked))
+
+    def is_applied(self) -> bool:
+        return getattr(self.find(), "func", None) is self.hook
+
+    def _original(self) -> type:
+        found = self.find()
+        return found.args[0] if self.is_applied() else found
+
+
 def freekv_config(server_args: Any) -> FreeKVConfig | None:
     """Return what `--kv-retrieval freekv` attached to SGLang's arguments; None on a plain server."""
     return getattr(server_args, "_freekv", None)
@@ -77,10 +121,10 @@ def freekv_config(server_args: Any) -> FreeKVConfig | None:
 
 def check_version() -> None:
     """Raise IncompatibleSGLang where the installed release was not tested."""
-    found = version("sglang")
-    if found not in TESTED_SGLANG:
+    if not is_served(found := version("sglang")):
         raise IncompatibleSGLang(
-            f"FreeKV works with sglang{TESTED_SGLANG}, found {found}; install that, or remove --kv-retrieval."
+            f"FreeKV works with sglang {' or '.join(TESTED_RELEASES)}, found {found}; install that, or remove "
+            f"--kv-retrieval."
         )
 
 
@@ -99,9 +143,7 @@ def install(patches: Iterable[Patch]) -> None:
     if mismatches:
         raise IncompatibleSGLang("\n  ".join(["FreeKV's patches do not fit this SGLang:", *mismatches]))
     for patch in patches:
-        registered = HookRegistry._hooks.get(patch.target, ())
-        if all(hook is not patch.hook for _, hook, _ in registered):
-            HookRegistry.register(patch.target, patch.hook, patch.kind)
+        patch.register()
 
 
 def check_applied(patches: Iterable[Patch]) -> None:

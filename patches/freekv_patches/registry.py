@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import ModuleType
 
 from freekv_patches import endpoints, launch, memory, metrics, requests, runner, scheduler, server_args
 from freekv_patches.patch import Patch, check_applied, check_version
 from freekv_patches.patch import install as install_patches
+from sglang_freekv.tested_release import served_release
 
 # The flags have to exist before anyone can ask for FreeKV: in every process that loads plug-ins.
-FLAG_PATCHES: tuple[Patch, ...] = server_args.PATCHES
-
+_OF_FLAGS = (server_args,)
 # Everything else waits until a server asks for FreeKV.
-RUNTIME_PATCHES: tuple[Patch, ...] = (
-    *launch.PATCHES,
-    *requests.PATCHES,
-    *endpoints.PATCHES,
-    *memory.PATCHES,
-    *runner.PATCHES,
-    *scheduler.PATCHES,
-    *metrics.PATCHES,
-)
+_OF_A_SERVER = (launch, requests, endpoints, memory, runner, scheduler, metrics)
 
-ALL_PATCHES: tuple[Patch, ...] = FLAG_PATCHES + RUNTIME_PATCHES
+
+def patches_for(release: str, modules: tuple[ModuleType, ...] = (*_OF_FLAGS, *_OF_A_SERVER)) -> tuple[Patch, ...]:
+    """The patches that are for a release."""
+    patches = (patch for module in modules for patch in module.PATCHES)
+    return tuple(patch for patch in patches if patch.signature_in(release) is not None)
+
+
+FLAG_PATCHES = patches_for(served_release(), _OF_FLAGS)
+ALL_PATCHES = patches_for(served_release())
 
 
 def install_flags(when_asked_for: Callable[[], None]) -> None:

@@ -13,6 +13,7 @@ from reprlib import repr as shorten
 from freekv_patches.fatal_requests import check_fields, check_readable
 from freekv_patches.patch import HookType, Patch, freekv_config
 from sglang_freekv.config import FreeKVConfig
+from sglang_freekv.releases import release
 from sglang_freekv.request_params import (
     check_custom_params_fit,
     request_budget_tokens,
@@ -23,9 +24,12 @@ from sglang_freekv.request_params import (
 
 def check_request(self, obj, input_ids):
     if (config := freekv_config(self.server_args)) is not None:
-        custom_params = (obj.sampling_params or {}).get("custom_params")
-        check_fields(obj, self.server_args, self.model_config)
-        _check(config, self.server_args, self.model_config, input_ids or (), custom_params)
+        sampling_params = obj.sampling_params or {}
+        custom_params = sampling_params.get("custom_params")
+        _check_beams(sampling_params.get("beam_width"))
+        server_args = release.settings_of(self.server_args)
+        check_fields(obj, server_args, self.model_config)
+        _check(config, server_args, self.model_config, input_ids or (), custom_params)
         check_custom_params_fit(custom_params)
 
 
@@ -39,7 +43,8 @@ def check_queued_request(self, req, is_retracted=False):
         return
     sampling_params, tokens = req.sampling_params, req.origin_input_ids_unpadded
     try:
-        _check(config, self.server_args, self.model_config, tokens, sampling_params.custom_params)
+        _check_beams(getattr(sampling_params, "beam_width", None))
+        _check(config, release.settings_of(self.server_args), self.model_config, tokens, sampling_params.custom_params)
     except ValueError as refusal:
         sampling_params.custom_params = req.input_embeds = None  # it runs for one step, and nothing of it is read
         req.set_finish_with_abort(str(refusal))
@@ -52,6 +57,14 @@ def _check(config: FreeKVConfig, server_args, model_config, tokens: Sequence, cu
     request_budget_tokens(config, custom_params)
     request_mass(config, custom_params)
     request_dump_interval(config, custom_params)
+
+
+def _check_beams(width) -> None:
+    """Refuse beam search, which SGLang 0.5.23 has: the sequences of a beam take rows that no request comes to."""
+    if isinstance(width, int) and width > 1:
+        raise ValueError(
+            f"beam_width is {width}; give 1, as KV retrieval keeps a window for each request, not each beam."
+        )
 
 
 def _check_tokens(tokens: Sequence, vocab_size: int) -> None:

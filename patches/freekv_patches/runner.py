@@ -11,6 +11,12 @@ import torch
 
 from freekv_patches.patch import HookType, Patch, freekv_config
 
+_ARGUMENTS = (
+    "(self, batch: 'Optional[ScheduleBatch]', forward_batch: 'Optional[ForwardBatch]' = None, "
+    "pp_proxy_tensors: 'Optional[PPProxyTensors]' = None, is_verify: 'bool' = False, "
+    "skip_attn_backend_init: 'Optional[bool]' = None, *, capture_hidden_mode: 'Optional[CaptureHiddenMode]' = None"
+)
+
 
 def forward_batch_generation(original, self, batch, *args, **kwargs):
     if freekv_config(self.server_args) is None or batch is None:
@@ -22,14 +28,14 @@ def forward_batch_generation(original, self, batch, *args, **kwargs):
     return result
 
 
-def init_eager_runner(original, self, model_runner):
+def init_eager_runner(original, self, model_runner, **kwargs):
     if freekv_config(model_runner.server_args) is None:
-        return original(self, model_runner)
+        return original(self, model_runner, **kwargs)
     host_tokens = model_runner.max_total_num_tokens
     # The runner takes the larger of this and what one prefill batch may hold.
     model_runner.max_total_num_tokens = min(host_tokens, model_runner.model_config.context_len)
     try:
-        return original(self, model_runner)
+        return original(self, model_runner, **kwargs)
     finally:
         model_runner.max_total_num_tokens = host_tokens
 
@@ -60,12 +66,10 @@ PATCHES = (
         target="sglang.srt.managers.tp_worker.TpModelWorker.forward_batch_generation",
         kind=HookType.AROUND,
         hook=forward_batch_generation,
-        signature=(
-            "(self, batch: 'Optional[ScheduleBatch]', forward_batch: 'Optional[ForwardBatch]' = None, "
-            "pp_proxy_tensors: 'Optional[PPProxyTensors]' = None, is_verify: 'bool' = False, "
-            "skip_attn_backend_init: 'Optional[bool]' = None, *, "
-            "capture_hidden_mode: 'Optional[CaptureHiddenMode]' = None) -> 'GenerationBatchResult'"
-        ),
+        signature={
+            "0.5.17": f"{_ARGUMENTS}) -> 'GenerationBatchResult'",
+            "0.5.23": f"{_ARGUMENTS}, return_kv_loc_plan: 'bool' = False) -> 'GenerationBatchResult'",
+        },
         reason="the first window is selected at the end of a prompt, and the audit runs after each batch",
         remove_when="ForwardBatch tells unfinished prompts from finished ones",
     ),
@@ -73,7 +77,10 @@ PATCHES = (
         target="sglang.srt.model_executor.runner.eager_runner.EagerRunner.__init__",
         kind=HookType.AROUND,
         hook=init_eager_runner,
-        signature="(self, model_runner: 'ModelRunner') -> 'None'",
+        signature={
+            "0.5.17": "(self, model_runner: 'ModelRunner') -> 'None'",
+            "0.5.23": "(self, model_runner: 'ModelRunner', *, run_warmup: 'bool' = True) -> 'None'",
+        },
         reason="its static buffers take 48 bytes per host token otherwise",
         remove_when="the eager runner sizes its buffers by the largest batch",
     ),

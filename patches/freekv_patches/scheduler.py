@@ -16,6 +16,7 @@ from sglang_freekv.config import UnsupportedConfiguration
 logger = logging.getLogger(__name__)
 
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
+_ARGUMENTS = "(self, server_args: sglang.srt.server_args.ServerArgs, port_args: sglang.srt.server_args.PortArgs"
 
 
 def start_scheduler(original, self, server_args, *args, **kwargs):
@@ -52,11 +53,13 @@ PATCHES = (
         target=f"{_SCHEDULER}.__init__",
         kind=HookType.AROUND,
         hook=start_scheduler,
-        signature=(
-            "(self, server_args: sglang.srt.server_args.ServerArgs, port_args: sglang.srt.server_args.PortArgs, "
-            "gpu_id: int, tp_rank: int, moe_ep_rank: int, pp_rank: int, attn_cp_rank: int, moe_dp_rank: int, "
-            "dp_rank: Optional[int])"
-        ),
+        signature={
+            "0.5.17": (
+                f"{_ARGUMENTS}, gpu_id: int, tp_rank: int, moe_ep_rank: int, pp_rank: int, attn_cp_rank: int, "
+                "moe_dp_rank: int, dp_rank: Optional[int])"
+            ),
+            "0.5.23": f"{_ARGUMENTS})",
+        },
         reason=(
             "a missing patch or pool must end start-up, not serve as plain SGLang; and so must memory that cannot be "
             "had, with a sentence instead of a traceback"

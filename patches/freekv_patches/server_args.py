@@ -1,8 +1,8 @@
 """Arguments: SGLang's parser, and the two ways from raw arguments to a resolved `ServerArgs`.
 
-Names that are no fields are dropped from a namespace and refused as keywords, and defaults are resolved
-in the constructor. So ours are taken out before it, what FreeKV needs is preset, and the settings are
-attached after.
+Names that are no fields are dropped from a namespace and refused as keywords. So ours are taken out before SGLang makes
+its arguments, what FreeKV needs is preset, and the settings are attached after, to arguments that are then resolved and
+checked.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from __future__ import annotations
 import argparse
 import sys
 
-from freekv_patches.patch import HookType, Patch
+from freekv_patches.patch import Attribute, HookType, Patch
 from sglang_freekv.config import UnsupportedConfiguration
 from sglang_freekv.flags import add_cli_args, take_options
+from sglang_freekv.releases import release
 from sglang_freekv.serving import support
 
 _SERVER_ARGS = "sglang.srt.server_args.ServerArgs"
@@ -47,10 +48,21 @@ def init(original, self, *args, **kwargs):
     _attach(self, config)
 
 
+def arguments_of_engine(original, **keywords):
+    """What `sgl.Engine` makes of its keywords, where the arguments have no constructor to hook."""
+    config, raw = take_options(keywords)
+    if config is None:
+        return original(**raw)
+    server_args = original(**support.preset(raw))
+    _attach(server_args, config)
+    return server_args
+
+
 def _attach(server_args, config):
     from freekv_patches.tokenizer_worker import FreeKVServerArgs
 
-    support.check_resolved(server_args, config)
+    release.resolve(server_args)
+    support.check_resolved(release.settings_of(server_args), config)
     server_args._freekv = config
     server_args.__class__ = FreeKVServerArgs
     activate()
@@ -77,8 +89,16 @@ PATCHES = (
         target=f"{_SERVER_ARGS}.__init__",
         kind=HookType.AROUND,
         hook=init,
-        signature="(self, model_path: ...",
+        signature={"0.5.17": "(self, model_path: ..."},
         reason="sgl.Engine(kv_retrieval=...) calls it with the keywords it was given",
-        remove_when="SGLang lets plug-ins add arguments (from 0.5.20 on, ServerArgs has no __init__ to hook)",
+        remove_when="0.5.17 is no longer served",
+    ),
+    Attribute(
+        target="sglang.srt.entrypoints.engine.Engine.server_args_class",
+        kind=HookType.AROUND,
+        hook=arguments_of_engine,
+        signature={"0.5.23": "ServerArgs"},
+        reason="sgl.Engine(kv_retrieval=...) calls it with the keywords it was given, and nothing else sees them",
+        remove_when="SGLang lets plug-ins add arguments",
     ),
 )

@@ -10,7 +10,7 @@ from sglang.srt.platforms.cpu import CpuDeviceMixin
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform
 
-from sglang_freekv.tested_release import is_tested_release
+from sglang_freekv.tested_release import is_served_release, module_for_release
 
 logger = logging.getLogger(__name__)
 
@@ -20,22 +20,29 @@ _NO_LIBRARY = os.devnull
 _GRAMMAR_BACKEND = "outlines"  # masks with torch operations; SGLang's default, xgrammar, with a GPU's only
 
 
+class _NoPools:
+    """Of a release that is not served, under which this module is imported, too, and its platform not used."""
+
+
+Pools = module_for_release("sglang_freekv.cpu.pools").Pools if is_served_release() else _NoPools
+
+
 def activate() -> str | None:
     """Name the platform class, or None where an accelerator exists or the user runs SGLang's CPU engine.
 
-    And None where SGLang is not the release that it is written against.
+    And None where SGLang is not a release that it is written for.
     """
-    if not is_tested_release():
+    if not is_served_release():
         return None
     if torch.accelerator.is_available() or os.environ.get("SGLANG_USE_CPU_ENGINE") == "1":
         return None
     return f"{__name__}.CpuPlatform"
 
 
-class CpuPlatform(CpuDeviceMixin, SRTPlatform):
+class CpuPlatform(Pools, CpuDeviceMixin, SRTPlatform):
     """A CPU without SGLang's CPU kernel library: torch operations, no device graphs, no pinned memory.
 
-    Declared out-of-tree, so that SGLang asks this class for its pools, allocator and attention backend.
+    Declared out-of-tree, so that SGLang asks this class for its memory and its attention backend.
     """
 
     _enum = PlatformEnum.OOT
@@ -47,16 +54,6 @@ class CpuPlatform(CpuDeviceMixin, SRTPlatform):
 
     def get_default_attention_backend(self) -> str:
         return "torch_native"
-
-    def get_mha_kv_pool_cls(self) -> type:
-        from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
-
-        return MHATokenToKVPool
-
-    def get_paged_allocator_cls(self) -> type:
-        from sglang_freekv.cpu.allocator import CpuPagedAllocator
-
-        return CpuPagedAllocator
 
     def get_torch_profiler_activity_str(self) -> str:
         return "CPU"

@@ -19,6 +19,7 @@ from sglang_freekv.doctor import environment
 from sglang_freekv.doctor.arguments import own_parser, server_arguments
 from sglang_freekv.doctor.tested import was_run
 from sglang_freekv.memory.units import in_words
+from sglang_freekv.releases import release
 
 if TYPE_CHECKING:
     from sglang.srt.server_args import ServerArgs
@@ -100,7 +101,7 @@ def _report_model(report: Report, server_args: ServerArgs) -> bool:
     """Describe the model and whether its class was ever run; False where SGLang has none for it."""
     from sglang_freekv.doctor.forecast import class_of
 
-    model = server_args.get_model_config()
+    model = release.model_of(server_args)
     text = model.hf_text_config
     if (name := _attempt(report, lambda: class_of(model))) is None:
         return False

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 from sglang_freekv.config import UnsupportedConfiguration
 from sglang_freekv.flags import add_cli_args
 from sglang_freekv.memory.units import GIB
+from sglang_freekv.releases import release
 
 _EPILOG = (
     "All other flags are those of the server: --freekv-budget, --tp-size, --mem-fraction-static and so on. Sizes are "
@@ -70,9 +71,7 @@ def server_arguments(flags: list[str]) -> dict[str, Any]:
     for action in parser._actions:
         action.required = False
     if _CONFIG_FILE in flags:
-        from sglang.srt.server_args_config_parser import ConfigArgumentMerger
-
-        flags = ConfigArgumentMerger(parser).merge_config_with_args(flags)
+        flags = release.merge_config_file(parser, flags)
     arguments, unknown = parser.parse_known_args(flags)
     if unknown:
         known = [*parser._option_string_actions, *own_parser()._option_string_actions]

@@ -22,6 +22,7 @@ from sglang_freekv.memory.geometry import Geometry
 from sglang_freekv.memory.pinned import free_container_bytes, free_host_bytes
 from sglang_freekv.memory.plan import MemoryPlan
 from sglang_freekv.memory.units import in_words
+from sglang_freekv.releases import release
 from sglang_freekv.serving import pool_sizes, support
 from sglang_freekv.serving.model_support import check_model
 
@@ -88,11 +89,13 @@ def resolve(flags: list[str], machine: Machine) -> tuple[ServerArgs, FreeKVConfi
     raw = support.preset(raw)
     _check_model(raw, config)
     with _capacity(machine):
-        server_args = ServerArgs.from_cli_args(argparse.Namespace(**raw))
+        given = ServerArgs.from_cli_args(argparse.Namespace(**raw))
+        release.resolve(given)
+    server_args = release.settings_of(given)
     support.check_settings(server_args, config)
     if server_args.device == "cuda":
         check = support.check_kernels if machine.gpu_bytes is not None else support.check_gpu
-        check(server_args, server_args.get_model_config())
+        check(server_args, release.model_of(server_args))
     return server_args, config
 
 
@@ -117,7 +120,7 @@ def forecast(server_args: ServerArgs, config: FreeKVConfig, machine: Machine) ->
     UnsupportedConfiguration
         If it does not fit; says which flag to change.
     """
-    model, device = server_args.get_model_config(), server_args.device
+    model, device = release.model_of(server_args), server_args.device
     pool_sizes.check_host_memory(config, machine.free_host_bytes, pool_sizes.ranks_of_machine(server_args))
     weights = weights_of(model, machine.weights_bytes)
     weights_bytes = weights.num_bytes // server_args.tp_size
@@ -225,7 +228,7 @@ def _capacity(machine: Machine) -> Iterator[None]:
     if machine.gpu_bytes is None:
         yield
         return
-    with mock.patch("sglang.srt.server_args.get_device_memory_capacity", lambda device=None: machine.gpu_bytes / 2**20):
+    with mock.patch(release.GPU_CAPACITY, lambda device=None: machine.gpu_bytes / 2**20):
         yield
 
 

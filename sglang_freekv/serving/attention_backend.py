@@ -10,10 +10,12 @@ import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.logits_processor import LogitsProcessor
 from sglang.srt.layers.radix_attention import RadixAttention
+from sglang.srt.runtime_context import get_parallel
 
 from sglang_freekv.algorithm.audit import AuditError, audit_blocks, audit_index, audit_windows
 from sglang_freekv.algorithm.engine import build_engine
 from sglang_freekv.algorithm.inputs import DecodeInput, ExtendInput
+from sglang_freekv.releases import release
 from sglang_freekv.serving.debug_dump import DebugDump
 from sglang_freekv.serving.health import audited
 from sglang_freekv.serving.kv_pool import FreeKVPool
@@ -58,13 +60,13 @@ class FreeKVAttentionBackend(AttentionBackend):
             if isinstance(module, LogitsProcessor):
                 module.register_forward_hook(self._finish)
         folder = self.memory.config.debug_dump
-        self._dump = DebugDump(Path(folder), self.memory, model_runner.ps.tp_rank) if folder else None
+        self._dump = DebugDump(Path(folder), self.memory, get_parallel().tp_rank) if folder else None
         self._rows: list[int] = []
         self._unfinished_rid: str | None = None
 
     def begin_batch(self, batch: ScheduleBatch) -> None:
         """Note what a ForwardBatch does not say: rows on the host, and which request has more prompt to come."""
-        self._rows = [req.req_pool_idx for req in batch.reqs]
+        self._rows = [release.row_of(req) for req in batch.reqs]
         self._unfinished_rid = batch.chunked_req.rid if batch.chunked_req is not None else None
         if self._dump is not None:
             self._dump.begin_batch(batch.reqs)

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from freekv_kernels import Batch, FlagList, Half
 from sglang_freekv.memory.kv_memory import KVMemory
+from sglang_freekv.releases import release
 from sglang_freekv.request_params import request_dump_interval
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ class DebugDump:
         for req in reqs:
             interval = request_dump_interval(self._memory.config, req.sampling_params.custom_params)
             if interval is not None:
-                self._wanted[req.req_pool_idx] = req, interval
+                self._wanted[release.row_of(req)] = req, interval
 
     def end_batch(self, batch: Batch, flags: list[FlagList] | None = None) -> None:
         """Write the requests noted: what this batch, of requests that have their prompt, has left.

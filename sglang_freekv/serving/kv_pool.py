@@ -12,6 +12,7 @@ from sglang_freekv.algorithm.selectors import SELECTORS
 from sglang_freekv.config import FreeKVConfig
 from sglang_freekv.memory.kv_memory import KVMemory
 from sglang_freekv.memory.plan import MemoryPlan
+from sglang_freekv.releases import release
 from sglang_freekv.request_params import request_budget_tokens, request_mass
 
 if TYPE_CHECKING:
@@ -109,5 +110,5 @@ class FreeKVReqToTokenPool(ReqToTokenPool):
         return rows
 
     def free(self, req: Req) -> None:
-        self._owners.pop(req.req_pool_idx, None)
+        self._owners.pop(release.row_of(req), None)
         super().free(req)

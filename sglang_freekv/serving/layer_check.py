@@ -16,6 +16,7 @@ from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 
 from sglang_freekv.config import UnsupportedConfiguration
 from sglang_freekv.memory.geometry import Geometry
+from sglang_freekv.releases import release
 
 ALLOWED: dict[str, tuple[Any, ...]] = {
     "attn_type": (AttentionType("decoder"),),
@@ -36,7 +37,10 @@ READ = {
     *("sliding_window_size", "logit_cap"),  # held against what the memory was planned for
 }
 # The scales of a quantized KV cache, which `support` refuses.
-WITHOUT_EFFECT = {"quant_method", "k_scale", "v_scale", "k_scale_float", "v_scale_float"}
+WITHOUT_EFFECT = {
+    *("quant_method", "k_scale", "v_scale", "k_scale_float", "v_scale_float"),
+    *release.PREFILL_GRAPH_FIELDS,
+}
 
 # And a mark that Transformers leaves on the modules of models that are its own, as Gemma 3 is.
 _OF_EVERY_MODULE = frozenset(vars(torch.nn.Module())) | {"_is_hf_initialized"}

@@ -6,7 +6,6 @@ import dataclasses
 from typing import TYPE_CHECKING
 
 import torch
-from sglang.srt.mem_cache.allocation_sizing import get_req_to_token_extra_context_len
 from sglang.srt.runtime_context import get_parallel, get_schedule
 from sglang.srt.utils.common import get_cpu_ids_by_node
 
@@ -15,6 +14,7 @@ from sglang_freekv.memory.geometry import Geometry, stored_head_dim
 from sglang_freekv.memory.pinned import free_container_bytes, free_host_bytes
 from sglang_freekv.memory.plan import MemoryPlan, plan_memory
 from sglang_freekv.memory.units import GIB, in_words
+from sglang_freekv.releases import release
 from sglang_freekv.serving.model_windows import sliding_windows
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def plan_for(
     max_requests : int
         SGLang's own bound on running requests.
     """
-    server_args = configurator.server_args
+    server_args = release.settings_of(configurator.server_args)
     check_host_memory(config, free_host_bytes(), ranks_of_replica(server_args))
     free_bytes = configurator._profile_available_bytes(pre_model_load_memory)
     geometry = geometry_of(configurator, config)
@@ -150,7 +150,7 @@ def max_context_of(configurator: KVCacheConfigurator) -> int:
 
 def table_width(model: ModelConfig, server_args: ServerArgs, page_size: int) -> int:
     """Tokens of a row of SGLang's request table."""
-    return whole_lines(model.context_len + get_req_to_token_extra_context_len(server_args), page_size)
+    return whole_lines(model.context_len + release.extra_context_len(server_args), page_size)
 
 
 def whole_lines(num_tokens: int, page_size: int) -> int:
@@ -174,7 +174,7 @@ def _agree(plan: MemoryPlan, tp_size: int) -> MemoryPlan:
     """Take the minimum over the ranks: their schedulers stay in step only with equal capacities."""
     if tp_size == 1:
         return plan
-    from sglang.srt.distributed import get_world_group
+    from sglang.srt.distributed.parallel_state import get_world_group
 
     sizes = torch.tensor([plan.num_pages, plan.num_blocks, plan.max_requests])
     torch.distributed.all_reduce(sizes, torch.distributed.ReduceOp.MIN, group=get_world_group().cpu_group)

@@ -7,6 +7,7 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from sglang_freekv.memory.units import in_words
+from sglang_freekv.releases import release
 
 if TYPE_CHECKING:
     import torch
@@ -32,11 +33,12 @@ class RequestLog:
         """A request has ended and still has its row; `slots` are those of its tokens, int64 ``[n]``, device."""
         page_size = self._memory.geometry.page_size
         num_prompt, num_new = len(req.origin_input_ids), len(req.output_ids)
-        budget = page_size * max(self._memory.budgets.of(req.req_pool_idx))
+        row = release.row_of(req)
+        budget = page_size * max(self._memory.budgets.of(row))
         if num_new < 2 or len(slots) <= budget:  # the first token comes from the prompt, which attends to all of it
             return
         # Where budgets follow the mass, only the device knows how many.
-        up_to = "up to " if self._memory.budgets.mass_of(req.req_pool_idx) else ""
+        up_to = "up to " if self._memory.budgets.mass_of(row) else ""
         others = sorted({kind.name for kind in self._memory.kinds if not kind.selects})
         but = f", but for {' and '.join(others)} layers" if others else ""
         line = (

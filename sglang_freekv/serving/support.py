@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import shutil
 import tempfile
@@ -16,6 +15,7 @@ from sglang_freekv.algorithm.selectors import SELECTORS
 from sglang_freekv.config import FreeKVConfig, UnsupportedConfiguration
 from sglang_freekv.memory.geometry import GPU_GROUP_SIZE, GPU_HEAD_DIMS
 from sglang_freekv.memory.units import in_words
+from sglang_freekv.releases import release
 from sglang_freekv.serving.backend_names import OTHER_NAME, fields_of, needs_other_name
 from sglang_freekv.serving.model_support import check_model
 
@@ -56,7 +56,7 @@ _OWN_GRAPHS = "a decode step is captured as a whole, or runs without a graph"
 
 _KV_DTYPES = {"bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
-# The first allowed value is SGLang's default.
+# The first allowed value is SGLang's default. A rule whose setting a release does not have is not asked there.
 RULES = (
     Rule("attention_backend", (None, "flashinfer", "torch_native"), "FreeKV brings its own attention"),
     Rule("prefill_attention_backend", (None,), "FreeKV brings its own attention"),
@@ -73,6 +73,7 @@ RULES = (
     Rule("enable_flexkv", (False,), _TAKES_KV),
     Rule("enable_hisparse", (False,), _TAKES_KV),
     Rule("prefill_only_disable_kv_cache", (False,), _TAKES_KV),
+    Rule("enable_unified_cache_external_linker", (False,), _TAKES_KV),
     Rule("enable_unified_memory", (False,), _OWN_LAYOUT),
     Rule("enable_page_major_kv_layout", (False,), _OWN_LAYOUT),
     Rule("enable_memory_saver", (False,), "CPU memory that holds the KV cannot be released and taken again"),
@@ -86,6 +87,7 @@ RULES = (
     Rule("cuda_graph_backend_decode", (None, "full", "disabled"), _OWN_GRAPHS),
     Rule("cuda_graph_backend_prefill", (None, "disabled"), "prefill reads prefixes of any length from the host store"),
     Rule("debug_cuda_graph", (False,), _OWN_GRAPHS),
+    Rule("enable_nvidia_megakernel", (False,), "FreeKV brings its own attention"),
     Rule("enable_two_batch_overlap", (False,), _OWN_STEPS),
     Rule("enable_single_batch_overlap", (False,), _OWN_STEPS),
     Rule("enable_pdmux", (False,), _OWN_STEPS),
@@ -96,6 +98,8 @@ RULES = (
     Rule("enable_prefill_cp", (False,), _SPLITS_KV),
     Rule("enable_prefill_context_parallel", (False,), _SPLITS_KV),
     Rule("enable_dp_attention", (False,), _SPLITS_KV),
+    Rule("attn_dp_size", (1,), _SPLITS_KV),
+    Rule("enable_kv_cache_sharding", (False,), _SPLITS_KV),
     Rule("use_ray", (False,), "Ray's actors do not inherit the environment that activates FreeKV"),
     Rule("smg_grpc_mode", (False,), "another package starts its schedulers, and FreeKV would not be active in them"),
     Rule("enable_deterministic_inference", (False,), "results may differ in the last bits between batches"),
@@ -111,8 +115,6 @@ def preset(raw: Mapping[str, Any]) -> dict[str, Any]:
     UnsupportedConfiguration
         If the user chose a value that FreeKV does not work with.
     """
-    from sglang.srt.server_args import ServerArgs
-
     on_cpu = not torch.cuda.is_available() or str(raw.get("device")).startswith("cpu")
     presets = {
         "page_size": FreeKVConfig.page_size,
@@ -123,7 +125,7 @@ def preset(raw: Mapping[str, Any]) -> dict[str, Any]:
     }
     # Whether a model needs that name is known for sure when SGLang has read it: see `check_settings`.
     _apply_rules({**raw, "attention_backend": None} if raw.get("attention_backend") == OTHER_NAME else raw)
-    defaults = {field.name: field.default for field in dataclasses.fields(ServerArgs)}
+    defaults = release.defaults()
     left = {name: value for name, value in presets.items() if raw.get(name, defaults[name]) == defaults[name]}
     if needs_other_name(fields_of(raw.get("model_path") or "")):
         if on_cpu and raw.get("device") != "cuda":  # the doctor asks for a GPU that is elsewhere
@@ -139,13 +141,13 @@ def check_resolved(server_args: ServerArgs, config: FreeKVConfig) -> None:
     check_settings(server_args, config)
     check_shared_memory()
     if server_args.device == "cuda":
-        check_gpu(server_args, server_args.get_model_config())
+        check_gpu(server_args, release.model_of(server_args))
     _make_folder(config.debug_dump)
 
 
 def check_settings(server_args: ServerArgs, config: FreeKVConfig) -> None:
     """The part of `check_resolved` that does not ask the machine."""
-    settings = dict(vars(server_args))
+    settings = {rule.field: getattr(server_args, rule.field) for rule in RULES if hasattr(server_args, rule.field)}
     is_other = settings.get("attention_backend") == OTHER_NAME
     if is_other and needs_other_name(server_args.get_model_config().hf_config.to_dict()):
         settings["attention_backend"] = None  # preset
@@ -166,7 +168,7 @@ def check_settings(server_args: ServerArgs, config: FreeKVConfig) -> None:
         )
     if server_args.device == "cuda":
         _check_selector(config.selector_name)
-    check_model(server_args.get_model_config(), config)
+    check_model(release.model_of(server_args), config)
 
 
 def _check_selector(name: str) -> None:

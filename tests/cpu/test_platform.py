@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import pkgutil
+import sys
+from importlib import import_module
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +19,8 @@ from sglang.srt.platforms.interface import SRTPlatform
 from sglang.srt.server_args import ServerArgs
 
 from sglang_freekv.cpu import platform
-from sglang_freekv.cpu.allocator import CpuPagedAllocator
+from sglang_freekv.releases import release
+from tests.support.releases import of_release
 
 THREADS_BIND = "SGLANG_CPU_OMP_THREADS_BIND"
 needs_cpu_platform = pytest.mark.skipif(
@@ -67,14 +71,31 @@ def test_the_platform_stays_away_where_the_user_runs_the_cpu_engine_of_sglang(no
 
 
 def test_the_platform_stays_away_from_a_release_of_sglang_that_it_does_not_know(no_choice):
-    no_choice.setattr(platform, "is_tested_release", lambda: False)
+    no_choice.setattr(platform, "is_served_release", lambda: False)
     assert platform.activate() is None
+
+
+def settings_of(**keywords) -> Any:
+    """The settings of a plain server, as they are resolved."""
+    server_args = ServerArgs(**keywords)
+    release.resolve(server_args)
+    return release.settings_of(server_args)
+
+
+def test_beside_another_release_the_entry_point_can_be_loaded_whatever_that_release_lacks(no_choice):
+    no_choice.setattr("importlib.metadata.version", lambda name: "0.5.20")
+    for name in ("PlatformCapabilities", "KVPoolKind"):
+        no_choice.delattr(f"sglang.srt.platforms.interface.{name}", raising=False)
+    modules = [name for name in sys.modules if name.startswith("sglang_freekv.")]
+    for name in modules:
+        no_choice.delitem(sys.modules, name)
+    assert import_module("sglang_freekv.cpu.platform").activate() is None
 
 
 @needs_cpu_platform
 @pytest.mark.parametrize("page_size", [None, 1, 32])
 def test_plain_sglang_needs_no_flags(page_size, model_path, no_choice):
-    server_args = ServerArgs(model_path=model_path, page_size=page_size)
+    server_args = settings_of(model_path=model_path, page_size=page_size)
     chosen = (server_args.device, server_args.attention_backend, server_args.sampling_backend)
     assert chosen == ("cpu", "torch_native", "pytorch")
     assert server_args.page_size == (page_size or 1)
@@ -83,34 +104,34 @@ def test_plain_sglang_needs_no_flags(page_size, model_path, no_choice):
 
 @needs_cpu_platform
 def test_an_attention_backend_that_the_user_names_is_kept(model_path, no_choice):
-    assert ServerArgs(model_path=model_path, attention_backend="triton").attention_backend == "triton"
+    assert settings_of(model_path=model_path, attention_backend="triton").attention_backend == "triton"
 
 
 @needs_cpu_platform
 @pytest.mark.parametrize(("named", "chosen"), [(None, "outlines"), ("llguidance", "llguidance"), ("none", "none")])
 def test_the_grammar_backend_is_one_that_masks_on_a_cpu(named, chosen, model_path, no_choice):
-    assert ServerArgs(model_path=model_path, grammar_backend=named).grammar_backend == chosen
+    assert settings_of(model_path=model_path, grammar_backend=named).grammar_backend == chosen
 
 
 @needs_cpu_platform
 def test_a_grammar_backend_for_gpus_is_refused_with_a_sentence(model_path, no_choice):
     with pytest.raises(ValueError, match=r"--grammar-backend xgrammar masks tokens on a GPU only.*give outlines"):
-        ServerArgs(model_path=model_path, grammar_backend="xgrammar")
+        settings_of(model_path=model_path, grammar_backend="xgrammar")
 
 
 @needs_cpu_platform
 def test_each_server_of_a_process_gets_its_own_cores(model_path, no_choice):
     for num_ranks in (2, 4):
-        ServerArgs(model_path=model_path, tp_size=num_ranks)
+        settings_of(model_path=model_path, tp_size=num_ranks)
         assert len(os.environ[THREADS_BIND].split("|")) == num_ranks
-    ServerArgs(model_path=model_path)
+    settings_of(model_path=model_path)
     assert THREADS_BIND not in os.environ
 
 
 @needs_cpu_platform
 def test_cores_that_the_user_dealt_are_kept(model_path, no_choice):
     no_choice.setenv(THREADS_BIND, "0|0")
-    ServerArgs(model_path=model_path, tp_size=2)
+    settings_of(model_path=model_path, tp_size=2)
     assert os.environ[THREADS_BIND] == "0|0"
 
 
@@ -128,7 +149,7 @@ class Requests:
 
     def __init__(self, num_pages: int, page_size: int) -> None:
         self.page_size = page_size
-        self.allocator = CpuPagedAllocator(
+        self.allocator = of_release.CpuAllocator(
             num_pages * page_size, page_size, torch.float32, "cpu", kvcache=None, need_sort=False
         )
         self.slots: list[torch.Tensor] = []  # of each request, int64 [tokens]
@@ -164,7 +185,7 @@ growth = st.lists(st.one_of(st.none(), st.lists(st.integers(0, 70), min_size=3, 
 
 
 @settings(max_examples=50, deadline=None)
-@given(page_size=st.sampled_from([1, 16, 32]), steps=growth)
+@given(page_size=st.sampled_from(of_release.PAGE_SIZES), steps=growth)
 def test_slots_stay_whole_pages_of_one_request_through_any_growth(page_size, steps):
     requests = Requests(num_pages=24, page_size=page_size)
     requests.slots = [torch.empty(0, dtype=torch.int64)] * 3
@@ -187,7 +208,7 @@ def test_slots_are_those_of_the_reference_of_sglang(lens):
     page_size = 32
     prefix, extend = (torch.tensor(column) for column in zip(*lens, strict=True))
     last = torch.where(prefix > 0, 10_000 * page_size + prefix - 1, -1)
-    allocator = CpuPagedAllocator(64 * page_size, page_size, torch.float32, "cpu", kvcache=None, need_sort=False)
+    allocator = of_release.CpuAllocator(64 * page_size, page_size, torch.float32, "cpu", kvcache=None, need_sort=False)
     expected = torch.empty(int(extend.sum()), dtype=torch.int64)
     alloc_extend_naive(prefix, prefix + extend, last, allocator.free_pages, expected, page_size, "cpu")
     slots = allocator.alloc_extend(prefix, prefix, prefix + extend, prefix + extend, last, len(expected))
@@ -205,7 +226,7 @@ def test_a_short_store_gives_nothing_and_keeps_its_pages(decode, num_tokens):
 
 
 def test_released_pages_are_sorted_back_when_the_free_list_runs_short():
-    allocator = CpuPagedAllocator(4 * 32, 32, torch.float32, "cpu", kvcache=None, need_sort=True)
+    allocator = of_release.CpuAllocator(4 * 32, 32, torch.float32, "cpu", kvcache=None, need_sort=True)
     allocator.free(allocator.alloc(4 * 32).flip(0))
     empty, full = torch.tensor([0]), torch.tensor([4 * 32])
     slots = allocator.alloc_extend(empty, empty, full, full, torch.tensor([-1]), 4 * 32)

@@ -289,7 +289,7 @@ def of_two_ranks(monkeypatch):
     monkeypatch.setattr(pool_sizes, "_agree", lambda plan, tp_size: plan)
     monkeypatch.setattr(pool_sizes, "free_host_bytes", lambda: 100 * GIB)
     monkeypatch.setattr(pool_sizes, "_attention_bytes", lambda geometry, gpu_id: 64 << 20)
-    monkeypatch.setattr(pool_sizes, "get_req_to_token_extra_context_len", lambda server_args: 4)
+    monkeypatch.setattr(pool_sizes.release, "extra_context_len", lambda server_args: 4)
 
 
 def numa_nodes(monkeypatch, number: int) -> None:

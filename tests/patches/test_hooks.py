@@ -98,6 +98,19 @@ def test_the_scheduler_finishes_a_request_that_does_not_fit_with_an_error_and_re
     assert req.sampling_params.custom_params is req.input_embeds is None
 
 
+def test_beam_search_is_refused_as_its_sequences_have_no_windows():
+    beams = types.SimpleNamespace(sampling_params={"beam_width": 4})
+    with pytest.raises(ValueError, match="beam_width is 4; give 1"):
+        requests.check_request(tokenizer_manager(FREEKV), beams, [1])
+    assert requests.check_request(tokenizer_manager(PLAIN), beams, [1]) is None
+    req = QueuedRequest()
+    req.sampling_params.beam_width = 4
+    requests.check_queued_request(tokenizer_manager(FREEKV), req)
+    assert "beam_width is 4" in req.error
+    one = types.SimpleNamespace(sampling_params={"beam_width": 1})
+    assert requests.check_request(tokenizer_manager(FREEKV), one, [1]) is None
+
+
 def test_the_scheduler_passes_on_a_request_that_fits_and_what_it_has_retracted():
     fits, retracted = QueuedRequest({"freekv_budget": 512, "another": 1}), QueuedRequest({"freekv_budget": 100})
     requests.check_queued_request(tokenizer_manager(FREEKV), fits)
@@ -128,21 +141,28 @@ def test_models_do_not_write_to_a_pool_that_has_no_token_major_buffer(is_freekv,
 def test_the_cache_of_either_sort_releases_the_host_store_when_the_scheduler_ends(disable_radix_cache, chunk_size):
     from sglang.srt.managers.scheduler import Scheduler
     from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+    from sglang.srt.runtime_context import get_context
 
     from sglang_freekv.serving.radix_cache import create_radix_cache
 
     released = []
     memory = types.SimpleNamespace(unpin=lambda: released.append(True))
     pool = types.SimpleNamespace(memory=memory)
-    allocator = types.SimpleNamespace(get_kvcache=lambda: pool, device="cpu")
+    allocator = types.SimpleNamespace(get_kvcache=lambda: pool, device="cpu", page_size=32)
     params = CacheInitParams(
         disable=disable_radix_cache, req_to_token_pool=None, token_to_kv_pool_allocator=allocator, page_size=32
     )
-    cache = create_radix_cache(
-        types.SimpleNamespace(
-            disable_radix_cache=disable_radix_cache, effective_chunked_prefill_size=chunk_size, params=params
-        )
+    ctx = types.SimpleNamespace(
+        server_args=PLAIN,
+        params=params,
+        disable_radix_cache=disable_radix_cache,
+        effective_chunked_prefill_size=chunk_size,
+        enable_hierarchical_cache=False,
+        is_hybrid_swa=False,
+        is_hybrid_ssm=False,
     )
+    with get_context().override_server_args(attention_backend="torch_native"):
+        cache = create_radix_cache(ctx)
     ending = types.SimpleNamespace(hisparse_coordinator=None, decode_offload_manager=None, tree_cache=cache)
     Scheduler.release_host_resources(ending)
     assert released == [True]
@@ -165,12 +185,13 @@ def test_the_state_of_a_server_adds_up_with_a_session_that_waits_for_its_next_tu
 
 
 def test_the_pool_is_as_wide_as_the_request_table_and_takes_the_plan_along(monkeypatch):
+    from sglang.srt.server_args import ServerArgs
+
     from sglang_freekv.serving import kv_pool
 
     monkeypatch.setattr(kv_pool, "FreeKVPool", lambda *arguments: arguments)
-    server_args = types.SimpleNamespace(
-        _freekv=FreeKVConfig(), _freekv_plan="plan", speculative_algorithm=None, max_speculative_num_draft_tokens=None
-    )
+    server_args = ServerArgs(model_path="dummy", page_size=32)
+    server_args._freekv, server_args._freekv_plan = FreeKVConfig(), "plan"
     configurator = types.SimpleNamespace(
         server_args=server_args,
         device="cuda",

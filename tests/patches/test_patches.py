@@ -122,17 +122,29 @@ def test_a_changed_signature_ends_the_process_and_not_just_the_plug_in(monkeypat
         plugin.register()
 
 
-@pytest.mark.parametrize("found", ["0.5.16", "0.5.18", "0.5.17.post1"])
+@pytest.mark.parametrize("found", ["0.5.16", "0.5.18", "0.5.17.post1", "0.5.22", "0.5.23", "0.5.24"])
 def test_a_release_that_was_not_tested_is_refused_with_a_sentence(found, monkeypatch):
     monkeypatch.setattr(patch, "version", lambda name: found)
-    with pytest.raises(IncompatibleSGLang, match=f"works with sglang==0.5.17, found {found}; install"):
+    monkeypatch.delenv("FREEKV_TRY_SGLANG", raising=False)
+    with pytest.raises(IncompatibleSGLang, match=f"works with sglang 0.5.17, found {found}; install that"):
         check_version()
+
+
+def test_a_release_that_this_is_written_for_and_not_tested_on_is_served_where_a_developer_names_it(monkeypatch):
+    monkeypatch.setattr(patch, "version", lambda name: "0.5.23")
+    monkeypatch.setenv("FREEKV_TRY_SGLANG", "0.5.23")
+    check_version()
+    for name, found in (("0.5.20", "0.5.23"), ("0.5.22", "0.5.22")):
+        monkeypatch.setenv("FREEKV_TRY_SGLANG", name)
+        monkeypatch.setattr(patch, "version", lambda name, found=found: found)
+        with pytest.raises(IncompatibleSGLang):
+            check_version()
 
 
 @pytest.fixture
 def foreign_release(monkeypatch):
     """Another SGLang is installed, and nobody has set the environment of a FreeKV server."""
-    monkeypatch.setattr(patch, "version", lambda name: "0.5.23")
+    monkeypatch.setattr(patch, "version", lambda name: "0.5.20")
     monkeypatch.delenv("SGLANG_KV_RETRIEVAL", raising=False)
     touched = []
     monkeypatch.setattr(registry, "install_flags", touched.append)
@@ -145,7 +157,7 @@ def test_beside_another_release_a_plain_server_starts_with_one_warning_that_name
     monkeypatch.setattr(sys, "argv", ["sglang", "serve", "--model-path", "m"])
     plugin.register()
     (record,) = caplog.records
-    assert "works with sglang==0.5.17, found 0.5.23" in record.getMessage() and record.levelname == "WARNING"
+    assert "works with sglang 0.5.17, found 0.5.20" in record.getMessage() and record.levelname == "WARNING"
     monkeypatch.setattr(plugin.multiprocessing, "parent_process", lambda: "the server")
     plugin.register()  # its children say nothing
     assert len(caplog.records) == 1
@@ -156,14 +168,14 @@ def test_beside_another_release_a_plain_server_starts_with_one_warning_that_name
 @pytest.mark.parametrize("flag", ["--kv-retrieval", "--kv-retrieval=freekv", "--freekv-budget=2048"])
 def test_beside_another_release_a_server_that_asks_for_freekv_is_refused_with_a_sentence(flag, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["launch_server.py", "--model-path", "m", flag])
-    with pytest.raises(SystemExit, match=r"^error: FreeKV works with sglang==0\.5\.17, found 0\.5\.23; install that"):
+    with pytest.raises(SystemExit, match=r"^error: FreeKV works with sglang 0\.5\.17, found 0\.5\.20; install that"):
         plugin.register()
 
 
 @pytest.mark.usefixtures("foreign_release")
 def test_beside_another_release_a_child_of_a_freekv_server_ends(monkeypatch):
     monkeypatch.setenv("SGLANG_KV_RETRIEVAL", "freekv")
-    with pytest.raises(SystemExit, match=r"found 0\.5\.23"):
+    with pytest.raises(SystemExit, match=r"found 0\.5\.20"):
         plugin.register()
 
 

@@ -150,8 +150,9 @@ def test_usage_tells_what_was_cached(exact: Server, rng: random.Random):
     usages = [complete(client(exact), 8, prompt=prompt).usage for _ in range(2)]
     assert [usage.prompt_tokens for usage in usages] == [100, 100]
     assert [usage.total_tokens for usage in usages] == [108, 108]
-    assert usages[0].prompt_tokens_details is None
-    assert usages[1].prompt_tokens_details.cached_tokens == pages
+    details = [usage.prompt_tokens_details for usage in usages]
+    assert details[0] is None or details[0].cached_tokens == 0  # releases of SGLang say "nothing" in either way
+    assert details[1].cached_tokens == pages
 
 
 def test_many_requests_at_once(exact: Server, plain: Server, rng: random.Random):

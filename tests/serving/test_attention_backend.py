@@ -18,6 +18,7 @@ from sglang_freekv.memory.geometry import Geometry, stored_head_dim
 from sglang_freekv.memory.kv_memory import KVMemory
 from sglang_freekv.serving.attention_backend import FreeKVAttentionBackend
 from sglang_freekv.serving.kv_pool import FreeKVPool
+from tests.support.releases import of_release
 
 PAGE, HEAD_DIM, NUM_QO_HEADS, NUM_KV_HEADS = 32, 48, 4, 2
 CONFIG = FreeKVConfig(budget_tokens=4 * PAGE, sink_tokens=PAGE, recent_tokens=PAGE)
@@ -64,7 +65,7 @@ def flat_qkv(num_tokens: int) -> list[torch.Tensor]:
 
 
 def prefill(backend: FreeKVAttentionBackend, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    backend.begin_batch(SimpleNamespace(reqs=[SimpleNamespace(req_pool_idx=1)], chunked_req=None))
+    backend.begin_batch(SimpleNamespace(reqs=[of_release.request(1)], chunked_req=None))
     batch = SimpleNamespace(
         forward_mode=EXTEND,
         rids=["a"],
@@ -85,7 +86,7 @@ def decode(
 ) -> torch.Tensor:
     """The step of token `length`; before a graph, the batch is padded and its view has only some fields."""
     padding = 3 if in_graph else 0
-    backend.begin_batch(SimpleNamespace(reqs=[SimpleNamespace(req_pool_idx=1)], chunked_req=None))
+    backend.begin_batch(SimpleNamespace(reqs=[of_release.request(1)], chunked_req=None))
     view = SimpleNamespace(
         forward_mode=DECODE,
         batch_size=1 + padding,

@@ -14,6 +14,7 @@ from sglang_freekv.config import FreeKVConfig
 from sglang_freekv.memory.geometry import Geometry
 from sglang_freekv.serving import debug_dump
 from sglang_freekv.serving.debug_dump import DebugDump
+from tests.support.releases import of_release
 from tests.support.simulated_requests import PAGE, SimulatedEngine
 from tests.support.small_engine import two_requests
 
@@ -42,7 +43,7 @@ def dump(engine: SimulatedEngine, tmp_path: Path) -> DebugDump:
 def asking(row: int, every: object = True, rid: str = "a") -> SimpleNamespace:
     """A request as SGLang's scheduler has it."""
     params = SimpleNamespace(custom_params={"freekv_dump": every})
-    return SimpleNamespace(req_pool_idx=row, rid=rid, sampling_params=params, origin_input_ids=[1] * 9)
+    return of_release.request(row, rid=rid, sampling_params=params, origin_input_ids=[1] * 9)
 
 
 def step(engine: SimulatedEngine, dump: DebugDump, *reqs: SimpleNamespace) -> None:

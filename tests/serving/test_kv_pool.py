@@ -8,6 +8,7 @@ import pytest
 
 from sglang_freekv.config import FreeKVConfig
 from sglang_freekv.serving.kv_pool import FreeKVReqToTokenPool
+from tests.support.releases import of_release
 
 CONFIG = FreeKVConfig(budget_tokens=256, max_budget_tokens=8192, mass=0.5)
 
@@ -16,8 +17,7 @@ class Req:
     """What the table reads of SGLang's request."""
 
     def __init__(self, budget: int | None = None, row: int | None = None, mass: float | None = None) -> None:
-        self.req_pool_idx = row
-        self.inflight_middle_chunks, self.kv_committed_len = 0, 0 if row is None else 32
+        of_release.give_row(self, row)
         asked = {"freekv_budget": budget, "freekv_mass": mass}
         custom_params = {name: value for name, value in asked.items() if value is not None}
         self.sampling_params = types.SimpleNamespace(custom_params=custom_params or None)

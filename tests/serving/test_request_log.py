@@ -13,11 +13,11 @@ from sglang_freekv.config import FreeKVConfig
 from sglang_freekv.memory.geometry import Geometry
 from sglang_freekv.memory.layers import WINDOWED
 from sglang_freekv.memory.units import in_words
-from sglang_freekv.serving import radix_cache
-from sglang_freekv.serving.radix_cache import FreeKVRadixCache
+from sglang_freekv.serving.radix_cache import FreeKVRadixCache, host_store
 from sglang_freekv.serving.request_log import RequestLog
 from tests.support.random_traces import make_trace
 from tests.support.reference_checks import Request
+from tests.support.releases import of_release
 from tests.support.simulated_requests import PAGE, SimulatedEngine
 
 LINE = re.compile(
@@ -45,9 +45,7 @@ def engine() -> SimulatedEngine:
 
 def ended(request: Request, num_new: int = 6) -> SimpleNamespace:
     """A request as SGLang's scheduler has it."""
-    return SimpleNamespace(
-        req_pool_idx=request.row, origin_input_ids=[1] * request.prompt_tokens, output_ids=[1] * num_new
-    )
+    return of_release.request(request.row, origin_input_ids=[1] * request.prompt_tokens, output_ids=[1] * num_new)
 
 
 def slots(engine: SimulatedEngine, request: Request) -> torch.Tensor:
@@ -111,14 +109,13 @@ def test_on_a_gpu_nothing_is_read_back(engine, caplog):
 @pytest.mark.parametrize("has_finished", [True, False])
 @pytest.mark.parametrize("rank", [None, 0, 1])
 def test_one_rank_logs_requests_that_have_finished_and_none_that_are_retracted(rank, has_finished, monkeypatch):
-    monkeypatch.setattr(radix_cache, "get_rank", lambda group: rank)
+    monkeypatch.setattr(host_store, "get_rank", lambda group: rank)
     asked = []
     monkeypatch.setattr(RequestLog, "end", lambda self, req, slots: asked.append(slots.tolist()))
-    monkeypatch.setattr(radix_cache.RadixCache, "cache_finished_req", lambda *_, **__: None)
-    monkeypatch.setattr(radix_cache.RadixCache, "__init__", lambda self, params: None)
+    of_release.skip_construction(monkeypatch)
     allocator = SimpleNamespace(get_kvcache=lambda: SimpleNamespace(memory=None))
     group = None if rank is None else object()
     cache = FreeKVRadixCache(SimpleNamespace(tp_cache_group=group, token_to_kv_pool_allocator=allocator))
     cache.req_to_token_pool = SimpleNamespace(req_to_token=torch.arange(20).view(2, 10))
-    cache.cache_finished_req(SimpleNamespace(req_pool_idx=1, finished=lambda: has_finished), kv_len_to_handle=3)
+    of_release.let_go(cache, of_release.request(1, finished=lambda: has_finished), 3, monkeypatch)
     assert asked == ([[10, 11, 12]] if has_finished and rank != 1 else [])

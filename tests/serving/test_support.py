@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import re
 import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from sglang.srt.configs.model_config import ModelConfig
+from sglang.srt.entrypoints.engine import Engine
 from sglang.srt.model_executor.cuda_graph_config import CudaGraphConfig, PhaseConfig
 from sglang.srt.plugins import load_plugins
 from sglang.srt.server_args import ServerArgs
 
 from sglang_freekv.algorithm.selectors import SELECTORS
 from sglang_freekv.config import FreeKVConfig, UnsupportedConfiguration
+from sglang_freekv.releases import release
 from sglang_freekv.serving import support
 from sglang_freekv.serving.model_support import check_model
 from sglang_freekv.serving.support import RULES, check_resolved, preset
+from tests.support.releases import of_release
+from tools.sglang_releases.compatibility import Record
 
 SIZES = {
     "vocab_size": 320,
@@ -111,6 +115,7 @@ SETTINGS = [
     "--enable-flexkv",
     "--enable-hisparse",
     "--prefill-only-disable-kv-cache",
+    "--enable-unified-cache-external-linker",
     "--enable-unified-memory",
     "--enable-page-major-kv-layout",
     "--enable-memory-saver",
@@ -128,6 +133,7 @@ SETTINGS = [
     "--cuda-graph-backend-prefill breakable",
     "--cuda-graph-backend-prefill full",
     "--debug-cuda-graph",
+    "--enable-nvidia-megakernel",
     "--enable-two-batch-overlap",
     "--enable-single-batch-overlap",
     "--enable-pdmux",
@@ -138,6 +144,8 @@ SETTINGS = [
     "--enable-prefill-cp",
     "--enable-prefill-context-parallel",
     "--enable-dp-attention",
+    "--attn-dp-size 2",
+    "--enable-kv-cache-sharding",
     "--use-ray",
     "--smg-grpc-mode",
     "--enable-deterministic-inference",
@@ -168,12 +176,22 @@ def model(tmp_path: Path):
     return write
 
 
-def start(parser: argparse.ArgumentParser, model_path: str, flags: str = "") -> ServerArgs:
+def start(parser: argparse.ArgumentParser, model_path: str, flags: str = "") -> Any:
+    """The settings of a server, as they are resolved."""
     argv = ["--model-path", model_path, "--kv-retrieval", "freekv", *shlex.split(flags)]
-    return ServerArgs.from_cli_args(parser.parse_args(argv))
+    return release.settings_of(ServerArgs.from_cli_args(parser.parse_args(argv)))
 
 
-@pytest.mark.parametrize("flags", SETTINGS)
+def field_of(flags: str) -> str:
+    return flags.split()[0].removeprefix("--").replace("-", "_")
+
+
+SETTINGS_OF_RELEASE = [
+    flags for flags in SETTINGS if field_of(flags) in release.defaults() and flags not in of_release.UNKNOWN_VALUES
+]
+
+
+@pytest.mark.parametrize("flags", SETTINGS_OF_RELEASE)
 def test_a_setting_that_does_not_fit_ends_start_up_with_a_sentence(flags, parser, model):
     with pytest.raises(SystemExit) as exit:
         start(parser, model(LLAMA), flags)
@@ -183,10 +201,15 @@ def test_a_setting_that_does_not_fit_ends_start_up_with_a_sentence(flags, parser
 
 
 def test_every_rule_is_tested_and_allows_the_default_of_sglang():
-    defaults = {field.name: field.default for field in dataclasses.fields(ServerArgs)}
-    assert {rule.field: rule.allowed[0] for rule in RULES} == {rule.field: defaults[rule.field] for rule in RULES}
-    tested = {flags.split()[0].removeprefix("--").replace("-", "_") for flags in SETTINGS}
-    assert tested == {rule.field for rule in RULES}
+    defaults = release.defaults()
+    rules = [rule for rule in RULES if rule.field in defaults]
+    assert {rule.field: rule.allowed[0] for rule in rules} == {rule.field: defaults[rule.field] for rule in rules}
+    assert {field_of(flags) for flags in SETTINGS} == {rule.field for rule in RULES}
+
+
+def test_a_rule_is_about_a_setting_that_a_tested_release_has():
+    known = [path for seams in Record.load().tested.values() for path in seams]
+    assert [rule.field for rule in RULES if f"sglang.srt.server_args.ServerArgs.{rule.field}" not in known] == []
 
 
 @pytest.mark.parametrize(("config", "obstacle"), REFUSED.values(), ids=REFUSED)
@@ -253,7 +276,8 @@ def test_a_device_without_kernels_is_refused():
 
 def on_gpu(model_path: str, dtype: str = "auto", **settings) -> argparse.Namespace:
     server_args = argparse.Namespace(**{**vars(ON_GPU), **settings})
-    server_args.get_model_config = lambda: ModelConfig(model_path, dtype=dtype)
+    model = ModelConfig(model_path, dtype=dtype)
+    server_args.get_model_config, server_args._model_config = lambda: model, model  # of either release
     return server_args
 
 
@@ -383,13 +407,14 @@ def test_presets_leave_the_callers_arguments_alone():
 
 
 def test_keywords_of_the_engine_reach_the_config(model):
-    server_args = ServerArgs(model_path=model(LLAMA), kv_retrieval="freekv", freekv_budget=512, freekv_tau=1.01)
+    keywords = {"kv_retrieval": "freekv", "freekv_budget": 512, "freekv_tau": 1.01}
+    server_args = release.settings_of(Engine.server_args_class(model_path=model(LLAMA), **keywords))
     assert server_args._freekv == FreeKVConfig(budget_tokens=512, tau=1.01)
     assert server_args.page_size == 32
 
 
 def test_a_keyword_that_does_not_fit_raises_and_does_not_exit(model):
     with pytest.raises(UnsupportedConfiguration, match="--page-size is 8"):
-        ServerArgs(model_path=model(LLAMA), kv_retrieval="freekv", page_size=8)
+        Engine.server_args_class(model_path=model(LLAMA), kv_retrieval="freekv", page_size=8)
     with pytest.raises(UnsupportedConfiguration, match="--freekv-tau has no effect"):
-        ServerArgs(model_path=model(LLAMA), freekv_tau=0.5)
+        Engine.server_args_class(model_path=model(LLAMA), freekv_tau=0.5)

@@ -6,6 +6,11 @@ import re
 
 import pytest
 
+from tools.fuzz.written_for import obstacle
+
+if found := obstacle():
+    pytest.skip(found, allow_module_level=True)
+
 from tools.fuzz import faults_of_pages, faults_of_windows
 from tools.fuzz.explore import run_round, serving_context
 from tools.fuzz.planting import Fault

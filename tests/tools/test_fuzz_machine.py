@@ -5,7 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 from tests.support.documents import ROOT
+from tools.fuzz.written_for import obstacle
+
+if found := obstacle():
+    pytest.skip(found, allow_module_level=True)
+
 from tools.fuzz.explore import run_round, serving_context
 from tools.fuzz.machine import MemoryMachine
 

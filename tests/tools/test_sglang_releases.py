@@ -7,6 +7,7 @@ import dataclasses
 import inspect
 import json
 import pkgutil
+import re
 import subprocess
 import zipfile
 from importlib import import_module
@@ -14,9 +15,12 @@ from pathlib import Path
 
 import pytest
 
+from freekv_patches import registry
+from freekv_patches.patch import Attribute
 from freekv_patches.registry import ALL_PATCHES
+from sglang_freekv.tested_release import WRITTEN_FOR, module_name
 from tools.sglang_releases import compatibility, seams
-from tools.sglang_releases.compatibility import Record, open_release, table
+from tools.sglang_releases.compatibility import Record, hooks_of, open_release, seams_of, table
 from tools.sglang_releases.release import Release, is_same
 
 RENEW = "what we rely on has changed: python -m tools.sglang_releases.compatibility --write"
@@ -32,17 +36,21 @@ def record() -> Record:
     return Record.load()
 
 
-def test_the_installed_release_is_the_recorded_one(installed, record):
-    assert installed.version == record.release
-    assert record.differences(installed) == {}
+def test_the_installed_release_is_a_recorded_one(installed, record):
+    assert list(record.tested) == list(WRITTEN_FOR)
+    assert record.differences(installed, installed.version) == {}
 
 
 def test_everything_we_use_is_recorded(installed, record):
-    assert Record.of(installed).seams == record.seams, RENEW
+    assert seams_of(installed) == record.tested[installed.version], RENEW
 
 
 def test_every_name_we_import_exists(installed):
-    used = {path: use for path, use in seams.find_seams().items() if use in ("import", "type", "entry point group")}
+    used = {
+        path: use
+        for path, use in seams.find_seams(installed.version).items()
+        if use in ("import", "type", "entry point group")
+    }
     assert len(used) > 30
     assert [path for path in used if installed.find(path) is None] == []
 
@@ -54,14 +62,47 @@ def test_the_document_is_the_one_that_the_record_makes(record):
 @pytest.mark.parametrize("patch", ALL_PATCHES, ids=lambda patch: patch.target.rpartition("srt.")[2])
 def test_a_hooks_target_reads_as_it_imports(patch, installed):
     described = installed.describe(patch.target)
-    assert is_same(patch.signature, described)
-    if not patch.signature.endswith("..."):
+    recorded = hooks_of(installed.version)[patch.target]
+    assert is_same(recorded, described)
+    if recorded.startswith("(") and not recorded.endswith("..."):
         assert is_same(str(inspect.signature(patch.find())), described)
 
 
-def test_whatever_is_recorded_can_be_imported(record):
+def test_a_patch_that_names_releases_names_tested_ones():
+    patches = [patch for module in (*registry._OF_FLAGS, *registry._OF_A_SERVER) for patch in module.PATCHES]
+    named = [set(patch.signature) for patch in patches if not isinstance(patch.signature, str)]
+    assert named and all(names and names <= set(WRITTEN_FOR) for names in named)
+
+
+@pytest.mark.parametrize(
+    ("package", "extra"),
+    [
+        ("sglang_freekv.releases", {}),
+        ("sglang_freekv.cpu.pools", {}),
+        ("sglang_freekv.serving.radix_cache", {"v0_5_17"}),
+    ],
+)
+def test_modules_of_releases_offer_the_same_names(package, extra):
+    folder = Path(import_module(package).__file__).parent
+    offered = {name: _public_names(folder / f"{name}.py") for name in map(module_name, WRITTEN_FOR)}
+    common = set.intersection(*offered.values())
+    assert common and {name for name, names in offered.items() if names != common} == set(extra)
+
+
+def _public_names(file: Path) -> set[str]:
+    """What a module defines itself."""
+    names = set()
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            names |= {ast.unparse(target) for target in getattr(node, "targets", None) or [node.target]}
+    return {name for name in names if not name.startswith("_")}
+
+
+def test_whatever_is_recorded_can_be_imported(record, installed):
     """Attributes that a method assigns have no value on the class, and fields without a default neither."""
-    for path, seam in record.seams.items():
+    for path, seam in record.tested[installed.version].items():
         if seam["found"] != "name":
             found = pkgutil.resolve_name(path)
             is_code = inspect.isclass(found) if seam["found"] == "class" else callable(found)
@@ -71,7 +112,9 @@ def test_whatever_is_recorded_can_be_imported(record):
 def test_all_functions_of_the_hooked_modules_have_the_parameters_that_imports_show(installed):
     """Not only the targets: a release that moves a target may give it any of these forms."""
     compared = 0
-    for name in sorted({installed.find(patch.target).module for patch in ALL_PATCHES}):
+    for name in sorted(
+        {installed.find(patch.target).module for patch in ALL_PATCHES if not isinstance(patch, Attribute)}
+    ):
         for path, function in _functions(import_module(name)):
             described = installed.describe(path)
             assert described is not None, path
@@ -199,24 +242,38 @@ def test_a_signature_is_compared_without_what_sources_do_not_tell():
     ],
 )
 def test_a_drift_is_found_and_nothing_else(old, new, expected, tmp_path, monkeypatch):
-    monkeypatch.setattr(compatibility, "HOOKS", {})
+    monkeypatch.setattr(compatibility, "hooks_of", lambda release: {})
     paths = ["GROUP", "Part", "Part.inherited", "Part.size"]
     before = Release.from_wheel(wheel(tmp_path, SOURCES))
     found = {f"sglang.core.parts.{p}": before.describe(f"sglang.core.parts.{p}") for p in paths}
-    record = Record("1.0", {path: {"use": "import", "found": what} for path, what in found.items()})
+    record = Record({"1.0": {path: {"use": "import", "found": what} for path, what in found.items()}})
     sources = {name: text.replace(old, new) for name, text in SOURCES.items()}
     after = Release.from_wheel(wheel(tmp_path, sources, "1.1"))
-    differences = {path.rpartition(".")[2]: what for path, what in record.differences(after).items()}
+    differences = {path.rpartition(".")[2]: what for path, what in record.differences(after, "1.0").items()}
     assert differences == expected
-    record.others["1.1"] = record.differences(after)
-    row = f"| other seams, of 4 | 4 | {4 - len(expected)} |"
-    assert row in table(record)
+    record.add(after)
+    assert f"| other seams that fit | 4 of 4 | {4 - len(expected)} of 4 |" in table(record)
+    assert f"| verdict | tested | {'refused' if expected else 'fits by reading, refused'} |" in table(record)
+
+
+def test_a_release_is_read_beside_the_tested_one_that_it_is_most_like(tmp_path, monkeypatch):
+    monkeypatch.setattr(compatibility, "hooks_of", lambda release: {})
+    changed = {name: text.replace("size: int = 0", "size: int = 1") for name, text in SOURCES.items()}
+    path = "sglang.core.parts.Part.size"
+    tested = {}
+    for version, sources in (("1.0", SOURCES), ("2.0", changed)):
+        found = Release.from_wheel(wheel(tmp_path, sources, version)).describe(path)
+        tested[version] = {path: {"use": "member", "found": found}}
+    record = Record(tested)
+    record.add(Release.from_wheel(wheel(tmp_path, changed, "1.5")))
+    assert (record.like, record.others) == ({"1.5": "2.0"}, {"1.5": {}})
 
 
 def test_a_hook_with_another_signature_counts_as_drift(record, installed, monkeypatch):
     target = ALL_PATCHES[-1].target
-    monkeypatch.setitem(compatibility.HOOKS, target, "(self, other)")
-    assert record.differences(installed) == {target: installed.describe(target)}
+    hooks = hooks_of(installed.version) | {target: "(self, other)"}
+    monkeypatch.setattr(compatibility, "hooks_of", lambda release: hooks)
+    assert record.differences(installed, installed.version) == {target: installed.describe(target)}
 
 
 def test_our_own_sources_are_read_for_every_sort_of_use():
@@ -247,11 +304,12 @@ class OurPool(Pool):
 def test_the_command_fails_where_the_installed_release_is_not_the_recorded_one(installed, record, monkeypatch, capsys):
     monkeypatch.setattr(Release, "installed", lambda: installed)
     assert compatibility.main([]) == 0
-    path = next(iter(record.seams))
-    seams_ = {**record.seams, path: {"use": "import", "found": "(changed)"}}
-    monkeypatch.setattr(Record, "load", lambda: dataclasses.replace(record, seams=seams_))
+    recorded = record.tested[installed.version]
+    path = next(iter(recorded))
+    tested = record.tested | {installed.version: {**recorded, path: {"use": "import", "found": "(changed)"}}}
+    monkeypatch.setattr(Record, "load", lambda: dataclasses.replace(record, tested=tested))
     assert compatibility.main([]) == 1
-    assert f"{path}: recorded for {record.release}, found " in capsys.readouterr().err
+    assert f"{path}: recorded for {installed.version}, found " in capsys.readouterr().err
 
 
 def test_the_command_shows_a_wheel_beside_the_recorded_release_and_writes_only_when_told(
@@ -265,7 +323,8 @@ def test_the_command_shows_a_wheel_beside_the_recorded_release_and_writes_only_w
     monkeypatch.setattr(Record, "save", lambda record: record_file.write_text(json.dumps(dataclasses.asdict(record))))
     other = str(wheel(tmp_path, SOURCES, "9.0"))
     assert compatibility.main([other]) == 0
-    assert f"| hooks, of {len(ALL_PATCHES)} | {len(ALL_PATCHES)} | 0 |" in capsys.readouterr().out
+    hooks = " | ".join(f"{len(hooks_of(release))} of {len(hooks_of(release))}" for release in WRITTEN_FOR)
+    assert re.search(rf"\| hooks that fit \|.* {hooks} \| 0 of \d+ \|", capsys.readouterr().out) is not None
     assert not table_file.exists() and "9.0" not in record_file.read_text()
     assert compatibility.main(["--write", other]) == 0
     assert "| 9.0 |" in table_file.read_text() and "9.0" in Record.load().others

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from benchmarks.records import RecordWriter
 from tools.fuzz import worker
+from tools.fuzz.written_for import obstacle
 
 _PROGRESS_S = 30.0
 
@@ -31,6 +32,8 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="(default: %(default)s)")
     parser.add_argument("--out", type=Path, help="append the numbers to this file of records")
     args = parser.parse_args()
+    if found := obstacle():
+        raise SystemExit(f"error: {found}; install that release for it.")
     writer = RecordWriter("fuzz", args.out, module="tools.fuzz") if args.out else None
     first_seed = int(time.time()) if args.seed is None else args.seed
     print(f"fuzz: {args.steps:,} steps, seeds from {first_seed} on, {args.workers} processes", flush=True)

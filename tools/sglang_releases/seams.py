@@ -7,13 +7,14 @@ read or held to a rule. Each is a dotted path that a release has or has not.
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 
 import freekv_patches
 import sglang_freekv
 from sglang_freekv.serving.support import RULES
+from sglang_freekv.tested_release import WRITTEN_FOR, module_name
 from tools.sglang_releases.release import is_for_types
 
 _SERVER_ARGS = "sglang.srt.server_args.ServerArgs"
@@ -29,12 +30,20 @@ _ELSEWHERE = {
 }
 
 
-def find_seams() -> dict[str, str]:
-    """Dotted path -> how it is used, for all of this package. Some candidates are our own methods, not SGLang's."""
+def find_seams(release: str) -> dict[str, str]:
+    """Dotted path -> how it is used, for all of this package but what is written for another release.
+
+    Some candidates are our own methods, not SGLang's.
+    """
     found: dict[str, str] = {}
-    for package in (sglang_freekv, freekv_patches):
-        for file in sorted(Path(package.__file__).parent.rglob("*.py")):
-            found |= _Source(ast.parse(file.read_text(encoding="utf-8"))).seams() | found
+    others = {module_name(other) for other in WRITTEN_FOR if other != release}
+    files = [
+        file for package in (sglang_freekv, freekv_patches) for file in Path(package.__file__).parent.rglob("*.py")
+    ]
+    trees = [ast.parse(file.read_text(encoding="utf-8")) for file in sorted(files) if file.stem not in others]
+    classes = {name: node for tree in trees for name, node in _classes(tree).items()}
+    for tree in trees:
+        found |= _Source(tree, classes).seams() | found
     settings = {f"{_SERVER_ARGS}.{rule.field}": "setting" for rule in RULES}
     return found | settings | _ELSEWHERE
 
@@ -42,8 +51,9 @@ def find_seams() -> dict[str, str]:
 class _Source:
     """One of our files."""
 
-    def __init__(self, tree: ast.Module) -> None:
+    def __init__(self, tree: ast.Module, classes: Mapping[str, ast.ClassDef] | None = None) -> None:
         self.tree = tree
+        self._ours = {**(classes or {}), **_classes(tree)}  # by name, of all files
 
     def seams(self) -> dict[str, str]:
         """Dotted path -> how it is used. The first use counts, and being there at run time counts more than a type."""
@@ -71,14 +81,17 @@ class _Source:
 
     def _overrides(self) -> Iterator[tuple[str, str]]:
         """Methods of classes whose base is SGLang's; those that the base lacks are ours."""
-        classes = {node.name: node for node in self.tree.body if isinstance(node, ast.ClassDef)}
-        for node in classes.values():
-            bases = [ast.unparse(base) for base in node.bases]
-            sources = [node, *(classes[base] for base in bases if base in classes)]
-            methods = [name for source in sources for name in _methods(source)]
-            for base in bases:
+        for node in _classes(self.tree).values():
+            methods = [name for source in self._with_our_bases(node) for name in _methods(source)]
+            for base in map(ast.unparse, node.bases):
                 if base in self._imported:
                     yield from ((f"{self._imported[base][0]}.{method}", "override") for method in methods)
+
+    def _with_our_bases(self, node: ast.ClassDef) -> Iterator[ast.ClassDef]:
+        yield node
+        for base in map(ast.unparse, node.bases):
+            if (ours := self._ours.get(base.rpartition(".")[2])) is not None:
+                yield from self._with_our_bases(ours)
 
     def _members(self) -> Iterator[tuple[str, str]]:
         """Members of imported classes: of parameters that are annotated with one, and of the class itself."""
@@ -99,6 +112,10 @@ class _Source:
                 if holder in names and (isinstance(node.value, ast.Name) or holder == "server_args"):
                     use = "setting" if names[holder] == _SERVER_ARGS else "member"
                     yield f"{names[holder]}.{node.attr}", use
+
+
+def _classes(tree: ast.Module) -> dict[str, ast.ClassDef]:
+    return {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
 
 
 def _methods(node: ast.ClassDef) -> list[str]:
