@@ -23,6 +23,7 @@ _TEXTS = (
     *("docs/flags.md", "docs/reliability.md", "docs/rivals.md", "docs/troubleshooting.md"),
 )
 _NARROW_TOKENS = 512
+_MOST_GAP = 0.5  # nats of a token's log-probability, on average, over a budget that is far too small
 _LEAST_EQUAL = 0.3  # after the first token that rounding flips, texts differ; wrong attention flips nearly every one
 
 
@@ -40,6 +41,9 @@ def run(session: Session) -> None:
         if call == WITHIN:
             name = "a language model within its budget says what plain SGLang says"
             session.check(name, equal >= _LEAST_EQUAL, f"{equal:.2f} of the tokens are equal")
+        else:
+            name = "over its budget a language model says nearly what plain SGLang says"
+            session.check(name, gap <= _MOST_GAP, f"{gap:.3f} nats of a log-probability")
     rows, recalled = (freekv.counted(name, NARROW) for name in ("rows", "recalled_bytes"))
     session.record("flagged_rows", round(freekv.counted("flagged_rows", NARROW) / max(1, rows), 4), "share")
     session.check("over its budget it recalls pages", rows > 0 and recalled > 0, f"{rows} rows, {recalled} bytes")

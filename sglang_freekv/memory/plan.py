@@ -203,7 +203,7 @@ def _plan_blocks(needs: Needs, left: int, max_requests: int) -> tuple[int, int]:
     num_blocks = min(blocks_bytes // per_layer, needs.num_pairs) if per_layer else needs.num_pairs
     if num_blocks < needs.num_pairs:
         max_requests = min(max_requests, num_blocks // needs.blocks_per_request)
-    if max_requests < 1:
+    if max_requests < 1 or blocks_bytes < 0:
         config, g = needs.config, needs.geometry
         share = bytes_by_page(g, config) / g.page_bytes
         raise UnsupportedConfiguration(

@@ -53,9 +53,9 @@ class FreeKVAttentionBackend(AttentionBackend):
         # SGLang builds the request pool before the token pool; here, both exist.
         self.req_to_token_pool.memory = pool.memory
         self.decode, self.prefill = build_engine(self.memory)
-        self._first_layer = pool.start_layer
+        self._first_layer, self._context_len = pool.start_layer, model_runner.model_config.context_len
         layers = (module for module in model_runner.model.modules() if isinstance(module, RadixAttention))
-        self._checked_layers = check_layers(layers, self.memory.geometry, self._first_layer)
+        self._checked_layers = check_layers(layers, self.memory.geometry, self._first_layer, self._context_len)
         for module in model_runner.model.modules():
             if isinstance(module, LogitsProcessor):
                 module.register_forward_hook(self._finish)
@@ -179,7 +179,7 @@ class FreeKVAttentionBackend(AttentionBackend):
     def _check_call(self, layer: RadixAttention, k: torch.Tensor | None, save_kv_cache: bool, extras: dict) -> None:
         """Raise UnsupportedConfiguration where a model asks for more than softmax(q k) v over what a layer sees."""
         if layer not in self._checked_layers:  # a model may hide its layers in a dictionary
-            check_layer(layer, self.memory.geometry, self._first_layer)
+            check_layer(layer, self.memory.geometry, self._first_layer, self._context_len)
             self._checked_layers.add(layer)
         asked = [name for name, value in extras.items() if value is not None]
         if k is None or not save_kv_cache:

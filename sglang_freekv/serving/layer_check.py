@@ -52,7 +52,7 @@ def fields_of(layer: RadixAttention) -> dict[str, Any]:
     return {**own, **layer._parameters, **layer._buffers, **layer._modules}
 
 
-def check_layer(layer: RadixAttention, geometry: Geometry, first_layer: int) -> None:
+def check_layer(layer: RadixAttention, geometry: Geometry, first_layer: int, context_len: int | None = None) -> None:
     """Raise UnsupportedConfiguration where a layer asks for attention that FreeKV does not compute.
 
     Parameters
@@ -61,6 +61,8 @@ def check_layer(layer: RadixAttention, geometry: Geometry, first_layer: int) -> 
         What the KV cache is made for.
     first_layer : int
         SGLang's number of the first layer of this rank.
+    context_len : int, optional
+        Tokens of the longest request; a window as long as that is none.
     """
     asked = [
         f"{name}={_shown(value)}"
@@ -68,18 +70,20 @@ def check_layer(layer: RadixAttention, geometry: Geometry, first_layer: int) -> 
         if name not in READ | WITHOUT_EFFECT and not _is_one_of(value, ALLOWED.get(name, (None,)))
     ]
     asked += _other_shapes(layer, geometry)
-    asked += _other_logits(layer, geometry, layer.layer_id - first_layer)
+    asked += _other_logits(layer, geometry, layer.layer_id - first_layer, context_len)
     if not 0 <= layer.layer_id - first_layer < geometry.num_layers:
         asked.append(f"a number beyond the {geometry.num_layers} layers of the KV cache")
     refuse(layer, asked)
 
 
-def check_layers(layers: Iterable[RadixAttention], geometry: Geometry, first_layer: int) -> set[RadixAttention]:
+def check_layers(
+    layers: Iterable[RadixAttention], geometry: Geometry, first_layer: int, context_len: int | None = None
+) -> set[RadixAttention]:
     """Check the layers of a model, which are returned; two of one number would share their windows."""
     layers = set(layers)
     number, times = max(Counter(layer.layer_id for layer in layers).items(), key=lambda item: item[1], default=(0, 0))
     for layer in sorted(layers, key=lambda layer: layer.layer_id):
-        check_layer(layer, geometry, first_layer)
+        check_layer(layer, geometry, first_layer, context_len)
         if times > 1 and layer.layer_id == number:
             refuse(layer, [f"{times} modules of this number"])
     return layers
@@ -102,13 +106,16 @@ def _shown(value: Any) -> str:
     return f"a tensor {tuple(value.shape)}" if isinstance(value, torch.Tensor) else str(value)
 
 
-def _other_logits(layer: RadixAttention, geometry: Geometry, number: int) -> list[str]:
+def _other_logits(layer: RadixAttention, geometry: Geometry, number: int, context_len: int | None) -> list[str]:
     """What of its window and its cap is not as the configuration was read."""
     planned = geometry.sliding_windows[number : number + 1] or (None,)
     # SGLang counts the tokens before the query; -1: no window.
     window = -1 if planned[0] is None else planned[0] - 1
+    size = -1 if layer.sliding_window_size is None else layer.sliding_window_size
+    if planned[0] is None and context_len is not None and size + 1 >= context_len:
+        size = -1
     expected = {"sliding_window_size": window, "logit_cap": geometry.logit_cap}
-    found = {"sliding_window_size": layer.sliding_window_size or -1, "logit_cap": layer.logit_cap or 0.0}
+    found = {"sliding_window_size": size, "logit_cap": layer.logit_cap or 0.0}
     return [f"{name}={found[name]} instead of {expected[name]}" for name in found if found[name] != expected[name]]
 
 

@@ -132,6 +132,11 @@ def preset(raw: Mapping[str, Any]) -> dict[str, Any]:
             raise UnsupportedConfiguration(
                 f"SGLang serves {raw['model_path']} with attention that needs a GPU; give another model, or a GPU."
             )
+        if raw.get("attention_backend") not in (defaults["attention_backend"], OTHER_NAME):
+            raise UnsupportedConfiguration(
+                f"SGLang does not serve {raw['model_path']} with --attention-backend {raw['attention_backend']}; "
+                f"leave it out."
+            )
         left["attention_backend"] = OTHER_NAME
     return {**raw, **left}
 
@@ -149,7 +154,7 @@ def check_settings(server_args: ServerArgs, config: FreeKVConfig) -> None:
     """The part of `check_resolved` that does not ask the machine."""
     settings = {rule.field: getattr(server_args, rule.field) for rule in RULES if hasattr(server_args, rule.field)}
     is_other = settings.get("attention_backend") == OTHER_NAME
-    if is_other and needs_other_name(server_args.get_model_config().hf_config.to_dict()):
+    if is_other and needs_other_name(release.model_of(server_args).hf_config.to_dict()):
         settings["attention_backend"] = None  # preset
     _apply_rules(settings)
     if server_args.page_size != config.page_size:

@@ -82,6 +82,15 @@ def test_windows_and_caps_are_those_that_the_memory_was_planned_for():
         check_layers([layer(FIRST + 1)], geometry, FIRST)
 
 
+def test_a_window_as_long_as_the_context_is_none_and_one_of_a_token_is_one():
+    whole = layer(sliding_window_size=4095)
+    assert check_layers([whole], GEOMETRY, FIRST, context_len=4096) == {whole}
+    with pytest.raises(UnsupportedConfiguration, match="sliding_window_size=4095 instead of -1"):
+        check_layers([whole], GEOMETRY, FIRST, context_len=8192)
+    own = layer(sliding_window_size=0)
+    assert check_layers([own], replace(GEOMETRY, sliding_windows=(1,)), FIRST) == {own}
+
+
 @pytest.mark.parametrize("name", OTHER_SHAPES)
 def test_a_layer_whose_heads_are_not_those_of_the_cache_is_refused(name: str):
     assert_refused(f"{name}={OTHER_SHAPES[name]}", layer(**{name: OTHER_SHAPES[name]}))

@@ -171,6 +171,7 @@ def a_page_that_ends_a_group_keeps_its_own_bounds(patch: MonkeyPatch) -> None:
         original(slots, store, codes)
 
     wrap_op(patch, "encode_pages", encode)
+    wrap(patch, sys.modules["freekv_kernels.append_tokens"], "encode_pages", encode)
 
 
 @fault("wrong codes")
