@@ -43,6 +43,8 @@ if not torch.cuda.is_available():
 
 def pytest_configure(config: pytest.Config) -> None:
     """Servers are forked from one zygote for all workers; with a GPU they start anew, as CUDA survives no fork."""
+    # For a CPU SGLang compiles Gemma 3's and Cohere2's norms, which takes each server half a minute.
+    os.environ["TORCH_COMPILE_DISABLE"] = "1"
     has_servers = find_spec("sglang") is not None and not all("tests/kernels" in path for path in config.args)
     if has_servers and not hasattr(config, "workerinput") and not torch.cuda.is_available():
         stack = ExitStack()

@@ -91,8 +91,15 @@ class StandInAttention(DecodeAttention):
     """Decode attention as a CUDA graph can hold it: the grid depends on the number of rows only."""
 
     def run(
-        self, q: torch.Tensor, block_kv: torch.Tensor, scale: float, kv_indptr: torch.Tensor | None = None
+        self,
+        q: torch.Tensor,
+        block_kv: torch.Tensor,
+        scale: float,
+        kv_indptr: torch.Tensor | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        if sinks is not None:
+            raise ValueError("the attention that stands in for FlashInfer's has no sinks; expected None")
         g, num_rows = self.geometry, self.num_rows
         indptr = self.kv_indptr if kv_indptr is None else kv_indptr
         num_programs = _PROGRAMS if q.is_cuda else num_rows  # an interpreter runs one after the other

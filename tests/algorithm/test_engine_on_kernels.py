@@ -53,10 +53,6 @@ CASES = {
         **{"selector": "codes", "group_pooling": "scaled", "key_bits": 1},
     },
     "by-mass-gated-hysteresis": {"selector": "mass", "key_bits": 2, "hysteresis": 0.05, "gate": 0.01, "candidates": 2},
-    "budgets-by-mass": {
-        **{"selector": "mass", "key_bits": 2, "hysteresis": 0.05, "gate": 0.01},
-        **{"mass": 0.7, "candidates": 2},
-    },
     "sliding-layer-capped": {"key_bits": 2, **SLIDING},
     "exact-dense-layer-every-page-fetched": {
         **{"tau": 1.01, "dense_layers": (0,), "refetch": True},
