@@ -49,6 +49,7 @@ def make_backend(stored: int, *modules: torch.nn.Module) -> FreeKVAttentionBacke
         token_to_kv_pool=pool,
         req_to_token_pool=SimpleNamespace(req_to_token=req_to_token),
         model=torch.nn.ModuleList([attention_layer(), *modules]),
+        model_config=SimpleNamespace(context_len=8192),
     )
     memory.admit(1)
     return FreeKVAttentionBackend(runner)

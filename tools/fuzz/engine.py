@@ -60,7 +60,12 @@ class Engine:
         shape = g.num_qo_heads, g.head_dim, scale, g.num_kv_heads
         self.layers = ModuleList(RadixAttention(*shape, layer_id=number) for number in range(g.num_layers))
         self.backend = FreeKVAttentionBackend(
-            SimpleNamespace(token_to_kv_pool=pool, req_to_token_pool=self.rows, model=self.layers)
+            SimpleNamespace(
+                token_to_kv_pool=pool,
+                req_to_token_pool=self.rows,
+                model=self.layers,
+                model_config=SimpleNamespace(context_len=self.rows.max_context_len),
+            )
         )
         self.values = values_for(g)
         self.ledger = Ledger(self.memory, self.values)
