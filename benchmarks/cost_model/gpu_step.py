@@ -59,9 +59,7 @@ class GPUStep:
 def under(traffic: Traffic, setting: Setting, model: Model) -> Setting:
     """A setting with what the traffic makes it correct and recall, with the device blocks that its windows ask for."""
     s, g = setting, geometry_of(model, setting)
-    resident = min(1.0, s.config.windows * s.budget / s.context)
-    selected = s.budget - s.config.sink_tokens - s.config.recent_tokens
-    recalled = traffic.recalled_bytes(resident, selected * g.token_bytes)
+    recalled = traffic.recalled_bytes(s.resident, s.selected * g.token_bytes)
     shares = {"flagged_share": traffic.flagged_share, "exposed_share": traffic.exposed_share}
     return replace(s, recalled_bytes=recalled, **shares)
 

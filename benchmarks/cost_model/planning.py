@@ -136,10 +136,9 @@ def recalled_bytes(plan: MemoryPlan, setting: Setting, traffic: Traffic) -> floa
 
     How much more often such a page is resident than any page of the running requests is the traffic's to say.
     """
-    g, c = plan.geometry, plan.config
+    g = plan.geometry
     resident = min(1.0, plan.num_blocks / (setting.batch * pages_of(setting.context, g) * g.num_kv_heads))
-    selected = setting.budget - c.sink_tokens - c.recent_tokens
-    return traffic.recalled_bytes(resident, selected * g.token_bytes)
+    return traffic.recalled_bytes(resident, setting.selected * g.token_bytes)
 
 
 def _choice(

@@ -38,6 +38,16 @@ class Setting:
         return None if self.config is None else self.config.budget_tokens
 
     @property
+    def selected(self) -> int:
+        """Tokens of the pages that a window selects, beside its first and latest ones."""
+        return self.budget - self.config.sink_tokens - self.config.recent_tokens
+
+    @property
+    def resident(self) -> float:
+        """Share of a request's tokens that its own windows of device blocks hold."""
+        return min(1.0, self.config.windows * self.budget / self.context)
+
+    @property
     def corrected(self) -> float:
         """Share of the rows that select a second time."""
         return self._unless_fixed(self.flagged_share)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import cache
 
+from benchmarks.cost_model.step_time import Setting
 from benchmarks.records import RESULTS, read_records
 from sglang_freekv.config import FreeKVConfig
 
@@ -24,7 +25,7 @@ SOURCES = {
 DEFAULT_SOURCE = "rules_8k_long"
 # The model of the records, SmolLM2-135M in float32: KV of a token in 30 layers of 3 heads.
 _TOKEN_BYTES = 30 * 3 * 2 * 64 * 4
-_WINDOWS, _CONFIG = 2.0, FreeKVConfig()  # of the records
+_CONFIG = FreeKVConfig()  # of the records, but for the budget
 
 
 @dataclass(frozen=True)
@@ -54,11 +55,11 @@ def measured_traffic(method: str = "freekv", source: str = DEFAULT_SOURCE) -> Tr
     context, budget = SOURCES[source]
     wanted = {"method": method, "context": context, "budget": budget, "kind": "all"}
     records = [r for r in read_records(RESULTS / f"{source}.jsonl") if wanted.items() <= r.params.items()]
-    found = {r.metric: r.value for r in records if r.params.get("windows", _WINDOWS) == _WINDOWS}
+    found = {r.metric: r.value for r in records if r.params.get("windows", _CONFIG.windows) == _CONFIG.windows}
     if "exposed_bytes" not in found:
         raise ValueError(f"results/{source}.jsonl has no traffic of {method!r} at {context} tokens, budget {budget}")
     recalled = found["exposed_bytes"] + found["hidden_bytes"]
     traffic = Traffic(found["turnover"], found["flagged"], found["exposed_bytes"] / recalled)
-    selected = budget - _CONFIG.sink_tokens - _CONFIG.recent_tokens
-    expected = traffic.recalled_bytes(min(1.0, _WINDOWS * budget / context), selected * _TOKEN_BYTES)
+    own = Setting(context, 1, replace(_CONFIG, budget_tokens=budget))
+    expected = traffic.recalled_bytes(own.resident, own.selected * _TOKEN_BYTES)
     return replace(traffic, missed_share=recalled / expected)

@@ -113,8 +113,8 @@ class Prefill:
     def _begin(self, chunk: ExtendInput) -> None:
         """Give the pages that the chunk opens to their new owners, and start to fill the arena."""
         plan, memory = self._plan, self.memory
-        pages = [(layer, pages) for layer in memory.layers for pages in plan.group_pages[layer.kind.sliding_window]]
-        self._fills, self._num_fills = pages, 0
+        self._fills = [(layer, own) for layer in memory.layers for own in plan.group_pages[layer.kind.sliding_window]]
+        self._num_fills = 0
         layer_bytes = memory.geometry.page_bytes // memory.geometry.num_layers
         memory.counters.arena_filled_bytes += sum(len(pages) for _, pages in self._fills) * layer_bytes
         memory.tables.clear()

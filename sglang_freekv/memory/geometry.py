@@ -59,6 +59,11 @@ class Geometry:
         return tuple(number for number, window in enumerate(windows) if window is None)
 
     @property
+    def places(self) -> dict[int, int]:
+        """Number of a full layer -> its place in tensors that have only these."""
+        return {number: place for place, number in enumerate(self.full_layers)}
+
+    @property
     def block_bytes(self) -> int:
         """K and V of one (page, KV head) on the device."""
         return 2 * self.page_size * self.head_dim * self.dtype.itemsize

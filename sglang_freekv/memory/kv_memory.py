@@ -71,7 +71,7 @@ class KVMemory:
         self.ops = ops or (REFERENCE if device == "cpu" else triton_ops())
         self.runs_references = self.ops is REFERENCE
         self.max_pages = num_pages_of(max_context, g.page_size)
-        self._places = {number: place for place, number in enumerate(g.full_layers)}
+        self._places = g.places
         self.host = HostStore(g, num_host_pages, device)
         self.index = index_of(config)(g, num_host_pages, device)
         shape = (2, arena_tokens(config, g), 2, g.num_kv_heads, g.head_dim)  # half, token, K or V

@@ -30,7 +30,7 @@ class MinMaxIndex(PageIndex):
     def __init__(self, geometry: Geometry, num_host_pages: int, device: str) -> None:
         g = geometry
         self.geometry = g
-        self.places = {number: place for place, number in enumerate(g.full_layers)}
+        self.places = g.places
         shape = (len(g.full_layers), num_host_pages, g.num_kv_heads, 2, g.head_dim)
         self.summaries = torch.empty(shape, dtype=torch.uint8, device=device)
 

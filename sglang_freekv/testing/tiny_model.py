@@ -23,7 +23,7 @@ import dataclasses
 import json
 import math
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
@@ -90,7 +90,7 @@ class TinyModel:
 
     def write(self, out: Path) -> None:
         """Write config.json, model.safetensors and the tokenizer files into the folder `out`."""
-        generation_config = {"eos_token_id": _special_id("<|end|>")}
+        generation_config = {"eos_token_id": special_id("<|end|>")}
         tokenizer = build_tokenizer(self.vocab, self.max_position)
         write_checkpoint(out, self.weights(), self.hf_config(), tokenizer, generation_config)
 
@@ -105,25 +105,16 @@ class TinyModel:
             "mlp_only_layers": [],
         }
         return {
-            "architectures": [_ARCHITECTURES[self.arch]],
-            "model_type": self.arch,
-            "num_hidden_layers": self.layers,
-            "hidden_size": self.hidden,
-            "intermediate_size": 2 * self.hidden,
-            "num_attention_heads": self.heads,
-            "num_key_value_heads": self.kv_heads,
-            "head_dim": self.head_dim,
-            "vocab_size": self.vocab,
-            "max_position_embeddings": self.max_position,
+            **sizes_in_config(self, _ARCHITECTURES[self.arch]),
             "rope_theta": _ROPE_THETA,
             "rms_norm_eps": _NORM_EPS,
             "hidden_act": "silu",
             "attention_bias": False,  # Qwen2 has biases without asking
             "sliding_window": None,  # Mistral has one without asking
             "tie_word_embeddings": False,
-            "pad_token_id": _special_id("<|pad|>"),
+            "pad_token_id": special_id("<|pad|>"),
             "bos_token_id": None,
-            "eos_token_id": _special_id("<|end|>"),
+            "eos_token_id": special_id("<|end|>"),
             "torch_dtype": self.dtype,
             **(experts if self.arch == "qwen3_moe" else {}),
         }
@@ -216,7 +207,7 @@ def build_tokenizer(vocab_size: int, max_position: int) -> tuple[Tokenizer, dict
     tokens = [*_byte_tokens(), *(f"<|reserved_{i}|>" for i in range(vocab_size - MIN_VOCAB_SIZE))]
     ids = {token: i for i, token in enumerate(tokens[:256])}
     ids |= {token: i + MIN_VOCAB_SIZE for i, token in enumerate(tokens[256:])}
-    ids |= {token: _special_id(token) for token in SPECIAL_TOKENS}
+    ids |= {token: special_id(token) for token in SPECIAL_TOKENS}
     tokenizer = Tokenizer(models.BPE(vocab=ids, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -238,7 +229,23 @@ def _byte_tokens() -> list[str]:
     return sorted(pre_tokenizers.ByteLevel.alphabet())
 
 
-def _special_id(token: str) -> int:
+def sizes_in_config(model: Any, architecture: str) -> dict[str, Any]:
+    """What every config.json says: the class, and the sizes that a tiny model has as fields of these names."""
+    return {
+        "architectures": [architecture],
+        "model_type": model.arch,
+        "num_hidden_layers": model.layers,
+        "hidden_size": model.hidden,
+        "intermediate_size": 2 * model.hidden,
+        "num_attention_heads": model.heads,
+        "num_key_value_heads": model.kv_heads,
+        "head_dim": model.head_dim,
+        "vocab_size": model.vocab,
+        "max_position_embeddings": model.max_position,
+    }
+
+
+def special_id(token: str) -> int:
     return 256 + SPECIAL_TOKENS.index(token)
 
 

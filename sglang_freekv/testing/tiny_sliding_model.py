@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 import torch
 
-from sglang_freekv.testing.tiny_model import SPECIAL_TOKENS, build_tokenizer, write_checkpoint
+from sglang_freekv.testing.tiny_model import build_tokenizer, sizes_in_config, special_id, write_checkpoint
 
 _SCORE_STD = 2.75  # of q.k / sqrt(head_dim) over the keys
 _LAYER_STD = 2.0  # of what a layer adds, of an embedding's 1
@@ -57,26 +57,16 @@ class TinySlidingModel:
     def write(self, out: Path) -> None:
         """Write config.json, model.safetensors and the tokenizer files into the folder `out`."""
         tokenizer = build_tokenizer(self.vocab, self.max_position)
-        end = 256 + SPECIAL_TOKENS.index("<|end|>")
-        write_checkpoint(out, self.weights(), self.hf_config(), tokenizer, {"eos_token_id": end})
+        write_checkpoint(out, self.weights(), self.hf_config(), tokenizer, {"eos_token_id": special_id("<|end|>")})
 
     def hf_config(self) -> dict[str, Any]:
         """The model's config.json."""
-        special = {"pad_token_id": 256, "bos_token_id": None, "eos_token_id": 256 + SPECIAL_TOKENS.index("<|end|>")}
+        special = {"pad_token_id": special_id("<|pad|>"), "bos_token_id": None, "eos_token_id": special_id("<|end|>")}
         # The layers of a period slide, but for the last one; Mistral's all slide.
         pattern = {"gemma2": 2, "gpt_oss": 2}.get(self.arch, 3)
         slides = [self.arch == "mistral" or (i + 1) % pattern != 0 for i in range(self.layers)]
         common = {
-            "architectures": [_ARCHITECTURES[self.arch]],
-            "model_type": self.arch,
-            "num_hidden_layers": self.layers,
-            "hidden_size": self.hidden,
-            "intermediate_size": 2 * self.hidden,
-            "num_attention_heads": self.heads,
-            "num_key_value_heads": self.kv_heads,
-            "head_dim": self.head_dim,
-            "vocab_size": self.vocab,
-            "max_position_embeddings": self.max_position,
+            **sizes_in_config(self, _ARCHITECTURES[self.arch]),
             "sliding_window": self.window,
             "layer_types": ["sliding_attention" if x else "full_attention" for x in slides],
             "torch_dtype": self.dtype,
