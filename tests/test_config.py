@@ -64,6 +64,12 @@ def parse(*argv: str) -> dict:
         ({"mass": 0.9, "selector": "codes"}, "--freekv-mass"),
         ({"candidates": 1}, "--freekv-candidates"),
         ({"candidates": 4, "selector": "codes"}, "--freekv-candidates"),
+        ({"score_interval": 0}, "--freekv-score-interval"),
+        ({"score_interval": 65}, "--freekv-score-interval"),
+        ({"score_interval": 2, "tau": 0.9}, "--freekv-score-interval"),
+        ({"score_interval": 2, "selector": "codes"}, "--freekv-score-interval"),
+        ({"score_interval": 2, "mass": 0.9}, "--freekv-score-interval"),
+        ({"score_interval": 2, "candidates": 4}, "--freekv-score-interval"),
         ({"group_pooling": "mean"}, "--freekv-group-pooling"),
         ({"key_bits": 3}, "--freekv-key-bits"),
         ({"key_bits": 2.0}, "--freekv-key-bits"),
@@ -164,6 +170,11 @@ SETTINGS = {  # flags, keywords, fields; the second have what excludes one of th
         {"kv_retrieval": "freekv", "freekv_gate": 0.05, "freekv_candidates": 7, "freekv_mass": 0.9},
         FreeKVConfig(gate=0.05, candidates=7, mass=0.9),
     ),
+    "scored-at-intervals": (
+        "--kv-retrieval freekv --freekv-score-interval 4",
+        {"kv_retrieval": "freekv", "freekv_score_interval": 4},
+        FreeKVConfig(score_interval=4),
+    ),
 }
 
 
@@ -247,6 +258,12 @@ def test_a_share_is_refused_where_all_budgets_are_fixed_and_zero_is_not():
     with pytest.raises(ValueError, match="--freekv-mass"):
         request_mass(FreeKVConfig(), {"freekv_mass": 0.9})
     assert request_mass(FreeKVConfig(), {"freekv_mass": 0}) == 0
+
+
+@pytest.mark.parametrize("settings", [{"tau": 0.9}, {"mass": 0.9}, {"candidates": 4}, {"key_bits": 0}])
+def test_rows_are_scored_in_every_step_where_something_needs_their_scores(settings):
+    assert FreeKVConfig(**settings).max_interval == FreeKVConfig(**settings, score_interval=1).max_interval == 1
+    assert FreeKVConfig().max_interval > 1 == FreeKVConfig(score_interval=1).max_interval
 
 
 @pytest.mark.parametrize(("settings", "selected"), [({}, 1), ({"mass": 0.9}, 4), ({"mass": 0.9, "candidates": 2}, 2)])

@@ -61,7 +61,7 @@ def under(traffic: Traffic, setting: Setting, model: Model) -> Setting:
     s, g = setting, geometry_of(model, setting)
     recalled = traffic.recalled_bytes(s.resident, s.selected * g.token_bytes)
     shares = {"flagged_share": traffic.flagged_share, "exposed_share": traffic.exposed_share}
-    return replace(s, recalled_bytes=recalled, **shares)
+    return replace(s, recalled_bytes=recalled, scored_share=traffic.scored_share, **shares)
 
 
 def window_only(setting: Setting) -> Setting:
@@ -85,7 +85,7 @@ def gpu_step(card: Card, model: Model, setting: Setting) -> GPUStep:
     if setting.config.candidates:
         ops = ops.with_candidates()
     rows = setting.batch * model.kv_heads
-    corrected = rows if is_gate else rows * setting.corrected
+    corrected = rows * (setting.scored if is_gate else setting.corrected)
     hidden = work.hidden_bytes / layers / card.link_rate
     scan_beside = 0.0 if is_gate else scan_seconds(card, model, setting, rows)
     beside = launch_seconds((*ops.scan, *ops.fetch)) + scan_beside + hidden
@@ -112,7 +112,8 @@ def scan_seconds(card: Card, model: Model, setting: Setting, rows: float) -> flo
 def _scanned_bytes(model: Model, setting: Setting, rows: float) -> float:
     """Of one layer: the index, and per page an entry of the page table and a score for each query head."""
     g = geometry_of(model, setting)
-    once = scoring_bytes(g, replace(setting, flagged_share=0.0)) / g.num_layers / g.num_kv_heads
+    every_row = replace(setting, flagged_share=0.0, scored_share=1.0)
+    once = scoring_bytes(g, every_row) / g.num_layers / g.num_kv_heads
     return rows * (once + scored_pages(setting) * (8 + 4 * g.group_size))
 
 

@@ -31,6 +31,7 @@ class Setting:
     flagged_share: float = 0.0  # of the rows, corrected
     recalled_bytes: float = 0.0  # per request and step
     exposed_share: float = 0.0  # of these, that attention waits for
+    scored_share: float = 1.0  # of the rows, whose pages a step scores
 
     @property
     def budget(self) -> int | None:
@@ -51,6 +52,11 @@ class Setting:
     def corrected(self) -> float:
         """Share of the rows that select a second time."""
         return self._unless_fixed(self.flagged_share)
+
+    @property
+    def scored(self) -> float:
+        """Share of the rows whose pages a step scores."""
+        return self.scored_share if self.config.max_interval > 1 else 1.0
 
     @property
     def exposed(self) -> float:
@@ -120,7 +126,7 @@ def scoring_bytes(geometry: Geometry, setting: Setting, device: str = "cuda") ->
     budget = config.budget_tokens // g.page_size
     once = SelectionReads(g, config, g.num_layers, num_pages).bytes([num_pages], [[budget] * g.num_kv_heads])
     scores_again = config.min_cosine is not None and device != "cpu"
-    return once * (1 + setting.corrected * scores_again)
+    return once * (setting.scored + setting.corrected * scores_again)
 
 
 def kernels_of(machine: Machine, setting: Setting) -> Kernels:

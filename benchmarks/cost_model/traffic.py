@@ -37,6 +37,7 @@ class Traffic:
     exposed_share: float  # of the recalled bytes, that attention waits for
     # Recalls, over those of pages that are as seldom resident as any page of the request: a window returns to pages.
     missed_share: float = 1.0
+    scored_share: float = 1.0  # of the rows, whose pages a step scores
 
     def recalled_bytes(self, resident: float, selected_bytes: float) -> float:
         """Of a step, where a share of a request's tokens is resident and its windows select so many bytes."""
@@ -60,6 +61,7 @@ def measured_traffic(method: str = "freekv", source: str = DEFAULT_SOURCE) -> Tr
         raise ValueError(f"results/{source}.jsonl has no traffic of {method!r} at {context} tokens, budget {budget}")
     recalled = found["exposed_bytes"] + found["hidden_bytes"]
     traffic = Traffic(found["turnover"], found["flagged"], found["exposed_bytes"] / recalled)
+    traffic = replace(traffic, scored_share=found.get("scored", 1.0))  # records of before have every row scored
     own = Setting(context, 1, replace(_CONFIG, budget_tokens=budget))
     expected = traffic.recalled_bytes(own.resident, own.selected * _TOKEN_BYTES)
     return replace(traffic, missed_share=recalled / expected)

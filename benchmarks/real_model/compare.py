@@ -62,6 +62,7 @@ class Comparison:
     exposed_bytes: float  # recalled per decoded token while attention waited
     hidden_bytes: float  # recalled per decoded token for the next step
     pages: float  # that a row over its budget read, mean; 0 where there was none
+    scored: float  # share of those rows whose pages were scored in a step
     footprint: Footprint
 
     def of_texts(self, name: str) -> np.ndarray:
@@ -108,5 +109,6 @@ class Comparison:
             exposed_bytes=recalled * exposed / max(1, exposed + hidden),
             hidden_bytes=recalled * hidden / max(1, exposed + hidden),
             pages=memory.counters[Count.PAGES_READ] / max(1, memory.counters[Count.ROWS]),
+            scored=memory.counters[Count.SCORED_ROWS] / max(1, memory.counters[Count.ROWS]),
             footprint=footprint(memory.counters.as_dict()),
         )

@@ -54,6 +54,7 @@ def write_records(comparison: Comparison, kinds: Sequence[str], writer: RecordWr
         records.append(writer.write(name, getattr(c, name), "bytes per token", {**params, "kind": ALL}))
     if c.pages:
         records.append(writer.write("pages", c.pages, "pages per row", {**params, "kind": ALL}))
+        records.append(writer.write("scored", c.scored, "share", {**params, "kind": ALL}))
     for name, value in c.footprint.records().items():
         records.append(writer.write(name, value, "ratio", {**params, "kind": ALL}))
     return records
@@ -148,6 +149,7 @@ _COLUMNS = {
     "rows flagged": _plain("flagged"),
     "pages that change": _plain("turnover"),
     "pages read": _plain("pages"),
+    "rows scored": _plain("scored"),
     "KiB/token, waited for": _plain("exposed_bytes", 1 / 1024),
     "KiB/token, hidden": _plain("hidden_bytes", 1 / 1024),
     TITLE: _held,

@@ -13,11 +13,32 @@ from freekv_kernels.tables import GROUP_PAGES, Batch, Count, FlagList, PageStore
 
 _ROWS, _PAGES_READ = tl.constexpr(int(Count.ROWS)), tl.constexpr(int(Count.PAGES_READ))
 _FLAGGED_ROWS = tl.constexpr(int(Count.FLAGGED_ROWS))
+_SCORED_ROWS, _SCORED_PAGES = tl.constexpr(int(Count.SCORED_ROWS)), tl.constexpr(int(Count.SCORED_PAGES))
 _GROUP_PAGES = tl.constexpr(GROUP_PAGES)
 _EPS = tl.constexpr(1e-8)  # torch.cosine_similarity's least norm
 
 
-@triton.jit(do_not_specialize_on_alignment=["table_ptr", "flag_count_ptr"])
+@triton.jit
+def _find_due(
+    row, request_head, num_pages, budget, next_pages, counters_ptr, pace_ptr, rows_ptr, count_ptr, is_due_ptr
+):
+    """See `freekv_kernels.append_tokens`: count a row that is due, and list it where there is a list."""
+    is_due = next_pages > budget
+    if pace_ptr is not None:
+        left_ptr = pace_ptr + request_head * 2 + 1
+        left = tl.load(left_ptr)
+        is_waiting = is_due & (left > 0) & (next_pages == num_pages)
+        tl.store(left_ptr, left - 1, is_waiting)
+        is_due = is_due & ~is_waiting
+        tl.store(is_due_ptr + row, is_due)
+    if is_due:
+        if pace_ptr is not None:
+            tl.store(rows_ptr + tl.atomic_add(count_ptr, 1, sem="relaxed"), row)
+        tl.atomic_add(counters_ptr + _SCORED_ROWS, 1, sem="relaxed")
+        tl.atomic_add(counters_ptr + _SCORED_PAGES, num_pages, sem="relaxed")
+
+
+@triton.jit(do_not_specialize_on_alignment=["table_ptr", "flag_count_ptr", "due_count_ptr", "is_due_ptr", "pace_ptr"])
 def _append_tokens_kernel(
     q_ptr,
     k_ptr,
@@ -25,6 +46,7 @@ def _append_tokens_kernel(
     rows_ptr,
     slots_ptr,
     num_pages_ptr,
+    num_pages_next_ptr,
     budget_pages_ptr,
     tau,
     table_ptr,
@@ -39,6 +61,10 @@ def _append_tokens_kernel(
     queries_ptr,
     codes_ptr,
     groups_ptr,
+    pace_ptr,
+    due_rows_ptr,
+    due_count_ptr,
+    is_due_ptr,
     q_stride,
     q_head_stride,
     q_query_stride,
@@ -86,7 +112,8 @@ def _append_tokens_kernel(
         if tau is not None:
             last_q = tl.load(last_q_ptrs, in_group, other=0.0)
         budget = tl.load(budget_pages_ptr + row)
-        is_over = tl.load(num_pages_ptr + request) > budget
+        num_pages, next_pages = tl.load(num_pages_ptr + request), tl.load(num_pages_next_ptr + request)
+        is_over = num_pages > budget
 
     # No other program is at these cells; a thread that reads a bound after another wrote it folds to the same.
     record_ptr = record_pointer(host_kv_ptr, page, head, host_page_stride, host_head_stride)
@@ -124,6 +151,8 @@ def _append_tokens_kernel(
         if is_over:
             tl.atomic_add(counters_ptr + _ROWS, 1, sem="relaxed")
             tl.atomic_add(counters_ptr + _PAGES_READ, budget, sem="relaxed")
+        due_ptrs = (pace_ptr, due_rows_ptr, due_count_ptr, is_due_ptr)
+        _find_due(row, request_head, num_pages, budget, next_pages, counters_ptr, *due_ptrs)
 
     if codes_ptr is not None:
         is_full = offset == PAGE_SIZE - 1
@@ -161,6 +190,8 @@ def append_tokens(
     queries: torch.Tensor | None = None,
     codes: torch.Tensor | None = None,
     groups: torch.Tensor | None = None,
+    pace: torch.Tensor | None = None,
+    due: FlagList | None = None,
 ) -> None:
     """See `freekv_kernels.append_tokens`. The grid depends on the batch size only: a CUDA graph can hold it.
 
@@ -180,6 +211,7 @@ def append_tokens(
         batch.rows,
         batch.slots,
         batch.num_pages,
+        batch.num_pages_next,
         batch.budget_pages,
         tau,
         store.table,
@@ -187,11 +219,13 @@ def append_tokens(
         store.summary,
         store.block_kv,
         last_q,
-        *((flags.rows, flags.count, flags.is_flagged) if flags is not None else (None, None, None)),
+        *(flags or (None, None, None)),
         counters,
         queries,
         codes,
         groups,
+        pace,
+        *(due or (None, None, None)),
         *q.stride()[:3],
         *k.stride()[:2],
         *v.stride()[:2],

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from freekv_kernels.correct_windows import CALM
 from freekv_kernels.dependent_launch_triton import (
     dependent_launch,
     let_the_next_kernel_come,
@@ -16,6 +17,7 @@ from freekv_kernels.share_pages_triton import share_row, tensors_and_sizes
 from freekv_kernels.tables import Batch, Count, FlagList, PageStore
 
 _FLAGGED_ROWS = tl.constexpr(int(Count.FLAGGED_ROWS))
+_CALM = tl.constexpr(CALM)
 _MAX_REGISTERS = 128  # two programs fit on a multiprocessor; without a bound ptxas makes room for three, and spills
 
 
@@ -53,7 +55,7 @@ def _select(
 
 @triton.jit(
     do_not_specialize=["scores_row_stride", "scores_group_stride", "page_table_stride", "num_columns"],
-    do_not_specialize_on_alignment=["flag_count_ptr"],
+    do_not_specialize_on_alignment=["flag_count_ptr", "is_due_ptr", "pace_ptr"],
 )
 def _correct_windows_kernel(
     scores_ptr,
@@ -75,6 +77,8 @@ def _correct_windows_kernel(
     flag_count_ptr,
     is_flagged_ptr,
     counters_ptr,
+    is_due_ptr,
+    pace_ptr,
     scale,
     gate,
     hysteresis,
@@ -104,6 +108,7 @@ def _correct_windows_kernel(
     RECENT: tl.constexpr,
     NUM_LOOKS: tl.constexpr,
     BLOCK_W: tl.constexpr,
+    MAX_INTERVAL: tl.constexpr,
 ):
     let_the_next_kernel_come()
     wait_for_the_kernel_before()
@@ -118,6 +123,18 @@ def _correct_windows_kernel(
         tl.store(is_flagged_ptr + row, False)
     if num_next <= budget:
         return
+    request_row = tl.load(rows_ptr + request)
+    windows_ptr += request_row * windows_row_stride + head.to(tl.int64) * windows_head_stride
+    step, column = tl.load(step_ptr), tl.arange(0, BLOCK_W)
+    front_ptrs = windows_ptr + step % 2 * windows_half_stride + column
+    back_ptr = windows_ptr + (step + 1) % 2 * windows_half_stride
+    if is_due_ptr is not None:
+        is_due = tl.load(is_due_ptr + row)
+        if not is_due:
+            in_window = column < WIDTH
+            tl.store(back_ptr + column, tl.load(front_ptrs, mask=in_window), mask=in_window)
+            tl.store(is_flagged_ptr + row, False)
+            return
     scores_ptr += row.to(tl.int64) * scores_row_stride
     if pages_ptr is not None:
         pages_ptr += row.to(tl.int64) * pages_stride
@@ -153,11 +170,8 @@ def _correct_windows_kernel(
     )
     tl.debug_barrier()  # threads read what others have written
 
-    windows_ptr += tl.load(rows_ptr + request) * windows_row_stride + head.to(tl.int64) * windows_head_stride
-    step, column = tl.load(step_ptr), tl.arange(0, BLOCK_W)
-    front_ptrs = windows_ptr + step % 2 * windows_half_stride + column
-    back_ptr = windows_ptr + (step + 1) % 2 * windows_half_stride
     # Where both steps choose among the same pages they choose the same: what the first turn takes is favoured then.
+    is_calm = tl.full((), False, tl.int1)
     is_one_turn = is_judged & (num_next == num_pages) & (budget == front_budget)
     for turn in range(1 - is_judged.to(tl.int32), 2 - is_one_turn.to(tl.int32)):
         own_budget = tl.where(turn == 0, front_budget, budget)
@@ -178,7 +192,8 @@ def _correct_windows_kernel(
                 best_column = columns_of(best, pages_ptr, SINK, end, NUM_LOOKS)
             is_best = (best_column >= SINK) & (best_column < end)
             best_share = tl.sum(tl.exp(tl.load(scores_ptr + best_column, mask=is_best, other=float("-inf"))))
-            is_flagged = best_share - held_share > gate
+            lost = best_share - held_share
+            is_flagged, is_calm = lost > gate, lost <= _CALM * gate
             tl.store(is_flagged_ptr + row, is_flagged)
             if is_flagged:
                 tl.store(front_ptrs, best, mask=is_selected)
@@ -189,6 +204,11 @@ def _correct_windows_kernel(
     window = tl.where(column < SINK, column, column + num_next - budget)
     is_selected = (column >= SINK) & (column < budget - RECENT)
     tl.store(back_ptr + column, tl.where(column < budget, window, -1), mask=(column < WIDTH) & ~is_selected)
+    if pace_ptr is not None:
+        pace_ptr += (request_row * NUM_KV_HEADS + head) * 2
+        interval = tl.where(is_calm, tl.minimum(2 * tl.load(pace_ptr), MAX_INTERVAL), 1)
+        tl.store(pace_ptr, interval)
+        tl.store(pace_ptr + 1, interval - 1)
 
 
 def correct_windows(
@@ -206,6 +226,9 @@ def correct_windows(
     counters: torch.Tensor,
     hysteresis: float = 0.0,
     pages: torch.Tensor | None = None,
+    due: FlagList | None = None,
+    pace: torch.Tensor | None = None,
+    max_interval: int = 1,
 ) -> None:
     """See `freekv_kernels.correct_windows`. The grid depends on shapes only, and nothing is allocated."""
     num_columns = scores.shape[2]
@@ -223,6 +246,8 @@ def correct_windows(
         flags.count,
         flags.is_flagged,
         counters,
+        None if due is None else due.is_flagged,
+        pace,
         scale,
         gate,
         hysteresis,
@@ -234,6 +259,7 @@ def correct_windows(
         RECENT=recent_pages,
         NUM_LOOKS=num_columns.bit_length(),
         BLOCK_W=triton.next_power_of_2(windows.shape[3]),
+        MAX_INTERVAL=max_interval,
         num_warps=8,
         maxnreg=_MAX_REGISTERS,
         **dependent_launch(),

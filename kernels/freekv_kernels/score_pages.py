@@ -127,3 +127,11 @@ def listed_rows(batch: Batch, half: Half, flags: FlagList | None) -> torch.Tenso
         return flags.rows[: int(flags.count)].long()
     is_over = batch.num_pages_at(half)[:, None] > batch.budget_pages
     return is_over.flatten().nonzero().flatten()
+
+
+def list_rows(is_listed: torch.Tensor, rows: FlagList) -> None:
+    """Write a list of rows, of bool ``[num_rows]``."""
+    listed = is_listed.nonzero().flatten()
+    rows.is_flagged.copy_(is_listed)
+    rows.rows[: len(listed)] = listed.int()
+    rows.count.fill_(len(listed))

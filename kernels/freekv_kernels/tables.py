@@ -62,6 +62,8 @@ class Count(IntEnum):
     EVICTIONS = 7  # blocks that were taken from a pair for another
     LOOKS = 8  # blocks that were looked at for these
     PAGES_READ = 9  # pages that ROWS attended to
+    SCORED_ROWS = 10  # rows whose pages were scored for the next step
+    SCORED_PAGES = 11  # pages of SCORED_ROWS, before any are listed
 
 
 class Batch(NamedTuple):
@@ -138,7 +140,9 @@ class MissList(NamedTuple):
 
 
 class FlagList(NamedTuple):
-    """Rows, request * num_kv_heads + head, that select again: the window lacks too much, or the query has moved."""
+    """Rows, request * num_kv_heads + head: that select again, as the window lacks too much or the query has moved; or
+    that are due, as their pages are scored in this step.
+    """
 
     rows: torch.Tensor  # int32 [batch_size * num_kv_heads], listed in any order
     count: torch.Tensor  # int32 [1]

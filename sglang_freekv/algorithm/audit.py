@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from freekv_kernels import Batch, Count, Half, window_pairs
+from freekv_kernels import Batch, Count, FlagList, Half, window_pairs
 from sglang_freekv.algorithm.decode import Decode
 from sglang_freekv.memory.kv_memory import KVMemory
 from sglang_freekv.memory.layers import Layer
@@ -73,7 +73,8 @@ def audit_windows(decode: Decode) -> None:
     """Raise AuditError where a window of the step just run breaks its rule.
 
     Front windows must have their form: sink, ascending pages, recent, within the budget; those of a layer with a
-    sliding window are its latest pages, each in a block. Back windows must be what this step's queries select. Where
+    sliding window are its latest pages, each in a block. Back windows must be what this step's queries select, or in
+    rows that were not scored the front windows. Where
     budgets follow the mass, they must be what these queries ask for, and the rows of a request together must have no
     more than its budgets.
     """
@@ -103,6 +104,8 @@ def audit_windows(decode: Decode) -> None:
             if is_known and not torch.equal(again.row_budgets, layer.row_budgets):
                 raise AuditError(f"layer {layer.number}: the budgets of rows are not what q asks for")
         selector.write_windows(again, ahead, Half.BACK, scale, scores=shares)
+        if plan.due[layer.number] is not None:
+            _keep_others(again, batch, plan.due[layer.number], front, back)
         is_wrong = (
             (again.windows[back, batch.rows] != layer.windows[back, batch.rows]).any(-1) & is_over_next & ~is_exempt
         )
@@ -110,6 +113,13 @@ def audit_windows(decode: Decode) -> None:
             index, head = is_wrong.nonzero()[0].tolist()
             row = int(batch.rows[index])
             raise AuditError(f"layer {layer.number}, row {row}, KV head {head}: the back window is not what q selects")
+
+
+def _keep_others(again: Layer, batch: Batch, due: FlagList, front: int, back: int) -> None:
+    """Rows that were not scored have the same window in both halves."""
+    request, head = (~due.is_flagged).view_as(batch.budget_pages).nonzero(as_tuple=True)
+    row = batch.rows[request]
+    again.windows[back, row, head] = again.windows[front, row, head]
 
 
 def _audit_sliding(layer: Layer, batch: Batch, front: int) -> None:

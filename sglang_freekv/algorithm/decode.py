@@ -31,6 +31,7 @@ class DecodePlan:
 
     batch: Batch
     flags: list[FlagList]  # per layer
+    due: list[FlagList | None]  # per layer, the rows that are scored; None: all that are over their next budget
     rows: list[RowBudgets] | None  # per layer; None where every row has the budget of its request
     sliding: dict[LayerKind, Batch]  # as layers with a sliding window fetch it
     todo: Shortcuts
@@ -92,7 +93,9 @@ class Decode:
         todo = shortcuts(memory, batch, step, num_pages, budgets, in_graph)
         rows = memory.tables.row_budgets(batch, memory.budgets.of_layers)
         sliding = {kind: windows.in_step(batch) for kind, windows in memory.sliding.items()}
-        self._plan = DecodePlan(batch, memory.tables.flags(len(step.rows)), rows, sliding, todo)
+        flags, due = memory.tables.flags(len(step.rows)), memory.tables.due(len(step.rows))
+        due = [of_layer if layer.pace is not None else None for of_layer, layer in zip(due, memory.layers, strict=True)]
+        self._plan = DecodePlan(batch, flags, due, rows, sliding, todo)
         return self._plan
 
     def _write_tables(self, step: DecodeInput, num_pages: list[int], in_graph: bool) -> Batch:
@@ -166,9 +169,9 @@ class Decode:
         self.scales[number] = scale
         q = q.view(-1, g.num_kv_heads, g.group_size, g.head_dim)
         selector, attention, kv_indptr = self.selectors.get(layer.kind), self.attentions[layer.kind], None
-        flags = None if selector is None else plan.flags[number]
+        flags, due = (None, None) if selector is None else (plan.flags[number], plan.due[number])
         queries = memory.tables.queries(len(q))
-        memory.append(layer, q, k, v, batch, flags, queries, plan.todo.fills_pages)
+        memory.append(layer, q, k, v, batch, flags, queries, plan.todo.fills_pages, due)
         if selector is not None:
             selector.observe(layer, batch, scale)
             kv_indptr = self._retrieve(layer, selector, attention, flags, scale)
@@ -204,7 +207,8 @@ class Decode:
         front, scores = plan.batch_at(layer.number, Half.FRONT), None
         if todo.selects and gate is not None:
             # What the next step needs says what this one lacks. On one stream, which the next layer's scores follow.
-            scores = selector.correct_windows(layer, plan.batch, front.budget_pages, scale, gate, flags)
+            due = plan.due[layer.number]
+            scores = selector.correct_windows(layer, plan.batch, front.budget_pages, scale, gate, flags, due)
             if plan.rows is not None:  # with budgets of their own
                 self._select_next(layer, selector, scale, scores)
         elif todo.selects:

@@ -86,6 +86,7 @@ class Prefill:
         masses = [memory.budgets.mass_of(chunk.rows_cpu[i]) for i in chunk.completed]
         masses = to_device(torch.tensor(masses, dtype=torch.float32), memory.device)
         memory.budgets.start(completed.rows, completed.budget_pages, masses)
+        memory.windows.start(completed.rows)
         page_starts = to_device(_page_starts(chunk.prefix_lens, chunk.extend_lens, page_size), memory.device)
         self._plan = PrefillPlan(
             slots=chunk.slots,

@@ -73,7 +73,14 @@ class MassSelector(MinMaxSelector):
         return pages
 
     def correct_windows(
-        self, layer: Layer, batch: Batch, front_budgets: torch.Tensor, scale: float, gate: float, flags: FlagList
+        self,
+        layer: Layer,
+        batch: Batch,
+        front_budgets: torch.Tensor,
+        scale: float,
+        gate: float,
+        flags: FlagList,
+        due: FlagList | None,
     ) -> Scores:
         """Select again where the front window would lose more of the attention than `gate`, then for the next step.
 
@@ -86,16 +93,19 @@ class MassSelector(MinMaxSelector):
         scale : float, of the logits
         flags : FlagList
             Written.
+        due : FlagList or None
+            The rows that are scored; others keep their windows. None: all that are over their next budget.
 
         Returns
         -------
         Scores
-            As those of `score`.
+            As those of `score`, of the rows that are scored.
         """
-        memory, sizes, masses = self.memory, self.memory.sizes, self._masses(layer, batch, Half.BACK, scale)
+        memory, sizes, masses = self.memory, self.memory.sizes, self._masses(layer, batch, Half.BACK, scale, due)
         rule = (scale, gate, sizes.sink, sizes.recent, layer.windows, flags, memory.counters.values)
         own = (masses.values, layer.last_q, layer.store, batch, front_budgets)
-        memory.ops.correct_windows(*own, *rule, memory.config.bonus, masses.pages)
+        pace = () if due is None else (due, layer.pace, memory.config.max_interval)
+        memory.ops.correct_windows(*own, *rule, memory.config.bonus, masses.pages, *pace)
         return Scores(masses.values[:, :1], masses.pages)
 
     def apportion(self, layer: Layer, batch: Batch, half: Half, shares: Scores, budget_pages: torch.Tensor) -> Batch:

@@ -97,10 +97,11 @@ class KVMemory:
         self.kinds = kinds_of(config, g)
         sliding = (g, self.max_requests, self.max_pages, self.device)
         self.sliding = {kind: SlidingWindows.of(kind, *sliding) for kind in sliding_kinds(g)}
-        self.counters = Counters(g.record_bytes, self.device)
         self._footprint = DeviceFootprint(g, self.kinds, index_of(config).page_bytes(g))
         num_selecting = sum(kind.selects for kind in self.kinds)
         self._selection_reads = SelectionReads(g, config, num_selecting, self.max_pages)
+        scored_page_bytes = self._selection_reads.page_bytes_of_row if config.max_interval > 1 else 0
+        self.counters = Counters(g.record_bytes, self.device, scored_page_bytes)
         self.windows = Windows(g, self.max_requests, self.sizes.width, self.device)
         self.budgets = Budgets(g, self.max_requests, self.sizes, config.mass, self.device)
         self._allocate_blocks(num_blocks)
@@ -157,6 +158,7 @@ class KVMemory:
             windows=self.sliding[kind].pages if place is None else self.windows.pages[:, place],
             row_budgets=None if self.config.mass is None else self.budgets.of_layers[number],
             last_q=None if place is None else self.windows.last_q[place],
+            pace=None if place is None or self.config.max_interval == 1 else self.windows.pace[place],
             front=self.tables.misses(number, Half.FRONT),
             back=self.tables.misses(number, Half.BACK),
         )
@@ -176,6 +178,7 @@ class KVMemory:
         flags: FlagList | None,
         queries: torch.Tensor | None,
         fills_pages: bool,
+        due: FlagList | None = None,
     ) -> None:
         """Write one decoded token per request: see the op `append_tokens`.
 
@@ -183,10 +186,13 @@ class KVMemory:
         ----------
         fills_pages : bool
             Whether a token may be the last one of its page, which then is full.
+        due : FlagList, optional
+            Of a layer with a pace, written.
         """
         codes, groups = self.index.encoded_by_append(layer.number, batch.groups) if fills_pages else (None, None)
         kept = (layer.last_q, flags, self.counters.values, queries)
-        self.ops.append_tokens(q, k, v, batch, self.config.min_cosine, layer.store, *kept, codes, groups)
+        encoded, paced = (codes, groups), (layer.pace if due is not None else None, due)
+        self.ops.append_tokens(q, k, v, batch, self.config.min_cosine, layer.store, *kept, *encoded, *paced)
         if fills_pages and codes is None:
             self.seal(layer, batch.slots, batch.groups)
 
@@ -214,7 +220,8 @@ class KVMemory:
         counters.decoded_tokens += len(lens)
         counters.host_token_steps += sum(lens)
         counters.device_token_steps += self._footprint.tokens(num_pages, budgets)
-        counters.selection_bytes += self._selection_reads.bytes(num_pages, budgets)
+        if self.config.max_interval == 1:  # otherwise the device knows which rows are scored
+            counters.selection_bytes += self._selection_reads.bytes(num_pages, budgets)
 
     def device_bytes(self) -> dict[str, int]:
         """Device memory by purpose, measured from the tensors."""

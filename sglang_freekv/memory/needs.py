@@ -47,13 +47,14 @@ def workspace_bytes(geometry: Geometry, config: FreeKVConfig, max_context: int, 
     of_sliding = [sliding_pages(kind, g, max_pages) for kind in sliding_kinds(g)]
     misses = 2 * (8 + 4 + 4) * g.num_kv_heads * max([width, *of_sliding])  # front and back: pair, entry, block
     flags = (4 + (g.num_layers if config.candidates else 1)) * g.num_kv_heads
+    due = (4 + g.num_layers) * g.num_kv_heads
     opened = 8 * g.num_kv_heads
     queries = g.num_qo_heads * g.head_dim * g.dtype.itemsize  # of one layer
     widths = [width, *of_sliding, *([max_pages] if DENSE in kinds_of(config, g) else [])]
     attention = 4 * g.num_kv_heads * sum(n + 2 for n in widths)  # kv_indices, kv_indptr, last_page_len
     # Budgets of rows: in this step, in the next, and by row of the request table; kv_indptr.
     by_mass = (3 * 8 + 4) * g.num_layers * g.num_kv_heads if config.mass is not None else 0
-    lists = misses + flags + opened
+    lists = misses + flags + due + opened
     return max_requests * (batch + queries + scores + lists + attention + by_mass)
 
 
@@ -107,12 +108,12 @@ class Needs:
 
     @property
     def window_bytes(self) -> int:
-        """Page lists and latest queries of one request."""
+        """Page lists, latest queries and paces of one request."""
         g = self.geometry
         num_layers = len(g.full_layers)
         last_q_bytes = num_layers * g.num_qo_heads * g.head_dim * g.dtype.itemsize
         width = WindowSizes.of(self.config, g.page_size).width
-        return 2 * num_layers * g.num_kv_heads * width * 4 + last_q_bytes
+        return 2 * num_layers * g.num_kv_heads * (width + 1) * 4 + last_q_bytes
 
     @property
     def row_bytes(self) -> int:

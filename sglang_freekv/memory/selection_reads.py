@@ -27,6 +27,11 @@ class SelectionReads:
         That select.
     max_pages : int
         Of a request, as the memory has tables for.
+
+    Attributes
+    ----------
+    page_bytes_of_row : int
+        Of one page, in one layer and KV head, where every page is scored.
     """
 
     def __init__(self, geometry: Geometry, config: FreeKVConfig, num_layers: int, max_pages: int) -> None:
@@ -35,6 +40,7 @@ class SelectionReads:
         share = num_layers / max(len(geometry.full_layers), 1)
         is_read = config.selector_name not in BASELINES or config.selector_name == "arkvale"
         self._page_bytes = is_read * int(share * index_of(config).page_bytes(geometry))
+        self.page_bytes_of_row = self._page_bytes // max(num_layers * geometry.num_kv_heads, 1)
         self._bounds_bytes = num_layers * geometry.num_kv_heads * 2 * geometry.head_dim
 
     def bytes(self, num_pages: Sequence[int], budgets: Sequence[Sequence[int]]) -> int:

@@ -69,10 +69,11 @@ class StepTables:
         page_table, budgets = zeros(max_requests, max_pages), zeros(max_requests, g.num_kv_heads)
         groups = zeros(max_requests, GROUP_PAGES)
         self._batch = Batch(rows, slots, page_table, num_pages, num_pages_next, budgets, step, groups)
-        # Of flags, front and back misses: how many, and the progress of fetching them.
-        self._counts = zeros(3, g.num_layers, 4, dtype=torch.int32)
+        # Of flags, front and back misses: how many, and the progress of fetching them; of due rows: how many.
+        self._counts = zeros(4, g.num_layers, 4, dtype=torch.int32)
         num_kept = g.num_layers if keeps_flags else 1
         self._flags = zeros(num_rows, dtype=torch.int32), zeros(num_kept, num_rows, dtype=torch.bool)
+        self._due = zeros(num_rows, dtype=torch.int32), zeros(g.num_layers, num_rows, dtype=torch.bool)
         self._misses = [
             (zeros(num_entries), zeros(num_entries, dtype=torch.int32), zeros(num_entries, dtype=torch.int32))
             for _ in ("front", "back")
@@ -99,10 +100,18 @@ class StepTables:
 
     def flags(self, batch_size: int) -> list[FlagList]:
         """The lists of flagged rows of all layers, for a batch."""
+        return self._lists_of_rows(batch_size, *self._flags, self._counts[0])
+
+    def due(self, batch_size: int) -> list[FlagList]:
+        """The lists of the rows that are scored in the step, of all layers, for a batch."""
+        return self._lists_of_rows(batch_size, *self._due, self._counts[3])
+
+    def _lists_of_rows(
+        self, batch_size: int, rows: torch.Tensor, is_listed: torch.Tensor, counts: torch.Tensor
+    ) -> list[FlagList]:
         num_rows = batch_size * self._geometry.num_kv_heads
-        rows, is_flagged = (tensor[..., :num_rows] for tensor in self._flags)
-        per_layer = is_flagged.expand(self._geometry.num_layers, -1)
-        return [FlagList(rows, *of_layer) for of_layer in zip(self._counts[0, :, :1], per_layer, strict=True)]
+        per_layer = is_listed[:, :num_rows].expand(self._geometry.num_layers, -1)
+        return [FlagList(rows[:num_rows], *of_layer) for of_layer in zip(counts[:, :1], per_layer, strict=True)]
 
     def row_budgets(self, batch: Batch, of_layers: torch.Tensor) -> list[RowBudgets] | None:
         """Snapshot the budgets of a batch's rows in every layer; None where rows have those of their requests.

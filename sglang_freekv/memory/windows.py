@@ -68,6 +68,8 @@ class Windows:
         Ascending, -1 padded. A row within its budget changes its window only when a page is opened, in both halves.
     last_q : model dtype, ``[num_full_layers, max_requests + 1, num_kv_heads, group_size, head_dim]``, device
         Latest queries.
+    pace : int32, ``[num_full_layers, max_requests + 1, num_kv_heads, 2]``, device
+        Steps from one scoring of a row to the next, and steps that are left before it.
     """
 
     def __init__(self, geometry: Geometry, max_requests: int, width: int, device: str) -> None:
@@ -78,7 +80,12 @@ class Windows:
         self.last_q = torch.zeros(
             (num_layers, rows, g.num_kv_heads, g.group_size, g.head_dim), dtype=g.dtype, device=device
         )
+        self.pace = torch.zeros((num_layers, rows, g.num_kv_heads, 2), dtype=torch.int32, device=device)
+
+    def start(self, rows: torch.Tensor) -> None:
+        """Requests start to decode in these rows (int64, ``[n]``, device): they are scored in their first step."""
+        self.pace[:, rows] = self.pace.new_tensor([1, 0])
 
     @property
     def nbytes(self) -> int:
-        return self.pages.nbytes + self.last_q.nbytes
+        return self.pages.nbytes + self.last_q.nbytes + self.pace.nbytes

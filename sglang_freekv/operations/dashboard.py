@@ -151,7 +151,11 @@ ROWS: dict[str, list[Panel]] = {
         Panel(
             "Rows over their budget per decode step",
             "short",
-            {"rows": f"{_rate('rows')} / {_rate('steps')}", "corrected": f"{_rate('flagged_rows')} / {_rate('steps')}"},
+            {
+                "rows": f"{_rate('rows')} / {_rate('steps')}",
+                "scored": f"{_rate('scored_rows')} / {_rate('steps')}",
+                "corrected": f"{_rate('flagged_rows')} / {_rate('steps')}",
+            },
         ),
         Panel(
             "Read to choose pages, per token",

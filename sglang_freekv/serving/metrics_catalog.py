@@ -87,8 +87,8 @@ METRICS = {
         "counter",
         "bytes",
         "Bytes of the page index that decode steps read on the device to choose pages",
-        "Divided by decoded_tokens: what choosing costs a request and step. Lower it with --freekv-candidates or "
-        "--freekv-key-bits.",
+        "Divided by decoded_tokens: what choosing costs a request and step. Lower it with --freekv-score-interval, "
+        "--freekv-candidates or --freekv-key-bits.",
     ),
     "recalled_bytes": Metric(
         "counter",
@@ -146,6 +146,13 @@ METRICS = {
         "Rows corrected because their window would have lost too much of the attention, or their query had moved",
         "flagged_rows / rows is the share of corrections, a property of the model. It costs where misses are many, "
         "too; then raise --freekv-device-blocks-memory or --freekv-gate, or lower --freekv-tau where that is set.",
+    ),
+    "scored_rows": Metric(
+        "counter",
+        "rows",
+        "Rows whose pages were scored, to correct their window and to select the next one",
+        "scored_rows / rows is the share of a step's scoring that is left of scoring every row. It falls with "
+        "--freekv-score-interval, and where windows lack little.",
     ),
     "absent_pages": Metric(
         "counter",

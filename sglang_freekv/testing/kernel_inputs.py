@@ -44,8 +44,10 @@ class KernelInputs(DecodeState):
         flags.count.zero_()
         kept = (layer.last_q, flags, counters, torch.empty(q.shape, dtype=q.dtype, device=self.device))
         args = (q, k, v, self.batch, self.config.min_cosine, layer.store, *kept)
-        codes, changed = self.memory.index.codes[LAYER], (layer.last_q, flags.count)
+        codes, due = self.memory.index.codes[LAYER], self.memory.tables.due(self.batch_size)[LAYER]
+        changed = (layer.last_q, flags.count, due.count, layer.pace)
         return {
+            "one token each, by pace": Call((*args, codes, None, layer.pace, due), changed=changed),
             "one token each": Call((*args, codes), changed=changed),
             "one token each, with groups": Call((*args, codes, self.batch.groups), changed=changed),
             "one token each, nothing encoded": Call(args, changed=changed),
@@ -63,6 +65,7 @@ class KernelInputs(DecodeState):
         for call in self.list_candidates().values():
             self.memory.ops.list_candidates(*call.args[:9], listed)
         mass = codes | {"scale": self.geometry.head_dim**-0.5}
+        due = {"flags": self._flags(), "out": self._scores()}
         return {
             "front, flagged rows": Call((*args, Half.FRONT), flagged),
             "back": Call((*args, Half.BACK), {"out": self._scores()}),
@@ -71,6 +74,7 @@ class KernelInputs(DecodeState):
             "back, by codes": Call((*args, Half.BACK), {"out": self._scores()} | codes),
             "first, by codes": Call((*args, Half.BOTH), codes),
             "back, by mass": Call((*args, Half.BACK), {"out": self._scores()} | mass),
+            "back, by mass, due rows": Call((*args, Half.BACK), due | mass),
             "back, by mass, of a list": Call((*args, Half.BACK), {"out": self._scores()} | mass | {"pages": listed}),
         }
 
@@ -85,7 +89,14 @@ class KernelInputs(DecodeState):
         scores, scale = self._scores(), self.geometry.head_dim**-0.5
         masses = (scores, self.layer.last_q, self.layer.store, self.batch, self.batch.budget_pages, scale)
         rule = (0.01, self.sizes.sink, self.sizes.recent, windows, flags, self.memory.counters.values, 0.5)
-        return {"every row": Call((*masses, *rule), changed=(scores, windows, flags.count))}
+        due = self.memory.tables.due(self.batch_size)[LAYER]
+        due.is_flagged.fill_(True)
+        paced = (None, due, self.layer.pace, self.memory.config.max_interval)
+        changed = (scores, windows, flags.count, self.layer.pace)
+        return {
+            "every row": Call((*masses, *rule), changed=changed),
+            "due rows": Call((*masses, *rule, *paced), changed=changed),
+        }
 
     def apportion_pages(self) -> dict[str, Call]:
         memory, budgets = self.memory, self.batch.budget_pages

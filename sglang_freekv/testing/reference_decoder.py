@@ -24,6 +24,16 @@ class Expected:
     scores: list[dict[int, float]]  # per KV head: pooled score of every candidate, {} without a choice
     flagged: list[bool]  # per KV head: its window was chosen again with this step's query
     over_budget: bool
+    due: list[bool]  # per KV head: it scored its pages, for this step's window and the next one's
+
+
+@dataclass
+class Pace:
+    """When a KV head scores its pages."""
+
+    interval: int = 1  # steps
+    left: int = 0  # steps before it does
+    was_due: bool = True  # in the step before; the prompt's last token was
 
 
 class ReferenceRequest(ReferenceScores):
@@ -35,6 +45,7 @@ class ReferenceRequest(ReferenceScores):
         self._sizes: dict[tuple[int, int, int], list[int]] = {}  # by layer, length and known tokens
         self.last_query: list[torch.Tensor | None] = [None] * rule.num_layers  # [Hq, D] float64
         self.read: list[list[list[int]]] = [[[]] * rule.num_kv_heads] * rule.num_layers  # windows of the last step
+        self.paces = [[Pace() for _ in range(rule.num_kv_heads)] for _ in range(rule.num_layers)]
 
     def prefill(
         self,
@@ -48,6 +59,7 @@ class ReferenceRequest(ReferenceScores):
         """Append a chunk and return its causal attention over all that a layer's queries see, `[n, Hq, D]`."""
         self.remember(layer, k, v)
         self.last_query[layer] = q[-1].double()
+        self.paces[layer] = [Pace() for _ in range(self.rule.num_kv_heads)]
         length = len(self.keys[layer])
         first = length - len(q)
         key, query = torch.arange(length)[None, :], torch.arange(first, length)[:, None]
@@ -70,7 +82,7 @@ class ReferenceRequest(ReferenceScores):
         if layer in self.rule.dense_layers or self.rule.sliding_window(layer) is not None:
             first = max(len(self.keys[layer]) - (self.rule.sliding_window(layer) or math.inf), 0)
             pages = [list(range(int(first) // self.rule.page_size, num_pages)) for _ in range(self.rule.num_kv_heads)]
-            return Expected(pages, [{} for _ in pages], [False] * len(pages), False)
+            return Expected(pages, [{} for _ in pages], [False] * len(pages), False, [False] * len(pages))
         over_budget = num_pages > self.budget_pages
         of_heads = [
             self.front_window(layer, kv_head, q, previous, self.read[layer][kv_head])
@@ -78,7 +90,7 @@ class ReferenceRequest(ReferenceScores):
         ]
         windows, scores, flagged, self.found[layer] = map(list, zip(*of_heads, strict=True))
         self.read[layer] = windows
-        return Expected(windows, scores, flagged, over_budget)
+        return Expected(windows, scores, flagged, over_budget, [pace.was_due for pace in self.paces[layer]])
 
     def front_window(
         self, layer: int, kv_head: int, q: torch.Tensor, previous: torch.Tensor, read: Sequence[int] = ()
@@ -86,11 +98,16 @@ class ReferenceRequest(ReferenceScores):
         """The window of the latest token, the scores it was chosen by, whether it was by its own query `q`, and the
         window that the token before had chosen, which had `read` its own.
         """
-        length = len(self.keys[layer])
+        length, pace = len(self.keys[layer]), self.paces[layer][kv_head]
         window, scores = self.window(layer, kv_head, previous, length, length - 1, read)
+        if not pace.was_due and scores:
+            window = list(read)  # its pages were not scored, and no page was opened
+        self._pass(pace, length)
         if not scores:
             return window, scores, False, window
         self.found[layer][kv_head] = window
+        if not pace.was_due:
+            return window, scores, False, window
         again, scores_again = self.window(layer, kv_head, q, length, length, window, len(window))
         if self.rule.gate is None:
             is_flagged = self.similarity(q, previous, kv_head) < self.rule.tau
@@ -98,7 +115,22 @@ class ReferenceRequest(ReferenceScores):
             own = self.scores(layer, kv_head, q, scores_again, length)
             kept = [sum(math.exp(own[page]) for page in pages if page in own) for pages in (again, window)]
             is_flagged = kept[0] - kept[1] > self.rule.gate
+            is_calm = kept[0] - kept[1] <= self.rule.gate / 2
+            pace.interval = min(2 * pace.interval, self.rule.max_interval) if is_calm else 1
+            pace.left = pace.interval - 1
         return (again, scores_again, True, window) if is_flagged else (window, scores, False, window)
+
+    def _pass(self, pace: Pace, length: int) -> None:
+        """A step passes, of the latest token: is the head due in it, for a next window that is over the budget?"""
+        num_pages, num_next = (math.ceil(n / self.rule.page_size) for n in (length, length + 1))
+        if num_next <= self.budget_pages:
+            pace.was_due = True  # all pages are listed, scored or not
+            return
+        pace.was_due = pace.left == 0 or num_next > num_pages
+        if not pace.was_due:
+            pace.left -= 1
+        elif num_pages <= self.budget_pages:
+            pace.interval, pace.left = 1, 0
 
     def attend(
         self,

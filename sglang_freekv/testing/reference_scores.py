@@ -32,6 +32,7 @@ class Rule:
     key_bits: int  # pages are scored by their keys in this many bits; 0: by their minimum and maximum
     by_mass: bool  # by what all tokens of a page get, instead of by its best one
     hysteresis: float  # what a page of the present window scores more
+    max_interval: int  # steps after which a head scores its pages again, at most
     candidates: int  # pages whose keys are read for each one that is selected; 0: all
     num_listed: int | None  # pages up to which the keys of all are read; None: always
     mass: float  # share of the attention that a window is to hold, of a request that asks for none; 0: its budget
@@ -58,6 +59,7 @@ class Rule:
             key_bits=g.key_bits,
             by_mass=config.selector_name == "mass",
             hysteresis=config.bonus,
+            max_interval=config.max_interval,
             candidates=config.candidates,
             num_listed=sizes.num_listed(config.candidates, memory.max_pages),
             mass=config.mass or 0.0,

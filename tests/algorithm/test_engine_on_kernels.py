@@ -53,6 +53,7 @@ CASES = {
         **{"selector": "codes", "group_pooling": "scaled", "key_bits": 1},
     },
     "by-mass-gated-hysteresis": {"selector": "mass", "key_bits": 2, "hysteresis": 0.05, "gate": 0.01, "candidates": 2},
+    "by-mass-scored-at-intervals": {"key_bits": 2, "gate": 0.2, "score_interval": 3},
     "sliding-layer-capped": {"key_bits": 2, **SLIDING},
     "exact-dense-layer-every-page-fetched": {
         **{"tau": 1.01, "dense_layers": (0,), "refetch": True},
@@ -119,7 +120,9 @@ def test_a_prefix_that_lost_its_blocks_is_fetched_on_demand_once_for_all() -> No
 
 
 @pytest.mark.parametrize(
-    "settings", [{"tau": 0.9}, {"gate": 0.01, "mass": 0.7}, SLIDING], ids=["tau", "budgets-by-mass", "sliding"]
+    "settings",
+    [{"tau": 0.9}, {"gate": 0.01, "mass": 0.7}, {"gate": 0.2}, SLIDING],
+    ids=["tau", "budgets-by-mass", "intervals", "sliding"],
 )
 def test_a_recorded_step_can_be_replayed_for_other_batches_and_lengths(settings: dict) -> None:
     """Nothing of a step, but what lies in tensors, is decided between plan and the last layer."""

@@ -140,8 +140,8 @@ def skip_encoding(engine: SimulatedEngine) -> None:
         ops.encode_pages(slots, store, codes.clone(), groups)
 
     def skip_in_step(*args: object) -> None:
-        *appended, codes, groups = args
-        ops.append_tokens(*appended, None if codes is None else codes.clone(), groups)
+        *appended, codes, groups, pace, due = args
+        ops.append_tokens(*appended, None if codes is None else codes.clone(), groups, pace, due)
 
     engine.memory.ops = ops._replace(encode_pages=skip, append_tokens=skip_in_step)
 

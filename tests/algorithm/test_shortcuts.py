@@ -62,7 +62,7 @@ def test_pages_are_encoded_when_a_token_is_the_last_of_its_page() -> None:
     append = engine.memory.ops.append_tokens
 
     def append_tokens(*args):
-        given.append(args[-2] is not None)
+        given.append(args[-4] is not None)
         append(*args)
 
     engine.memory.ops = engine.memory.ops._replace(append_tokens=append_tokens)

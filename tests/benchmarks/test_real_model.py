@@ -165,6 +165,7 @@ def comparison(method: str, kl: float, budget: int = 512) -> Comparison:
         exposed_bytes=2048,
         hidden_bytes=1024,
         pages=16.0,
+        scored=0.25,
         footprint=Footprint(0.3, 1.0),
     )
 
@@ -184,5 +185,6 @@ def test_the_table_ranks_methods_by_divergence_and_shows_the_ratio_of_perplexiti
     assert of_worse["perplexity"] == f"{math.exp(2.2):.3g}"
     assert of_worse["times full"].startswith(f"{math.exp(0.2):.4g} [")
     assert of_worse["KiB/token, waited for"] == "2" and of_worse["KiB/token, hidden"] == "1"
+    assert of_worse["rows scored"] == "0.25"
     assert len(table(records, "4096:512:chat").lines) == 5
     assert all(path.stat().st_size > 1000 for path in pictures.draw(records, tmp_path))

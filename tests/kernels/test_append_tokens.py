@@ -202,6 +202,8 @@ def test_a_head_is_flagged_where_the_mean_cosine_of_its_group_is_below_tau(impl,
         counters[Count.ROWS] += 2 * 3
         counters[Count.PAGES_READ] += case.batch.budget_pages[:2].sum()
         counters[Count.FLAGGED_ROWS] += len(expected)
+        counters[Count.SCORED_ROWS] += 2 * 3
+        counters[Count.SCORED_PAGES] += 2 * 3 * 9
         assert torch.equal(case.counters, counters)
         case.last_q.copy_(before)
 
@@ -297,3 +299,31 @@ def test_the_kernel_equals_the_reference(impl, dtype):
     for name in ("host", "summary", "block_kv", "last_q", "counters"):
         assert torch.equal(getattr(case, name).cpu(), getattr(expected, name))
     assert flagged(case) == flagged(expected)
+
+
+@pytest.mark.parametrize("opens_page", [False, True])
+def test_rows_are_due_where_no_steps_are_left_or_a_page_opens_next_and_others_wait_a_step_less(impl, opens_page):
+    case = make(impl)
+    case.batch = case.batch._replace(num_pages_next=case.batch.num_pages + torch.tensor([opens_page, 0, 0]))
+    left = torch.tensor([[3, 0], [1, 2], [5, 0]], dtype=torch.int32)  # by request and head; the last is in its budget
+    pace = torch.full((6, 2, 2), 8, dtype=torch.int32, device=impl.device)
+    pace[case.batch.rows, :, 1] = left.to(impl.device)
+    due, counters = flag_list(6, impl.device), case.counters.clone()
+    append(impl.ops, case, None, None, pace, due)
+    expected = [0, 1] if opens_page else [1]
+    assert due.is_flagged.nonzero().flatten().tolist() == expected == sorted(due.rows[: due.count.item()].tolist())
+    assert (due.rows[len(expected) :] == -7).all()
+    after = torch.tensor([[3 if opens_page else 2, 0], [0, 1], [5, 0]], dtype=torch.int32)
+    assert torch.equal(pace[case.batch.rows, :, 1].cpu(), after)
+    assert (pace[..., 0] == 8).all()
+    grown = (case.counters - counters).tolist()
+    assert (grown[Count.SCORED_ROWS], grown[Count.SCORED_PAGES]) == (len(expected), 9 * len(expected))
+
+
+def test_without_a_pace_every_row_over_its_next_budget_is_scored(impl):
+    case = make(impl)
+    case.batch = case.batch._replace(num_pages_next=case.batch.num_pages + torch.tensor([0, 0, 2]))
+    before = case.counters.clone()
+    append(impl.ops, case)
+    grown = (case.counters - before).tolist()
+    assert (grown[Count.SCORED_ROWS], grown[Count.SCORED_PAGES]) == (6, 2 * (9 + 9 + 3))

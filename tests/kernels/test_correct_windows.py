@@ -62,7 +62,7 @@ def shares_of(step, pages=None):
     return shares[:, :1]
 
 
-def run(impl, step, gate, hysteresis=0.0, pages=None):
+def run(impl, step, gate, hysteresis=0.0, pages=None, *paced):
     """Flagged rows, and the windows and the shares afterwards."""
     flags = flags_of([], len(step.scores), impl.device)
     flags.is_flagged.fill_(True)
@@ -70,7 +70,7 @@ def run(impl, step, gate, hysteresis=0.0, pages=None):
     pages = None if pages is None else pages.to(impl.device)
     own = step.to(impl)
     rule = (SCALE, gate, SINK, RECENT, own.windows, flags, counters, hysteresis, pages)
-    impl.ops.correct_windows(*own[:5], *rule)
+    impl.ops.correct_windows(*own[:5], *rule, *paced)
     listed = sorted(flags.rows[: int(flags.count)].tolist())
     assert listed == flags.is_flagged.nonzero().flatten().tolist()
     assert int(counters[Count.FLAGGED_ROWS]) == len(listed) == int(counters.sum())
@@ -195,3 +195,41 @@ def test_padding_is_not_flagged(impl):
     step = step._replace(batch=step.batch._replace(num_pages=none, num_pages_next=none))
     flagged, written, _ = run(impl, step, -1.0)
     assert not flagged and torch.equal(written, step.windows)
+
+
+def paced(impl, step, due, interval, max_interval=8):
+    """The rows that are due, and a pace of so many steps for every row."""
+    rows = flags_of(due, len(step.scores), impl.device)
+    rows.is_flagged[due] = True
+    pace = torch.tensor([interval, 0], dtype=torch.int32).expand(len(step.windows[0]), HEADS, 2)
+    return rows, pace.to(impl.device, copy=True).contiguous(), max_interval
+
+
+@pytest.mark.parametrize("following", [None, [40, 32, 700]], ids=["same-pages", "page-opens"])
+def test_rows_that_are_not_due_keep_their_windows_and_the_others_are_as_in_every_step(impl, following):
+    due = [1, 2, 3] if following else [1, 3, 4]  # a page opens in due rows only
+    step = make(impl, [40, 31, 700], [9, 12, 9], 13, following=following)
+    gate = middle_gate([row for row in expected(step, 0.5) if row[0] in due])
+    flagged, everywhere, _ = run(impl, step, gate, 0.5)
+    flagged_of_due, written, _ = run(impl, step, gate, 0.5, None, *paced(impl, step, due, 1))
+    assert flagged_of_due == [row for row in flagged if row in due] and flagged_of_due
+    for row in range(6):
+        own = (slice(None), row // HEADS + 1, row % HEADS)
+        front = step.windows[1][own[1:]]
+        assert torch.equal(written[own], everywhere[own] if row in due else front.expand(2, -1))
+
+
+@pytest.mark.parametrize("max_interval", [1, 6, 64])
+def test_a_due_row_that_lacks_little_is_scored_after_twice_the_steps_and_one_that_lacks_more_at_once(
+    impl, max_interval
+):
+    step = make(impl, [40, 31, 700, 12], [9, 12, 9, 12], 13, following=[40, 31, 700, 13])
+    lost = {row: lost for row, lost, _ in expected(step, 0.0)}
+    gate = 2 * sorted(lost.values())[2] + 1e-6  # of six rows that are judged three lack no more than half of it
+    due = [0, 1, 2, 4, 5, 6]  # the fourth request is over its budget from the next step on, and not judged
+    rows, pace, _ = paced(impl, step, due, 4)
+    run(impl, step, gate, 0.0, None, rows, pace, max_interval)
+    for row in range(8):
+        interval = min(8, max_interval) if lost.get(row, 1.0) <= gate / 2 else 1
+        after = pace[row // HEADS + 1, row % HEADS].tolist()
+        assert after == ([interval, interval - 1] if row in due else [4, 0]), row

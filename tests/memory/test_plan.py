@@ -149,7 +149,7 @@ def test_the_workspace_is_what_the_memory_and_the_attention_allocate(dense_layer
     memory = KVMemory(LLAMA_8B, config, **sizes)
     tables = memory.tables
     of_batch = [tensor for tensor in tables._batch if tensor is not memory.blocks.step]
-    tensors = [*of_batch, *tables._flags, *tables._misses[0], *tables._misses[1], tables.opened.pairs]
+    tensors = [*of_batch, *tables._flags, *tables._due, *tables._misses[0], *tables._misses[1], tables.opened.pairs]
     rows, num_listed = max_requests * LLAMA_8B.num_kv_heads, memory.sizes.num_listed(candidates, max_pages)
     assert (num_listed is None) == (candidates == 0)
     columns = max_pages if num_listed is None else max(num_listed, max_pages // GROUP_PAGES)

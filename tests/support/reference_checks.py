@@ -93,16 +93,25 @@ class ReferenceChecks:
                 for head, choice in enumerate(zip(expected.windows, expected.scores, strict=True)):
                     difference = explain_difference(windows[head], *choice, self._score_tolerance)
                     assert not difference, difference
-                self._back_windows(request, layer, back[place], q, windows)
+                self._back_windows(request, layer, back[place], q, windows, expected.due)
             self._blocks(request, layer, windows)
             sinks = None if self.sinks is None else self.sinks[layer]
             self.output(out, request.reference.attend(layer, q, windows, self.rule.scale, sinks))
 
     def _back_windows(
-        self, request: Request, layer: int, windows: torch.Tensor, q: torch.Tensor, present: list[list[int]]
+        self,
+        request: Request,
+        layer: int,
+        windows: torch.Tensor,
+        q: torch.Tensor,
+        present: list[list[int]],
+        due: list[bool],
     ) -> None:
-        """The back windows are this query's choice at the next length, beside those that were read."""
+        """The back windows are this query's choice at the next length, beside those that were read, or these."""
         for head, back in enumerate(window_of(windows, request)):
+            if not due[head]:
+                assert back == present[head]
+                continue
             lengths = (request.length + 1, request.length)
             expected, scores = request.reference.window(layer, head, q.double(), *lengths, present[head])
             # The page that the next token opens may be listed now or when it is opened.

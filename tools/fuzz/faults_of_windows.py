@@ -81,7 +81,7 @@ def a_window_does_not_stamp_its_blocks(patch: MonkeyPatch) -> None:
     wrap(patch, sys.modules["freekv_kernels.fetch_blocks"], "lookup_blocks", lookup)
 
 
-@fault("has no block|without a block|wrong output of a decode step", setup="stamps end")
+@fault("has no block|without a block|wrong output of a decode step", setup="stamps end, scored at intervals")
 def stamps_that_ended_are_never_old(patch: MonkeyPatch) -> None:
     def advance(self, number):
         self.step.fill_(2) if number == 1 << 29 else self.step.add_(1)
@@ -90,6 +90,17 @@ def stamps_that_ended_are_never_old(patch: MonkeyPatch) -> None:
 
 
 # Windows and what a step reads
+
+
+@fault("not what q selects|is not of the expected form|worse by|instead of")
+def a_row_that_is_scored_keeps_its_window(patch: MonkeyPatch) -> None:
+    def correct(original, scores, queries, store, batch, *rest):
+        original(scores, queries, store, batch, *rest)
+        (front,), (back,) = (half.indices(int(batch.step)) for half in (Half.FRONT, Half.BACK))
+        windows = rest[5]
+        windows[back] = windows[front]
+
+    wrap_op(patch, "correct_windows", correct)
 
 
 @fault("wrong output|wrong window|is not of the expected form|not what q selects|index|pages instead of")

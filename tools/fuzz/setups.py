@@ -52,7 +52,8 @@ _CONFIG = FreeKVConfig(
     recent_tokens=PAGE_SIZE,
     arena_tokens=3 * PAGE_SIZE,
     key_bits=2,
-    hysteresis=0.0,  # what a window should be is found without the window before it
+    hysteresis=0.0,  # what a window should be is found without the windows before it
+    score_interval=1,
     page_size=PAGE_SIZE,
 )
 _CODES = replace(_CONFIG, selector="codes")
@@ -83,7 +84,12 @@ SETUPS = (
         replace(_GEOMETRY, num_layers=2, num_kv_heads=4),
         replace(_CONFIG, mass=0.6, sink_tokens=0, budget_tokens=4 * PAGE_SIZE, max_budget_tokens=5 * PAGE_SIZE),
     ),
-    Setup("stamps end", _GEOMETRY, _CONFIG, first_step=(1 << 29) - 12),
+    Setup(
+        "stamps end, scored at intervals",
+        _GEOMETRY,
+        replace(_CONFIG, score_interval=4, gate=0.2),
+        first_step=(1 << 29) - 12,
+    ),
 )
 # Those that are compared with: what they keep of a request must survive whatever happens to others.
 BASELINE_SETUPS = tuple(
