@@ -17,6 +17,7 @@ from tools.zygote.interpreter import Order, send_order
 
 ADDRESS = "FREEKV_ZYGOTE"
 _ROOT = Path(__file__).parents[2]
+_UNSETTLED = ("PYTEST_", "TORCHINDUCTOR_CACHE_DIR", "CUTE_DSL_CACHE_DIR")
 
 # Together all of SGLang that takes long to import. What imports its scheduler is not among them: that reads settings of
 # tests from the environment, SGLANG_TEST_RETRACT for one.
@@ -97,7 +98,7 @@ def start(
             return subprocess.Popen(
                 command, stdout=out, stderr=subprocess.STDOUT, env=environment, start_new_session=True
             )
-        return Forked(Order(list(arguments), _without_pytest(environment), os.getcwd(), (1, 2), children), out)
+        return Forked(Order(list(arguments), _settled(environment), os.getcwd(), (1, 2), children), out)
 
 
 @contextmanager
@@ -117,7 +118,7 @@ def zygote(environment: dict[str, str], modules: Sequence[str] = SGLANG) -> Iter
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
-                env=_without_pytest(environment),
+                env=_settled(environment),
                 cwd=_ROOT,
                 pass_fds=[listener.fileno()],
                 start_new_session=True,  # a signal to this process and its group ends this process, and so the zygote
@@ -133,9 +134,9 @@ def zygote(environment: dict[str, str], modules: Sequence[str] = SGLANG) -> Iter
             process.communicate()
 
 
-def _without_pytest(environment: dict[str, str]) -> dict[str, str]:
-    """Without variables that differ from test to test, and that nothing but pytest reads."""
-    return {name: value for name, value in environment.items() if not name.startswith("PYTEST_")}
+def _settled(environment: dict[str, str]) -> dict[str, str]:
+    """Without variables that differ from test to test: pytest's own, and those in which libraries note defaults."""
+    return {name: value for name, value in environment.items() if not name.startswith(_UNSETTLED)}
 
 
 def _log(address: str | Path) -> Path:

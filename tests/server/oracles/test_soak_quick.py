@@ -20,7 +20,8 @@ _SECONDS, _SEED = 60, 1
 def test_a_server_keeps_working_and_one_that_stores_wrong_values_is_noticed(small_model: Path, tmp_path: Path):
     references = make_references(small_model, BUDGETS[-1], _SEED)
     fault, broken = faults.environment(tmp_path / "plugin")
-    with serve(small_model, tmp_path / "log", *FLAGS, "--freekv-audit", env=STRICT | HASTE | broken) as server:
+    flags, env = (*FLAGS, "--freekv-audit"), STRICT | HASTE | broken
+    with serve(small_model, tmp_path / "log", *flags, env=env, anew=True) as server:  # haste is read at import
         summary = soak(server, references, _SECONDS, _SEED, print)
         fault.write_text(faults.STORE)
         with pytest.raises(AssertionError, match="instead of"):
