@@ -1,6 +1,6 @@
 """A request is answered as on a fresh server: on pages and blocks of others, beside others, and under salts.
 
-SGLang 0.5.17 does not start with LoRA where there is no GPU; what keeps adapters apart is asked of its requests.
+SGLang does not start with LoRA where there is no GPU; what keeps adapters apart is asked of its requests.
 """
 
 from __future__ import annotations
@@ -94,11 +94,25 @@ def test_a_prefix_is_found_under_its_own_salt_only(server: Server):
     prompt = PROMPTS[2]
     known, alone = len(prompt) // PAGE_TOKENS * PAGE_TOKENS, said(ask(server, prompt))
     server.flush()
-    for salt in ("mine", None, "yours", "", "min", "mine "):
+    salts = ("mine", None, "yours", "min", "mine ")
+    for salt in salts:
         first, second = (ask(server, prompt, extra_key=salt) for _ in range(2))
         assert (cached(first), cached(second)) == (0, known), salt
         assert [said(first), said(second)] == [alone] * 2
-    assert server.freekv()["tree_tokens"] >= 6 * known, "salts share pages"
+    assert server.freekv()["tree_tokens"] >= len(salts) * known, "salts share pages"
+
+
+def test_an_empty_salt_is_what_it_is_for_plain_sglang(server: Server, plain: Server):
+    """Another one than none, or, with the tree in Rust, none."""
+    prompt = random_prompt(random.Random("empty salt"), 300)
+
+    def is_found(of: Server) -> list[bool]:
+        of.flush()
+        return [cached(ask(of, prompt, extra_key=salt)) > 0 for salt in (None, "", "", None)]
+
+    found = is_found(server)
+    assert found == is_found(plain)
+    assert not found[0] and found[2] and found[3]
 
 
 def test_the_salt_of_the_openai_api_separates_as_well(server: Server):
