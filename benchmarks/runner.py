@@ -76,7 +76,7 @@ def decode_batch(
         forward_mode=ForwardMode.DECODE,
         out_cache_loc=slots,
         positions=seq_lens - 1,
-        num_token_non_padded_cpu=len(rows),
+        **{release.BATCH_TOKENS: len(rows)},
         **_common(runner, input_ids, rows, seq_lens, seq_lens_cpu),
     )
 
@@ -104,7 +104,7 @@ def extend_batch(
         forward_mode=ForwardMode.EXTEND,
         out_cache_loc=torch.cat(slots).long(),
         positions=torch.cat(positions),
-        num_token_non_padded_cpu=len(input_ids),
+        **{release.BATCH_TOKENS: len(input_ids)},
         extend_num_tokens=len(input_ids),
         extend_seq_lens=torch.tensor(extend_lens, device=device),
         extend_prefix_lens=torch.tensor(prefix_lens, device=device),

@@ -102,7 +102,7 @@ DESKTOP = published(
     # A desktop board with two channels of DDR5-5600: 2 * 44.8 GB/s.
     host_gib=256,
     host_gbs=89.6,
-    static_share=0.847,  # what SGLang 0.5.17 chooses for 24 GiB
+    static_share=0.847,  # what SGLang chooses for 24 GiB and chunks of 2,048 tokens
 )
 H100_X8 = published(
     "8 x H100 80 GB",
@@ -110,7 +110,7 @@ H100_X8 = published(
     # NVIDIA, DGX H100 user guide: 2 TB of system memory, two Xeon 8480C, each with 8 channels of DDR5-4800 (38.4 GB/s).
     host_gib=2048,
     host_gbs=614,
-    static_share=0.83,  # SGLang 0.5.17 chooses 0.836 for one rank on 80 GiB, 0.819 for eight
+    static_share=0.83,  # SGLang chooses 0.836 for one rank on 80 GiB, 0.819 for eight
     gpus=8,
 )
 MACHINES = {"rtx4090": DESKTOP, "h100x8": H100_X8}

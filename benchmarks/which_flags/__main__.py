@@ -34,11 +34,12 @@ A row is the report of
     python -m sglang_freekv.doctor --model-path FOLDER --gpu-memory-gb CARD --host-memory-gb CPU \\
         --tp-size GPUS --request-tokens LENGTH
 
-where FOLDER has the model's `config.json` (those of the table: `benchmarks/cost_model/models`), and
-`--mem-fraction-static` is added where the last column has it. `--freekv-host-memory` is per GPU. In CPU memory a token
-takes what it takes in plain SGLang on the GPU, so little CPU memory bounds the requests, too. `--freekv-budget 1024`
-halves the windows of a request, and what it sees. Of 8 GiB SGLang itself keeps 45 % free for activations and graphs;
-20 % may do for a small model, which nobody has tried here.
+where FOLDER has the model's `config.json` (those of the table: `benchmarks/cost_model/models`), and SGLang's own flags
+are added where the last column has them. `--freekv-host-memory` is per GPU. In CPU memory a token takes what it takes in
+plain SGLang on the GPU, so little CPU memory bounds the requests, too. `--freekv-budget 1024` halves the windows of a
+request, and what it sees. Of 8 GiB SGLang itself keeps 45 % free for activations and graphs; 20 % may do for a small
+model, which nobody has tried here. On 24 GiB SGLang 0.5.23 prefills 4,096 tokens at a time unless it is told otherwise,
+and keeps 28 % free for that; with 2,048, the default of 0.5.17, it keeps 15 %.
 
 `python -m benchmarks.which_flags --write` makes this file.
 """
@@ -58,14 +59,15 @@ class Case:
 
 
 _ROOMY = ("--mem-fraction-static", "0.8")
+_SMALL_CHUNKS = ("--chunked-prefill-size", "2048")
 CASES = (
     Case(8, 32, "qwen2.5-1.5b", 32768),
     Case(8, 32, "qwen2.5-1.5b", 32768, flags=_ROOMY),
     Case(8, 32, "smollm2-1.7b", 8192, flags=_ROOMY),
     Case(8, 32, "llama-3.1-8b", 8192),
-    Case(24, 64, "llama-3.1-8b", 8192),
-    Case(24, 64, "llama-3.1-8b", 32768),
-    Case(24, 64, "llama-3.1-8b", 131072),
+    Case(24, 64, "llama-3.1-8b", 8192, flags=_SMALL_CHUNKS),
+    Case(24, 64, "llama-3.1-8b", 32768, flags=_SMALL_CHUNKS),
+    Case(24, 64, "llama-3.1-8b", 131072, flags=_SMALL_CHUNKS),
     Case(80, 256, "llama-3.1-8b", 4096),
     Case(80, 256, "llama-3.1-8b", 32768),
     Case(80, 256, "llama-3.1-8b", 131072),

@@ -9,6 +9,9 @@ import triton.language as tl
 from freekv_kernels.claim_pairs_triton import CLAIMED, claim_pairs, num_claim_programs, search_sizes
 from freekv_kernels.tables import BlockTables, Claim, MissList, PairList
 
+# More than it takes: left alone, the ptxas of Triton 3.8 keeps to 80, for more programs at a time, and spills two.
+_MAX_REGISTERS = 96
+
 
 @triton.jit(
     do_not_specialize=["num_blocks"],
@@ -132,6 +135,7 @@ def claim_blocks(
         STAMP_BACK=claim.stamp_back,
         **search_sizes(),
         num_warps=2,
+        maxnreg=_MAX_REGISTERS,
     )
     if claim == Claim.AS_OLD:
         _stamp_blocks_kernel[grid](

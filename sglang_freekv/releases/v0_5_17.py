@@ -18,6 +18,9 @@ GPU_CAPACITY = "sglang.srt.server_args.get_device_memory_capacity"
 # Fields of an attention layer that concern the graphs of prefill alone, which are refused.
 PREFILL_GRAPH_FIELDS: frozenset[str] = frozenset()
 
+# Of a batch for the model: its tokens without padding, on the host.
+BATCH_TOKENS = "num_token_non_padded_cpu"
+
 
 def resolve(server_args: ServerArgs) -> None:
     """Nothing to do: the arguments are resolved."""

@@ -18,6 +18,9 @@ GPU_CAPACITY = "sglang.srt.arg_groups.memory_hook.get_device_memory_capacity"
 # Fields of an attention layer that concern the graphs of prefill alone, which are refused.
 PREFILL_GRAPH_FIELDS = frozenset({"use_prefill_attention_wrapper"})
 
+# Of a batch for the model: its tokens without padding, on the host.
+BATCH_TOKENS = "global_num_token_non_padded_cpu"
+
 
 def resolve(server_args: ServerArgs) -> None:
     """Resolve the arguments, which seals them; once is enough."""

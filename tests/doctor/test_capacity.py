@@ -23,6 +23,7 @@ from sglang_freekv.memory.units import GIB
 
 K = 1024
 LLAMA_24GB = ["--gpu-memory-gb", "24", "--host-memory-gb", "256"]
+SMALL_CHUNKS = ["--chunked-prefill-size", "2048"]  # SGLang's default for such a card depends on its release
 CONFIG = FreeKVConfig()
 GEOMETRY = Geometry(num_layers=32, num_qo_heads=32, num_kv_heads=8, head_dim=128, dtype=torch.bfloat16, key_bits=2)
 RANK = Rank(
@@ -88,14 +89,15 @@ def test_pages_count_the_one_that_the_next_token_opens():
 @pytest.mark.parametrize(("machine", "tp", "gpu_gib"), [(DESKTOP, 1, 24), (H100_X8, 1, 80), (H100_X8, 8, 80)])
 def test_the_cost_model_takes_the_share_of_a_gpu_that_sglang_takes(machine: Machine, tp, gpu_gib, folder_of):
     where = forecast.Machine(gpu_gib * GIB, 2048 * GIB)
-    server_args, _ = resolve(["--model-path", folder_of("llama-3.1-8b"), "--tp-size", str(tp)], where)
+    chunks = SMALL_CHUNKS if machine is DESKTOP else []
+    server_args, _ = resolve(["--model-path", folder_of("llama-3.1-8b"), "--tp-size", str(tp), *chunks], where)
     assert machine.static_share == pytest.approx(server_args.mem_fraction_static, abs=0.012)
 
 
 @cache
 def doctors(folder: str) -> Forecast:
     where = forecast.Machine(24 * GIB, 256 * GIB)
-    return forecast.forecast(*resolve(["--model-path", folder], where), where)
+    return forecast.forecast(*resolve(["--model-path", folder, *SMALL_CHUNKS], where), where)
 
 
 @pytest.mark.parametrize("context", [8 * K, 32 * K, 128 * K])
@@ -110,7 +112,7 @@ def test_the_cost_model_and_the_doctor_count_the_same_requests(context: int, fol
 
 def test_the_report_compares_with_plain_sglang_and_ends_in_a_command(folder_of, diagnose):
     folder = folder_of("llama-3.1-8b")
-    flags = ["--model-path", folder, "--freekv-budget", "1024"]
+    flags = ["--model-path", folder, "--freekv-budget", "1024", *SMALL_CHUNKS]
     _, report = diagnose(*flags, *LLAMA_24GB, "--request-tokens", "16384")
     plain, planned, gib, best = re.search(
         r"plain SGLang would hold [\d,]+ tokens, (\d+) requests of 16,384; this [\d,]+, and (\d+) such requests\n"
@@ -125,7 +127,7 @@ def test_the_report_compares_with_plain_sglang_and_ends_in_a_command(folder_of, 
 
 
 def test_the_proposed_command_holds_what_it_promises(folder_of, diagnose):
-    _, report = diagnose("--model-path", folder_of("llama-3.1-8b"), *LLAMA_24GB)
+    _, report = diagnose("--model-path", folder_of("llama-3.1-8b"), *SMALL_CHUNKS, *LLAMA_24GB)
     best = int(re.search(r"which is what these requests need, (\d+):", report)[1])
     command = shlex.split(report.partition("\nCommand\n")[2].splitlines()[0])
     status, again = diagnose(*command[3:], *LLAMA_24GB)

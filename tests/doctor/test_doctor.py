@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,7 @@ def test_a_server_that_would_start_is_described(llama: str, diagnose: Callable):
     assert [line for line in report.splitlines() if not line.startswith(" ")] == [*sections, "Result"]
     assert "32 layers, 32 query heads and 8 KV heads of 128, context 131,072 tokens" in report
     assert re.search(r"freekv_budget +4096\n", report) and re.search(r"freekv_host_memory +\d+\.?\d*\n", report)
-    assert re.search(r"sglang +0\.5\.17", report)
+    assert re.search(rf"sglang +{re.escape(version('sglang'))}\n", report)
     for pool in ("weights", "host store", "device blocks", "page summaries", "step workspace"):
         assert re.search(rf"{pool} +[\d.]+ [GM]iB", report), pool
     assert "nothing is in the way" in report
@@ -87,7 +88,10 @@ REFUSALS = {
         "--tp-size 4 on as many of these GPUs, a GPU of 20.0 GiB or more, or a smaller or quantized model.",
     ),
     "a GPU that is full of weights": (["--gpu-memory-gb", "16"], "no --mem-fraction-static leaves room for KV"),
-    "a GPU that holds no request": (["--gpu-memory-gb", "20"], "of device blocks cannot hold one request"),
+    "a GPU that holds no request": (
+        ["--gpu-memory-gb", "20", "--chunked-prefill-size", "2048"],
+        "of device blocks cannot hold one request",
+    ),
     "less CPU memory than asked for": (
         ["--freekv-host-memory", "200", "--host-memory-gb", "100"],
         "The host stores of 1 rank(s) take 200 GiB, but 100 GiB of CPU memory are free; lower --freekv-host-memory",
