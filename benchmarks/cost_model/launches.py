@@ -66,6 +66,7 @@ BLOCK_COLUMNS = 1024
 CYCLES_PER_INSTRUCTION = 5
 # Of the four that a multiprocessor issues per clock, what a kernel gets that holds two warps per scheduler; assumed.
 ISSUE_SHARE = 0.7
+COMPILER = "3.6"  # Triton's version, whose kernels are counted here
 # Compute capability -> warp instructions of scoring a page and KV head by codes, with its mass.
 SCORE_INSTRUCTIONS = {80: 952, 90: 416}
 CORRECT = {80: RowKernel(2632, 1487, 8, 104), 90: RowKernel(2664, 1495, 8, 124)}

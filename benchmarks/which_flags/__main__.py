@@ -35,9 +35,9 @@ A row is the report of
         --tp-size GPUS --request-tokens LENGTH
 
 where FOLDER has the model's `config.json` (those of the table: `benchmarks/cost_model/models`), and SGLang's own flags
-are added where the last column has them. `--freekv-host-memory` is per GPU. In CPU memory a token takes what it takes in
-plain SGLang on the GPU, so little CPU memory bounds the requests, too. `--freekv-budget 1024` halves the windows of a
-request, and what it sees. Of 8 GiB SGLang itself keeps 45 % free for activations and graphs; 20 % may do for a small
+are added where the last column has them. `--freekv-host-memory` is per GPU. In CPU memory a token takes what it takes
+in plain SGLang on the GPU, so little CPU memory bounds the requests, too. `--freekv-budget 1024` halves the windows of
+a request, and what it sees. Of 8 GiB SGLang itself keeps 45 % free for activations and graphs; 20 % may do for a small
 model, which nobody has tried here. On 24 GiB SGLang 0.5.23 prefills 4,096 tokens at a time unless it is told otherwise,
 and keeps 28 % free for that; with 2,048, the default of 0.5.17, it keeps 15 %.
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import triton
 
 import freekv_kernels
 from benchmarks.cost_model import launches
@@ -20,6 +21,10 @@ from sglang_freekv.config import FreeKVConfig
 CAPABILITIES = [80, 90, 100] if "FREEKV_ALL_GPUS" in os.environ else [90]
 TARGETS = [*(("llama-3.1-8b", capability) for capability in CAPABILITIES), ("odd", 90)]
 MAX_SHARED_BYTES = 163 << 10  # of one program, on the GPU that has least: 80; on the others 227 KiB
+COMPILER = ".".join(triton.__version__.split(".")[:2])
+# Warp instructions of scoring a page and head by codes. What 3.8 has more is the unpacking of codes: its compiler masks
+# them byte by byte, with half as many logic instructions again and a third more permutes of bytes.
+MAX_SCORE_INSTRUCTIONS = {"3.6": 450, "3.8": 530}
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +32,7 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What was compiled, by a process of its own, where kernels are not defined for the interpreter."""
     paths = {"PYTHONPATH": os.pathsep.join(sys.path), "TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
     script = [sys.executable, str(Path(__file__).with_name("compile_kernels.py")), *map(str, CAPABILITIES)]
-    done = subprocess.run(script, env=os.environ | paths, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(script, env=os.environ | paths, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-8000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -70,18 +75,22 @@ def test_a_kernel_that_comes_while_the_one_before_runs_waits_before_it_reads_or_
 
 
 def test_scoring_by_codes_is_bound_by_memory_and_not_by_instructions(kernels):
-    """A page and head of 128 elements in 2 bits is 1,280 bytes. At 4 warp instructions per clock, 450 of them are 74 %
-    of the bandwidth of an H200; decoding the keys one by one took 1,626, and 958 wavefronts of shared memory.
+    """A page and head of 128 elements in 2 bits is 1,280 bytes. At 4 warp instructions per clock, 450 of them take 74 %
+    of the time that an H200 takes to read those, and 530 take 87 %; decoding the keys one by one took 1,626, and 958
+    wavefronts of shared memory.
     """
     wanted = {"kernel": "_score_codes_kernel", "shape": "llama-3.1-8b", "capability": 90}
     compiled = [kernel for kernel in kernels if wanted.items() <= kernel.items()]
     assert compiled
     for kernel in compiled:
         per_page = kernel["warps"] / kernel["constants"]["BLOCK_P"]
-        assert 0 < kernel["loop_instructions"] * per_page <= 450, kernel
+        assert 0 < kernel["loop_instructions"] * per_page <= MAX_SCORE_INSTRUCTIONS[COMPILER], kernel
         assert 0 < kernel["loop_wavefronts"] * per_page <= 64, kernel
 
 
+@pytest.mark.skipif(
+    launches.COMPILER != COMPILER, reason=f"the cost model counts what Triton {launches.COMPILER} compiles"
+)
 @pytest.mark.parametrize("capability", sorted(launches.SCORE_INSTRUCTIONS.keys() & set(CAPABILITIES)))
 def test_the_cost_model_counts_what_is_compiled(kernels, capability):
     """A hundredth more or less is another version of the compiler; more is another kernel, and wants another count."""
