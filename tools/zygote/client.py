@@ -19,8 +19,8 @@ ADDRESS = "FREEKV_ZYGOTE"
 _ROOT = Path(__file__).parents[2]
 _UNSETTLED = ("PYTEST_", "TORCHINDUCTOR_CACHE_DIR", "CUTE_DSL_CACHE_DIR")
 
-# Together all of SGLang that takes long to import. What imports its scheduler is not among them: that reads settings of
-# tests from the environment, SGLANG_TEST_RETRACT for one.
+# Together all of SGLang that takes long to import. In some releases they import its scheduler, which reads settings of
+# tests from the environment, SGLANG_TEST_RETRACT for one: a server with such a setting starts anew.
 SGLANG = ("sglang.launch_server", "sglang.srt.models.registry")
 SERVER_CHILDREN = 2  # of a server on one rank: a scheduler and a detokenizer
 

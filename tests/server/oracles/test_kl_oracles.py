@@ -40,7 +40,7 @@ def server_and_fault(small_model: Path, tmp_path_factory: pytest.TempPathFactory
     flags = "--kv-retrieval freekv --dtype float32 --chunked-prefill-size 256 --max-total-tokens 16384 --freekv-audit"
     flags = (*flags.split(), "--enable-metrics")
     env = STRICT | broken | {"SGLANG_TEST_RETRACT": "1"}
-    with serve(small_model, folder / "log", *flags, env=env) as server:
+    with serve(small_model, folder / "log", *flags, env=env, anew=True) as server:  # it may be read at import
         yield server, fault
 
 
