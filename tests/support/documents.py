@@ -173,7 +173,8 @@ def _sglang() -> str:
     folder = Path(find_spec("sglang").submodule_search_locations[0])
     names = ["server_args.py", "entrypoints/http_server.py", "environ.py", "observability/metrics_collector.py"]
     names = [*(f"srt/{name}" for name in names), "bench_serving.py"]
-    return "\n".join((folder / name).read_text() for name in names)
+    of_flags = sorted((folder / "srt/arg_groups/fields").glob("*.py"))  # in releases whose flags are not in one file
+    return "\n".join(path.read_text() for path in [*(folder / name for name in names), *of_flags])
 
 
 @cache

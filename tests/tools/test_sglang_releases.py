@@ -106,7 +106,8 @@ def test_whatever_is_recorded_can_be_imported(record, installed):
         if seam["found"] != "name":
             found = pkgutil.resolve_name(path)
             is_code = inspect.isclass(found) if seam["found"] == "class" else callable(found)
-            assert is_code or isinstance(found, property) or repr(found) == seam["found"], path
+            is_field = isinstance(found, property) or inspect.ismemberdescriptor(found)
+            assert is_code or is_field or repr(found) == seam["found"], path
 
 
 def test_all_functions_of_the_hooked_modules_have_the_parameters_that_imports_show(installed):

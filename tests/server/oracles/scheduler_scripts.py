@@ -8,10 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Generator
 from typing import Any, Literal
 
+from sglang.srt.entrypoints.engine import Engine
 from sglang.srt.entrypoints.http_server import launch_server
 from sglang.srt.environ import envs
 from sglang.srt.plugins import load_plugins
-from sglang.srt.server_args import ServerArgs
 from sglang.test.scripted_runtime.context import ScriptedContext
 from sglang.test.scripted_runtime.req_handle import ScriptedReqHandle
 
@@ -28,7 +28,7 @@ _STRICT_WHEN_IDLE = envs.SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE
 def launch_with_plugins(**arguments: Any) -> None:
     """Start the server as `python -m sglang.launch_server` does; the runtime's own launcher loads no plug-ins."""
     load_plugins()
-    launch_server(ServerArgs(**arguments))
+    launch_server(Engine.server_args_class(**arguments))
 
 
 def prompt_runs_in_chunks(ctx: ScriptedContext) -> Script:

@@ -16,6 +16,7 @@ import pytest
 from sglang.test.scripted_runtime import http_server
 
 from tests.server.oracles import scheduler_scripts as scripts
+from tests.support.releases import of_release
 from tools.servers import stop
 from tools.soak.settings import STRICT
 from tools.zygote.client import SERVER_CHILDREN, start
@@ -35,7 +36,8 @@ class ServerProcess:
 
     def start(self) -> None:
         path = os.pathsep.join(sys.path)  # as multiprocessing hands it on
-        environment = os.environ | STRICT | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}  # the tensors are tiny
+        environment = os.environ | STRICT | of_release.INSPECTABLE_TREE
+        environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}  # the tensors are tiny
         self._process = start(["-c", _LAUNCH, json.dumps(self._kwargs)], self._log, environment, SERVER_CHILDREN)
 
     def is_alive(self) -> bool:

@@ -14,6 +14,8 @@ from sglang_freekv.cpu.allocator import CpuPagedAllocator as CpuAllocator  # noq
 UNKNOWN_VALUES: frozenset[str] = frozenset()
 # Page sizes for which plain SGLang takes that allocator on the CPU platform.
 PAGE_SIZES = (1, 16, 32)
+# What a server needs so that the scripted runtime can look into its tree.
+INSPECTABLE_TREE: dict[str, str] = {}
 
 
 def request(row: int, **fields: Any) -> SimpleNamespace:

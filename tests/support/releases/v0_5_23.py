@@ -14,6 +14,8 @@ from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 UNKNOWN_VALUES = frozenset({"--cuda-graph-backend-decode tc_piecewise"})
 # Page sizes for which plain SGLang takes that allocator on the CPU platform.
 PAGE_SIZES = (16, 32)
+# What a server needs so that the scripted runtime can look into its tree: into the one in Rust it cannot from a wheel.
+INSPECTABLE_TREE = {"SGLANG_UNIFIED_RADIX_TREE_CORE_BACKEND": "python"}
 
 
 def request(row: int, **fields: Any) -> SimpleNamespace:
