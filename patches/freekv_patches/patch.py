@@ -123,8 +123,8 @@ def check_version() -> None:
     """Raise IncompatibleSGLang where the installed release was not tested."""
     if not is_served(found := version("sglang")):
         raise IncompatibleSGLang(
-            f"FreeKV works with sglang {' or '.join(TESTED_RELEASES)}, found {found}; install that, or remove "
-            f"--kv-retrieval."
+            f"FreeKV works with sglang {' or '.join(TESTED_RELEASES)}, found {found}; install one of them, "
+            f"or remove --kv-retrieval."
         )
 
 

@@ -161,7 +161,7 @@ def test_beside_another_sglang_the_doctor_names_it_and_asks_it_nothing(
     monkeypatch.setattr(patch, "version", lambda name: "0.5.20")
     status, report = diagnose("--model-path", "a folder that does not matter")
     assert status == 1
-    assert "- FreeKV works with sglang 0.5.17, found 0.5.20; install that" in report
+    assert "- FreeKV works with sglang 0.5.17 or 0.5.23, found 0.5.20; install one of them" in report
     assert "not checked: this is not the SGLang that FreeKV works with" in report
 
 

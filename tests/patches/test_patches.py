@@ -13,6 +13,7 @@ from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from freekv_patches import patch, plugin, registry
 from freekv_patches.patch import IncompatibleSGLang, Patch, check_applied, check_version, install
 from freekv_patches.registry import ALL_PATCHES
+from sglang_freekv import tested_release
 
 
 @pytest.mark.parametrize("each", ALL_PATCHES, ids=lambda each: each.target.rpartition("srt.")[2])
@@ -122,16 +123,20 @@ def test_a_changed_signature_ends_the_process_and_not_just_the_plug_in(monkeypat
         plugin.register()
 
 
-@pytest.mark.parametrize("found", ["0.5.16", "0.5.18", "0.5.17.post1", "0.5.22", "0.5.23", "0.5.24"])
+@pytest.mark.parametrize("found", ["0.5.16", "0.5.18", "0.5.17.post1", "0.5.22", "0.5.23.post1", "0.5.24"])
 def test_a_release_that_was_not_tested_is_refused_with_a_sentence(found, monkeypatch):
     monkeypatch.setattr(patch, "version", lambda name: found)
     monkeypatch.delenv("FREEKV_TRY_SGLANG", raising=False)
-    with pytest.raises(IncompatibleSGLang, match=f"works with sglang 0.5.17, found {found}; install that"):
+    with pytest.raises(IncompatibleSGLang, match=f"sglang 0.5.17 or 0.5.23, found {found}; install one of them"):
         check_version()
 
 
 def test_a_release_that_this_is_written_for_and_not_tested_on_is_served_where_a_developer_names_it(monkeypatch):
+    monkeypatch.setattr(tested_release, "TESTED_RELEASES", ("0.5.17",))
     monkeypatch.setattr(patch, "version", lambda name: "0.5.23")
+    monkeypatch.delenv("FREEKV_TRY_SGLANG", raising=False)
+    with pytest.raises(IncompatibleSGLang):
+        check_version()
     monkeypatch.setenv("FREEKV_TRY_SGLANG", "0.5.23")
     check_version()
     for name, found in (("0.5.20", "0.5.23"), ("0.5.22", "0.5.22")):
@@ -157,7 +162,7 @@ def test_beside_another_release_a_plain_server_starts_with_one_warning_that_name
     monkeypatch.setattr(sys, "argv", ["sglang", "serve", "--model-path", "m"])
     plugin.register()
     (record,) = caplog.records
-    assert "works with sglang 0.5.17, found 0.5.20" in record.getMessage() and record.levelname == "WARNING"
+    assert "works with sglang 0.5.17 or 0.5.23, found 0.5.20" in record.getMessage() and record.levelname == "WARNING"
     monkeypatch.setattr(plugin.multiprocessing, "parent_process", lambda: "the server")
     plugin.register()  # its children say nothing
     assert len(caplog.records) == 1
@@ -168,7 +173,8 @@ def test_beside_another_release_a_plain_server_starts_with_one_warning_that_name
 @pytest.mark.parametrize("flag", ["--kv-retrieval", "--kv-retrieval=freekv", "--freekv-budget=2048"])
 def test_beside_another_release_a_server_that_asks_for_freekv_is_refused_with_a_sentence(flag, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["launch_server.py", "--model-path", "m", flag])
-    with pytest.raises(SystemExit, match=r"^error: FreeKV works with sglang 0\.5\.17, found 0\.5\.20; install that"):
+    refusal = r"^error: FreeKV works with sglang 0\.5\.17 or 0\.5\.23, found 0\.5\.20; install one of them"
+    with pytest.raises(SystemExit, match=refusal):
         plugin.register()
 
 
