@@ -9,16 +9,19 @@ import json
 import pkgutil
 import re
 import subprocess
+import tomllib
 import zipfile
 from importlib import import_module
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from freekv_patches import registry
 from freekv_patches.patch import Attribute
 from freekv_patches.registry import ALL_PATCHES
-from sglang_freekv.tested_release import WRITTEN_FOR, module_name
+from sglang_freekv.tested_release import TESTED_RELEASES, WRITTEN_FOR, module_name
+from tests.support.documents import ROOT
 from tools.sglang_releases import compatibility, seams
 from tools.sglang_releases.compatibility import Record, hooks_of, open_release, seams_of, table
 from tools.sglang_releases.release import Release, is_same
@@ -39,6 +42,12 @@ def record() -> Record:
 def test_the_installed_release_is_a_recorded_one(installed, record):
     assert list(record.tested) == list(WRITTEN_FOR)
     assert record.differences(installed, installed.version) == {}
+
+
+def test_pip_installs_tested_releases_only(record):
+    (sglang,) = map(Requirement, tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"])
+    known = {*record.tested, *record.others, "0.5.15.post1", "0.5.23.post1", "0.5.24"}
+    assert {version for version in known if version in sglang.specifier} == set(TESTED_RELEASES)
 
 
 def test_everything_we_use_is_recorded(installed, record):
