@@ -181,7 +181,7 @@ def bytes_of(op: str, kind: str, call: Call, inputs: KernelInputs) -> tuple[int,
     """Bytes that one call moves at least, and whether they cross the link."""
     g, rows, width = inputs.geometry, inputs.num_rows, inputs.width
     pages = rows * inputs.num_pages
-    share = inputs.is_flagged.float().mean().item() if "flagged" in kind else 1.0
+    share = inputs.is_flagged.float().mean().item() if "flagged" in kind or "due rows" in kind else 1.0
     # Of a page and KV head: its bounds, and with them its codes.
     bounds, by_codes = 2 * g.head_dim, "by codes" in kind or "by mass" in kind
     codes = g.page_size * g.head_dim * g.key_bits // 8 if by_codes else 0

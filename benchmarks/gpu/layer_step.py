@@ -73,7 +73,7 @@ def _measure_engine(session: Session, sizes: Sizes, batch_size: int, context: in
         session.record("plan_time", round(plan * 1e6, 2), "us", batch=batch_size, context=context, moves=drift)
         session.record("tail_time", round(tail * 1e6, 2), "us", batch=batch_size, context=context, moves=drift)
         _record_step(session, plan + session.shape.layers * layer + tail, **cell, **found)
-        record_explained(session, batch_size, context, drift, found["recalled_mb"], found["flagged"])
+        record_explained(session, batch_size, context, drift, found)
         audit(session, stack, f"batch {batch_size}, context {context}")
     stack.memory.unpin()
 
@@ -115,6 +115,7 @@ def traffic_of(stack: EngineStack, counted: dict[str, int], num_steps: int, scal
     recalled = counted["recalls"] * g.record_bytes * scale / (num_steps * stack.batch_size)
     return {
         "flagged": round(counted["flagged_rows"] / max(1, counted["rows"]), 4),
+        "scored": round(counted["scored_rows"] / max(1, counted["rows"]), 4),
         "recalled_mb": round(recalled / 1e6, 2),
         "hit_share": round(counted["hits"] / max(1, counted["hits"] + counted["misses"]), 4),
     }

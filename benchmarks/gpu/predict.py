@@ -16,9 +16,10 @@ from benchmarks.cost_model.step_time import Setting
 from benchmarks.cost_model.traffic import Traffic, measured_traffic
 from benchmarks.gpu.decode_cells import MOVING, REHEARSED_STEP_CELLS, STEP_CELLS, STILL
 from benchmarks.gpu.session import Session
+from sglang_freekv.config import FreeKVConfig
 from sglang_freekv.memory.geometry import num_pages_of
 
-_NOTHING = Traffic(turnover=0.0, flagged_share=0.0, exposed_share=0.0)
+_NOTHING = Traffic(turnover=0.0, flagged_share=0.0, exposed_share=0.0, scored_share=1 / FreeKVConfig().max_interval)
 _PARTS = ("launches", "scan", "correction", "exposed_link", "beside")
 
 
@@ -47,21 +48,20 @@ def run(session: Session) -> None:
             session.record("predicted_kernel", round(seconds * 1e6, 2), "us", op=op, kind=kind, **cell)
 
 
-def record_explained(
-    session: Session, batch: int, context: int, drift: float, recalled_mb: float, flagged: float
-) -> None:
-    """After a step: the prediction for what it has corrected and recalled, in place of a language model's traffic.
+def record_explained(session: Session, batch: int, context: int, drift: float, found: dict[str, float]) -> None:
+    """After a step: the prediction for what it has scored, corrected and recalled, in place of a model's traffic.
 
     Parameters
     ----------
-    recalled_mb : float
-        Per request and step. Who waited for it is not counted: the share of the language model's is taken.
+    found : dict
+        Of `layer_step.traffic_of`. Who waited for recalls is not counted: the share of the language model's is taken.
     """
     card = _card(session)
     if card is None:
         return
     exposed = measured_traffic().exposed_share
-    setting = Setting(context, batch, session.config, flagged, recalled_mb * 1e6, exposed)
+    counted = (found["flagged"], found["recalled_mb"] * 1e6, exposed, found["scored"])
+    setting = Setting(context, batch, session.config, *counted)
     seconds = gpu_step(card, Model.of_shape(session.shape), setting).seconds - STEP_S
     cell = {"mode": "freekv", "batch": batch, "context": context, "moves": drift}
     session.record("explained_step", round(seconds * 1e3, 4), "ms", **cell)

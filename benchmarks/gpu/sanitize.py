@@ -22,11 +22,13 @@ _TESTS = {
         "test_score_pages.py::test_the_step_that_reads_decides_whether_a_request_is_over_its_budget",
         "test_share_pages.py::test_listed_pages_share_the_attention_among_themselves",
         "test_correct_windows.py::test_corrected_rows_have_the_window_that_select_pages_writes",
+        "test_correct_windows.py::test_rows_that_are_not_due_keep_their_windows_and_the_others_are_as_in_every_step",
     ),
     # Kernels whose addresses come from lists and tables.
     "memcheck": (
         "test_recall_blocks.py::test_entries_without_a_block_to_fill_are_not_copied",
         "test_append_tokens.py::test_tokens_appended_one_by_one_leave_the_page_and_its_bounds",
+        "test_append_tokens.py::test_rows_are_due_where_no_steps_are_left_or_a_page_opens_and_others_wait_a_step_less",
         "test_lookup_blocks.py::test_the_kernel_and_the_reference_agree_on_random_windows",
         "test_fetch_blocks.py::test_free_blocks_go_first_and_victims_serve_the_rest",
         "test_claim_blocks.py::test_where_free_blocks_run_out_victims_serve_the_rest",

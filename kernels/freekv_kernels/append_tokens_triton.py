@@ -19,20 +19,16 @@ _EPS = tl.constexpr(1e-8)  # torch.cosine_similarity's least norm
 
 
 @triton.jit
-def _find_due(
-    row, request_head, num_pages, budget, next_pages, counters_ptr, pace_ptr, rows_ptr, count_ptr, is_due_ptr
-):
+def _find_due(row, left, num_pages, budget, next_pages, counters_ptr, left_ptr, rows_ptr, count_ptr, is_due_ptr):
     """See `freekv_kernels.append_tokens`: count a row that is due, and list it where there is a list."""
     is_due = next_pages > budget
-    if pace_ptr is not None:
-        left_ptr = pace_ptr + request_head * 2 + 1
-        left = tl.load(left_ptr)
+    if left_ptr is not None:
         is_waiting = is_due & (left > 0) & (next_pages == num_pages)
         tl.store(left_ptr, left - 1, is_waiting)
         is_due = is_due & ~is_waiting
         tl.store(is_due_ptr + row, is_due)
     if is_due:
-        if pace_ptr is not None:
+        if left_ptr is not None:
             tl.store(rows_ptr + tl.atomic_add(count_ptr, 1, sem="relaxed"), row)
         tl.atomic_add(counters_ptr + _SCORED_ROWS, 1, sem="relaxed")
         tl.atomic_add(counters_ptr + _SCORED_PAGES, num_pages, sem="relaxed")
@@ -114,6 +110,10 @@ def _append_tokens_kernel(
         budget = tl.load(budget_pages_ptr + row)
         num_pages, next_pages = tl.load(num_pages_ptr + request), tl.load(num_pages_next_ptr + request)
         is_over = num_pages > budget
+        left, left_ptr = 0, None
+        if pace_ptr is not None:
+            left_ptr = pace_ptr + request_head * 2 + 1
+            left = tl.load(left_ptr)
 
     # No other program is at these cells; a thread that reads a bound after another wrote it folds to the same.
     record_ptr = record_pointer(host_kv_ptr, page, head, host_page_stride, host_head_stride)
@@ -151,8 +151,8 @@ def _append_tokens_kernel(
         if is_over:
             tl.atomic_add(counters_ptr + _ROWS, 1, sem="relaxed")
             tl.atomic_add(counters_ptr + _PAGES_READ, budget, sem="relaxed")
-        due_ptrs = (pace_ptr, due_rows_ptr, due_count_ptr, is_due_ptr)
-        _find_due(row, request_head, num_pages, budget, next_pages, counters_ptr, *due_ptrs)
+        due_ptrs = (left_ptr, due_rows_ptr, due_count_ptr, is_due_ptr)
+        _find_due(row, left, num_pages, budget, next_pages, counters_ptr, *due_ptrs)
 
     if codes_ptr is not None:
         is_full = offset == PAGE_SIZE - 1

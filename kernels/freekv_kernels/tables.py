@@ -62,7 +62,7 @@ class Count(IntEnum):
     EVICTIONS = 7  # blocks that were taken from a pair for another
     LOOKS = 8  # blocks that were looked at for these
     PAGES_READ = 9  # pages that ROWS attended to
-    SCORED_ROWS = 10  # rows whose pages were scored for the next step
+    SCORED_ROWS = 10  # rows over their budget in the next step that select for it: all, or those that are due
     SCORED_PAGES = 11  # pages of SCORED_ROWS, before any are listed
 
 

@@ -105,6 +105,7 @@ def audit_windows(decode: Decode) -> None:
                 raise AuditError(f"layer {layer.number}: the budgets of rows are not what q asks for")
         selector.write_windows(again, ahead, Half.BACK, scale, scores=shares)
         if plan.due[layer.number] is not None:
+            _audit_pace(memory, batch, layer)
             _keep_others(again, batch, plan.due[layer.number], front, back)
         is_wrong = (
             (again.windows[back, batch.rows] != layer.windows[back, batch.rows]).any(-1) & is_over_next & ~is_exempt
@@ -113,6 +114,19 @@ def audit_windows(decode: Decode) -> None:
             index, head = is_wrong.nonzero()[0].tolist()
             row = int(batch.rows[index])
             raise AuditError(f"layer {layer.number}, row {row}, KV head {head}: the back window is not what q selects")
+
+
+def _audit_pace(memory: KVMemory, batch: Batch, layer: Layer) -> None:
+    """Check that each row waits for less than its interval, and for none that is longer than the longest."""
+    interval, left = layer.pace[batch.rows].unbind(-1)
+    is_wrong = (interval < 1) | (interval > memory.config.max_interval) | (left < 0) | (left >= interval)
+    is_wrong &= (batch.num_pages > 0)[:, None]  # padding has no pages
+    if is_wrong.any():
+        index, head = is_wrong.nonzero()[0].tolist()
+        raise AuditError(
+            f"layer {layer.number}, row {int(batch.rows[index])}, KV head {head}: scored at intervals of "
+            f"{int(interval[index, head])} steps, {int(left[index, head])} left, at most {memory.config.max_interval}"
+        )
 
 
 def _keep_others(again: Layer, batch: Batch, due: FlagList, front: int, back: int) -> None:

@@ -17,9 +17,9 @@ class SelectionReads:
 
     Without a list of candidates that is the index of every page. With one it is the bounds of the groups between the
     sink and the recent pages, and the index of the pages that are listed; of requests whose pages all fit the list,
-    that of every page. A decode step makes one pass for each request over its budget; on a GPU, correction by the
-    cosine makes a second one over the flagged rows, which is not in it, nor is the pass that chooses a first window.
-    Baselines that read no index have none.
+    that of every page. A decode step makes one pass for each request over its budget, where rows are scored at
+    intervals for those that are due; on a GPU, correction by the cosine makes a second one over the flagged rows, which
+    is not in it, nor is the pass that chooses a first window. Baselines that read no index have none.
 
     Parameters
     ----------

@@ -84,7 +84,8 @@ class Windows:
 
     def start(self, rows: torch.Tensor) -> None:
         """Requests start to decode in these rows (int64, ``[n]``, device): they are scored in their first step."""
-        self.pace[:, rows] = self.pace.new_tensor([1, 0])
+        self.pace[:, rows, :, 0] = 1
+        self.pace[:, rows, :, 1] = 0
 
     @property
     def nbytes(self) -> int:

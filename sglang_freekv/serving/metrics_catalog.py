@@ -150,8 +150,8 @@ METRICS = {
     "scored_rows": Metric(
         "counter",
         "rows",
-        "Rows whose pages were scored, to correct their window and to select the next one",
-        "scored_rows / rows is the share of a step's scoring that is left of scoring every row. It falls with "
+        "Rows that a step selected the next window of, by scores of their pages",
+        "scored_rows / rows is about what is left of scoring every row in every step. It falls with "
         "--freekv-score-interval, and where windows lack little.",
     ),
     "absent_pages": Metric(

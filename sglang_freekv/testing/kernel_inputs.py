@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from freekv_kernels import GROUP_PAGES, Claim, FlagList, Half
+from freekv_kernels.score_pages import list_rows
 from sglang_freekv.testing.decode_state import CANDIDATES, LAYER, DecodeState
 
 
@@ -89,8 +90,9 @@ class KernelInputs(DecodeState):
         scores, scale = self._scores(), self.geometry.head_dim**-0.5
         masses = (scores, self.layer.last_q, self.layer.store, self.batch, self.batch.budget_pages, scale)
         rule = (0.01, self.sizes.sink, self.sizes.recent, windows, flags, self.memory.counters.values, 0.5)
-        due = self.memory.tables.due(self.batch_size)[LAYER]
-        due.is_flagged.fill_(True)
+        rows, count, is_due = (torch.empty_like(tensor) for tensor in flags)
+        due = FlagList(rows, count, is_due)
+        list_rows(torch.ones_like(is_due), due)
         paced = (None, due, self.layer.pace, self.memory.config.max_interval)
         changed = (scores, windows, flags.count, self.layer.pace)
         return {

@@ -302,7 +302,7 @@ def test_the_kernel_equals_the_reference(impl, dtype):
 
 
 @pytest.mark.parametrize("opens_page", [False, True])
-def test_rows_are_due_where_no_steps_are_left_or_a_page_opens_next_and_others_wait_a_step_less(impl, opens_page):
+def test_rows_are_due_where_no_steps_are_left_or_a_page_opens_and_others_wait_a_step_less(impl, opens_page):
     case = make(impl)
     case.batch = case.batch._replace(num_pages_next=case.batch.num_pages + torch.tensor([opens_page, 0, 0]))
     left = torch.tensor([[3, 0], [1, 2], [5, 0]], dtype=torch.int32)  # by request and head; the last is in its budget
