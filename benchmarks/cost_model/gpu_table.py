@@ -19,7 +19,7 @@ MODEL = Model.load("llama-3.1-8b")
 CONFIG = FreeKVConfig()
 CELLS = sorted(STEP_CELLS, key=lambda cell: (cell[1], cell[0]))
 _PARTS = ("launches", "scan", "correction", "exposed_link", "beside", "link")
-_TRAFFIC_RECORDS = tuple(source for source in SOURCES if source.startswith("rules"))
+_TRAFFIC_RECORDS = tuple(source for source in SOURCES if source.startswith(("intervals", "rules")))
 
 
 def predicted(card: Card, batch: int, context: int, config: FreeKVConfig, traffic: Traffic) -> dict[str, GPUStep]:
@@ -62,13 +62,14 @@ def goals_of(card: Card, config: FreeKVConfig, traffic: Traffic) -> list[Goal]:
 
 
 def goals_by_record() -> Table:
-    """The goals on an H200, by each record of real text that has the default rule."""
+    """The goals on an H200, by each record of real text that has the default rule, or had it."""
     lines: Lines = []
     for source in _TRAFFIC_RECORDS:
-        header, *body = goals_table(goals_of(H200, CONFIG, measured_traffic(source=source))).lines
-        context, budget = SOURCES[source]
+        traffic, (context, budget) = measured_traffic(source=source), SOURCES[source]
+        header, *body = goals_table(goals_of(H200, CONFIG, traffic)).lines
         lines = lines or [["traffic of", *header]]
-        lines += [[f"{source}: {context:,} tokens, budget {budget:,}", *line] for line in body]
+        name = f"{source}: {context:,} tokens, budget {budget:,}, {traffic.scored_share:.0%} of the rows scored"
+        lines += [[name, *line] for line in body]
     return Table(lines)
 
 
@@ -77,6 +78,10 @@ def what_if() -> Table:
     traffic = measured_traffic()
     changes: dict[str, tuple[FreeKVConfig, Traffic]] = {
         "the default": (CONFIG, traffic),
+        "every row scored in every step, its own traffic": (
+            replace(CONFIG, score_interval=1),
+            measured_traffic("every step"),
+        ),
         "a quarter of the recalls exposed": (CONFIG, replace(traffic, exposed_share=0.25)),
         "no recall exposed": (CONFIG, replace(traffic, exposed_share=0.0)),
         "half of the turnover": (CONFIG, replace(traffic, turnover=traffic.turnover / 2)),
@@ -107,7 +112,7 @@ def _assumptions(t: Traffic) -> str:
     return (
         f"Predictions, nothing is measured on a GPU. {MODEL.name}, budget {CONFIG.budget_tokens:,}. Traffic: "
         f"{t.turnover:.1%} of the selected pages change in a step, {t.exposed_share:.0%} of what is recalled is waited "
-        f"for, {t.flagged_share:.0%} of the rows are corrected."
+        f"for, {t.scored_share:.0%} of the rows are scored, {t.flagged_share:.0%} corrected."
     )
 
 

@@ -10,8 +10,10 @@ from benchmarks.records import RESULTS, read_records
 from sglang_freekv.config import FreeKVConfig
 
 # Records of `benchmarks.real_model` -> context and budget in tokens of what is read of them. "long": of 256 steps; the
-# others have 48, which start with empty device blocks.
+# others have 48, which start with empty device blocks. "rules": when every row was scored in every step.
 SOURCES = {
+    "intervals_8k_long": (7872, 512),
+    "intervals_2k_long": (7872, 2048),
     "rules_8k_long": (7872, 512),
     "rules_2k_long": (7872, 2048),
     "rules_long": (4096, 512),
@@ -22,7 +24,7 @@ SOURCES = {
     "real_model": (4096, 512),
 }
 # Long, and its budget is the share of the context that 2,048 tokens are of 32K.
-DEFAULT_SOURCE = "rules_8k_long"
+DEFAULT_SOURCE = "intervals_8k_long"
 # The model of the records, SmolLM2-135M in float32: KV of a token in 30 layers of 3 heads.
 _TOKEN_BYTES = 30 * 3 * 2 * 64 * 4
 _CONFIG = FreeKVConfig()  # of the records, but for the budget
