@@ -83,7 +83,7 @@ class TestTraffic:
         assert long.missed_share < 0.6 < 1 < short.missed_share
 
     def test_a_method_that_was_not_measured_is_refused(self):
-        with pytest.raises(ValueError, match=r"results/intervals_8k_long.jsonl has no traffic of 'best' at 7872 tokens"):
+        with pytest.raises(ValueError, match=r"intervals_8k_long.jsonl has no traffic of 'best' at 7872 tokens"):
             measured_traffic("best")
 
     def test_blocks_for_two_windows_hold_an_eighth_of_32k_tokens(self):
