@@ -25,7 +25,6 @@ _DEFAULT_POOLING = "softmax"  # the paper's
 _DEFAULT_KEY_BITS = 2  # of these
 _DEFAULT_TAU, _PAPER_TAU, _DEFAULT_GATE = 0.9, 0.8, 0.02
 _DEFAULT_HYSTERESIS = 1.0
-_DEFAULT_INTERVAL = 8
 
 
 class UnsupportedConfiguration(ValueError):
@@ -157,13 +156,12 @@ class FreeKVConfig:
         between(0, 20),
         metavar="NATS",
     )
-    score_interval: int | None = _flag(
+    score_interval: int = _flag(
         "score-interval",
-        None,
+        1,
         "steps, 1 to 64, after which the pages of a row are scored again at the latest: while its window lacks no more "
-        "than half of the gate, the steps from one scoring to the next double up to this; 1: in every step; above 1 "
-        "only with a gate, and neither with --freekv-mass nor with --freekv-candidates "
-        f"(default: {_DEFAULT_INTERVAL} where it can be, else 1)",
+        "than half of the gate, the steps from one scoring to the next double up to this, and it is not corrected "
+        "between them; above 1 only with a gate, and neither with --freekv-mass nor with --freekv-candidates",
         int,
         Check(lambda value: is_int(value) and 1 <= value <= 64, "1 to 64"),
         metavar="STEPS",
@@ -250,8 +248,9 @@ class FreeKVConfig:
         by_shares = "it with --freekv-selector mass only, or leave it out"
         _require(self.mass is None or self.selector_name == "mass", "--freekv-mass", self.mass, by_shares)
         paced = "1 with --freekv-tau, --freekv-mass, --freekv-candidates or another selector than mass"
-        can_wait = self.score_interval in (None, 1) or self._can_wait
-        _require(can_wait, "--freekv-score-interval", self.score_interval, paced)
+        # Nothing but the gate may do without the scores of a step.
+        can_wait = self.max_lost_share is not None and self.mass is None and not self.candidates
+        _require(can_wait or self.score_interval == 1, "--freekv-score-interval", self.score_interval, paced)
         if self.selector is not None:
             reads_codes = self.selector in BY_CODES
             fits, bits = (self.key_bits > 0) == reads_codes, listed(KEY_BITS[1:]) if reads_codes else "0"
@@ -265,7 +264,6 @@ class FreeKVConfig:
             "gate": self.max_lost_share,
             "group_pooling": None if self.selector_name == "mass" else self.pooling,
             "hysteresis": self.bonus,
-            "score_interval": self.max_interval,
         }
         fields = {name: rule.get(name, getattr(self, name)) for name in flags()}
         values = {OPTION_PREFIX + flags()[n].metadata["flag"].replace("-", "_"): v for n, v in fields.items()}
@@ -292,17 +290,6 @@ class FreeKVConfig:
         """Nats that a page of the present window scores more."""
         default = _DEFAULT_HYSTERESIS if self.selector_name == "mass" else 0.0
         return default if self.hysteresis is None else self.hysteresis
-
-    @property
-    def max_interval(self) -> int:
-        """Steps after which a row is scored again, at most."""
-        default = _DEFAULT_INTERVAL if self._can_wait else 1
-        return default if self.score_interval is None else self.score_interval
-
-    @property
-    def _can_wait(self) -> bool:
-        """Whether a row may do without scores: nothing but the gate needs those of every step."""
-        return self.max_lost_share is not None and self.mass is None and not self.candidates
 
     @property
     def pooling(self) -> str:

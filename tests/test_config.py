@@ -260,12 +260,6 @@ def test_a_share_is_refused_where_all_budgets_are_fixed_and_zero_is_not():
     assert request_mass(FreeKVConfig(), {"freekv_mass": 0}) == 0
 
 
-@pytest.mark.parametrize("settings", [{"tau": 0.9}, {"mass": 0.9}, {"candidates": 4}, {"key_bits": 0}])
-def test_rows_are_scored_in_every_step_where_something_needs_their_scores(settings):
-    assert FreeKVConfig(**settings).max_interval == FreeKVConfig(**settings, score_interval=1).max_interval == 1
-    assert FreeKVConfig().max_interval > 1 == FreeKVConfig(score_interval=1).max_interval
-
-
 @pytest.mark.parametrize(("settings", "selected"), [({}, 1), ({"mass": 0.9}, 4), ({"mass": 0.9, "candidates": 2}, 2)])
 def test_a_row_may_be_longer_than_its_budget_only_where_rows_share_and_no_longer_than_lists(settings, selected):
     config = FreeKVConfig(max_budget_tokens=4096, **settings)

@@ -19,7 +19,7 @@ MODEL = Model.load("llama-3.1-8b")
 CONFIG = FreeKVConfig()
 CELLS = sorted(STEP_CELLS, key=lambda cell: (cell[1], cell[0]))
 _PARTS = ("launches", "scan", "correction", "exposed_link", "beside", "link")
-_TRAFFIC_RECORDS = tuple(source for source in SOURCES if source.startswith(("intervals", "rules")))
+_TRAFFIC_RECORDS = tuple(source for source in SOURCES if source.startswith("rules"))
 
 
 def predicted(card: Card, batch: int, context: int, config: FreeKVConfig, traffic: Traffic) -> dict[str, GPUStep]:
@@ -62,14 +62,13 @@ def goals_of(card: Card, config: FreeKVConfig, traffic: Traffic) -> list[Goal]:
 
 
 def goals_by_record() -> Table:
-    """The goals on an H200, by each record of real text that has the default rule, or had it."""
+    """The goals on an H200, by each record of real text that has the default rule."""
     lines: Lines = []
     for source in _TRAFFIC_RECORDS:
-        traffic, (context, budget) = measured_traffic(source=source), SOURCES[source]
-        header, *body = goals_table(goals_of(H200, CONFIG, traffic)).lines
+        header, *body = goals_table(goals_of(H200, CONFIG, measured_traffic(source=source))).lines
+        context, budget = SOURCES[source]
         lines = lines or [["traffic of", *header]]
-        name = f"{source}: {context:,} tokens, budget {budget:,}, {traffic.scored_share:.0%} of the rows scored"
-        lines += [[name, *line] for line in body]
+        lines += [[f"{source}: {context:,} tokens, budget {budget:,}", *line] for line in body]
     return Table(lines)
 
 
@@ -78,9 +77,13 @@ def what_if() -> Table:
     traffic = measured_traffic()
     changes: dict[str, tuple[FreeKVConfig, Traffic]] = {
         "the default": (CONFIG, traffic),
-        "every row scored in every step, its own traffic": (
-            replace(CONFIG, score_interval=1),
-            measured_traffic("every step"),
+        "scored after up to 8 steps, its own traffic": (
+            replace(CONFIG, score_interval=8),
+            measured_traffic(source="intervals_8k_long"),
+        ),
+        "the same, traffic of a budget of 2,048": (
+            replace(CONFIG, score_interval=8),
+            measured_traffic(source="intervals_2k_long"),
         ),
         "a quarter of the recalls exposed": (CONFIG, replace(traffic, exposed_share=0.25)),
         "no recall exposed": (CONFIG, replace(traffic, exposed_share=0.0)),
@@ -112,7 +115,7 @@ def _assumptions(t: Traffic) -> str:
     return (
         f"Predictions, nothing is measured on a GPU. {MODEL.name}, budget {CONFIG.budget_tokens:,}. Traffic: "
         f"{t.turnover:.1%} of the selected pages change in a step, {t.exposed_share:.0%} of what is recalled is waited "
-        f"for, {t.scored_share:.0%} of the rows are scored, {t.flagged_share:.0%} corrected."
+        f"for, {t.flagged_share:.0%} of the rows are corrected."
     )
 
 

@@ -56,7 +56,7 @@ class Setting:
     @property
     def scored(self) -> float:
         """Share of the rows whose pages a step scores."""
-        return self.scored_share if self.config.max_interval > 1 else 1.0
+        return self.scored_share if self.config.score_interval > 1 else 1.0
 
     @property
     def exposed(self) -> float:

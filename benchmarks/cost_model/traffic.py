@@ -10,7 +10,7 @@ from benchmarks.records import RESULTS, read_records
 from sglang_freekv.config import FreeKVConfig
 
 # Records of `benchmarks.real_model` -> context and budget in tokens of what is read of them. "long": of 256 steps; the
-# others have 48, which start with empty device blocks. "rules": when every row was scored in every step.
+# others have 48, which start with empty device blocks. "intervals": with rows scored after up to 8 steps.
 SOURCES = {
     "intervals_8k_long": (7872, 512),
     "intervals_2k_long": (7872, 2048),
@@ -24,7 +24,7 @@ SOURCES = {
     "real_model": (4096, 512),
 }
 # Long, and its budget is the share of the context that 2,048 tokens are of 32K.
-DEFAULT_SOURCE = "intervals_8k_long"
+DEFAULT_SOURCE = "rules_8k_long"
 # The model of the records, SmolLM2-135M in float32: KV of a token in 30 layers of 3 heads.
 _TOKEN_BYTES = 30 * 3 * 2 * 64 * 4
 _CONFIG = FreeKVConfig()  # of the records, but for the budget
@@ -63,7 +63,7 @@ def measured_traffic(method: str = "freekv", source: str = DEFAULT_SOURCE) -> Tr
         raise ValueError(f"results/{source}.jsonl has no traffic of {method!r} at {context} tokens, budget {budget}")
     recalled = found["exposed_bytes"] + found["hidden_bytes"]
     traffic = Traffic(found["turnover"], found["flagged"], found["exposed_bytes"] / recalled)
-    traffic = replace(traffic, scored_share=found.get("scored", 1.0))  # records of before have every row scored
+    traffic = replace(traffic, scored_share=found.get("scored", 1.0))  # most have every row scored, and do not say so
     own = Setting(context, 1, replace(_CONFIG, budget_tokens=budget))
     expected = traffic.recalled_bytes(own.resident, own.selected * _TOKEN_BYTES)
     return replace(traffic, missed_share=recalled / expected)

@@ -132,7 +132,7 @@ def start_rows(
     memory.budgets.start(batch.rows, batch.budget_pages)
     # Mid-decode rows are not scored all in the same steps.
     memory.windows.start(batch.rows)
-    num_waiting = torch.arange(batch.budget_pages.numel(), device=rows.device) % memory.config.max_interval
+    num_waiting = torch.arange(batch.budget_pages.numel(), device=rows.device) % memory.config.score_interval
     memory.windows.pace[:, batch.rows, :, 1] = num_waiting.view_as(batch.budget_pages).int()
     memory.tables.clear()
     for layer in memory.layers:

@@ -19,7 +19,7 @@ from benchmarks.gpu.session import Session
 from sglang_freekv.config import FreeKVConfig
 from sglang_freekv.memory.geometry import num_pages_of
 
-_NOTHING = Traffic(turnover=0.0, flagged_share=0.0, exposed_share=0.0, scored_share=1 / FreeKVConfig().max_interval)
+_NOTHING = Traffic(turnover=0.0, flagged_share=0.0, exposed_share=0.0, scored_share=1 / FreeKVConfig().score_interval)
 _PARTS = ("launches", "scan", "correction", "exposed_link", "beside")
 
 

@@ -119,13 +119,13 @@ def audit_windows(decode: Decode) -> None:
 def _audit_pace(memory: KVMemory, batch: Batch, layer: Layer) -> None:
     """Check that each row waits for less than its interval, and for none that is longer than the longest."""
     interval, left = layer.pace[batch.rows].unbind(-1)
-    is_wrong = (interval < 1) | (interval > memory.config.max_interval) | (left < 0) | (left >= interval)
+    is_wrong = (interval < 1) | (interval > memory.config.score_interval) | (left < 0) | (left >= interval)
     is_wrong &= (batch.num_pages > 0)[:, None]  # padding has no pages
     if is_wrong.any():
         index, head = is_wrong.nonzero()[0].tolist()
         raise AuditError(
             f"layer {layer.number}, row {int(batch.rows[index])}, KV head {head}: scored at intervals of "
-            f"{int(interval[index, head])} steps, {int(left[index, head])} left, at most {memory.config.max_interval}"
+            f"{int(interval[index, head])} steps, {int(left[index, head])} left, at most {memory.config.score_interval}"
         )
 
 

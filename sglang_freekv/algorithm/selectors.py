@@ -104,7 +104,7 @@ class MassSelector(MinMaxSelector):
         memory, sizes, masses = self.memory, self.memory.sizes, self._masses(layer, batch, Half.BACK, scale, due)
         rule = (scale, gate, sizes.sink, sizes.recent, layer.windows, flags, memory.counters.values)
         own = (masses.values, layer.last_q, layer.store, batch, front_budgets)
-        pace = () if due is None else (due, layer.pace, memory.config.max_interval)
+        pace = () if due is None else (due, layer.pace, memory.config.score_interval)
         memory.ops.correct_windows(*own, *rule, memory.config.bonus, masses.pages, *pace)
         return Scores(masses.values[:, :1], masses.pages)
 

@@ -100,7 +100,7 @@ class KVMemory:
         self._footprint = DeviceFootprint(g, self.kinds, index_of(config).page_bytes(g))
         num_selecting = sum(kind.selects for kind in self.kinds)
         self._selection_reads = SelectionReads(g, config, num_selecting, self.max_pages)
-        scored_page_bytes = self._selection_reads.page_bytes_of_row if config.max_interval > 1 else 0
+        scored_page_bytes = self._selection_reads.page_bytes_of_row if config.score_interval > 1 else 0
         self.counters = Counters(g.record_bytes, self.device, scored_page_bytes)
         self.windows = Windows(g, self.max_requests, self.sizes.width, self.device)
         self.budgets = Budgets(g, self.max_requests, self.sizes, config.mass, self.device)
@@ -158,7 +158,7 @@ class KVMemory:
             windows=self.sliding[kind].pages if place is None else self.windows.pages[:, place],
             row_budgets=None if self.config.mass is None else self.budgets.of_layers[number],
             last_q=None if place is None else self.windows.last_q[place],
-            pace=None if place is None or self.config.max_interval == 1 else self.windows.pace[place],
+            pace=None if place is None or self.config.score_interval == 1 else self.windows.pace[place],
             front=self.tables.misses(number, Half.FRONT),
             back=self.tables.misses(number, Half.BACK),
         )
@@ -220,7 +220,7 @@ class KVMemory:
         counters.decoded_tokens += len(lens)
         counters.host_token_steps += sum(lens)
         counters.device_token_steps += self._footprint.tokens(num_pages, budgets)
-        if self.config.max_interval == 1:  # otherwise the device knows which rows are scored
+        if self.config.score_interval == 1:  # otherwise the device knows which rows are scored
             counters.selection_bytes += self._selection_reads.bytes(num_pages, budgets)
 
     def device_bytes(self) -> dict[str, int]:

@@ -59,7 +59,7 @@ class Rule:
             key_bits=g.key_bits,
             by_mass=config.selector_name == "mass",
             hysteresis=config.bonus,
-            max_interval=config.max_interval,
+            max_interval=config.score_interval,
             candidates=config.candidates,
             num_listed=sizes.num_listed(config.candidates, memory.max_pages),
             mass=config.mass or 0.0,

@@ -121,7 +121,7 @@ def test_a_prefix_that_lost_its_blocks_is_fetched_on_demand_once_for_all() -> No
 
 @pytest.mark.parametrize(
     "settings",
-    [{"tau": 0.9}, {"gate": 0.01, "mass": 0.7}, {"gate": 0.2}, SLIDING],
+    [{"tau": 0.9}, {"gate": 0.01, "mass": 0.7}, {"gate": 0.2, "score_interval": 8}, SLIDING],
     ids=["tau", "budgets-by-mass", "intervals", "sliding"],
 )
 def test_a_recorded_step_can_be_replayed_for_other_batches_and_lengths(settings: dict) -> None:

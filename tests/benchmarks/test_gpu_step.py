@@ -76,14 +76,14 @@ class TestTraffic:
     def test_it_is_what_the_records_of_the_default_rule_say(self):
         found = measured_traffic()
         assert 0 < found.flagged_share < 0.3 and 0 < found.turnover < 0.2 and 0 < found.exposed_share < 1
-        assert 0 < found.scored_share < 1 == measured_traffic("every step").scored_share
+        assert 0 < measured_traffic(source="intervals_8k_long").scored_share < 1 == found.scored_share
 
     def test_a_long_answer_returns_to_pages_and_a_short_one_starts_with_empty_blocks(self):
         long, short = (measured_traffic(source=source) for source in ("rules_long", "rules_4k"))
         assert long.missed_share < 0.6 < 1 < short.missed_share
 
     def test_a_method_that_was_not_measured_is_refused(self):
-        with pytest.raises(ValueError, match=r"intervals_8k_long.jsonl has no traffic of 'best' at 7872 tokens"):
+        with pytest.raises(ValueError, match=r"rules_8k_long.jsonl has no traffic of 'best' at 7872 tokens"):
             measured_traffic("best")
 
     def test_blocks_for_two_windows_hold_an_eighth_of_32k_tokens(self):
@@ -121,12 +121,12 @@ class TestStep:
 
     def test_a_scan_grows_with_pages_and_rows_and_a_first_level_bounds_it(self):
         assert step(context=64 * K).scan == pytest.approx(2 * step().scan) == pytest.approx(step(batch=16).scan)
-        assert step(context=128 * K, candidates=5).scan < step(context=128 * K, score_interval=1).scan / 5
+        assert step(context=128 * K, candidates=5).scan < step(context=128 * K).scan / 5
 
     def test_rows_that_are_not_due_are_not_scanned_where_they_may_wait(self):
         some = replace(QUIET, scored_share=0.25)
-        assert step(traffic=some).scan == pytest.approx(step(traffic=QUIET).scan / 4)
-        assert step(traffic=some, score_interval=1).scan == step(traffic=QUIET).scan
+        assert step(traffic=some, score_interval=8).scan == pytest.approx(step(traffic=QUIET).scan / 4)
+        assert step(traffic=some).scan == step(traffic=QUIET).scan
 
     def test_a_cosine_scans_flagged_rows_in_front_and_all_rows_beside(self):
         traffic = Traffic(turnover=0.0, flagged_share=0.25, exposed_share=0.0)

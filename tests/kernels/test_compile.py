@@ -104,7 +104,7 @@ def test_the_cost_model_counts_what_is_compiled(kernels, capability):
     default = [
         kernel
         for kernel in of("_correct_windows_kernel")
-        if kernel["constants"]["MAX_INTERVAL"] == FreeKVConfig().max_interval
+        if kernel["constants"]["MAX_INTERVAL"] == FreeKVConfig().score_interval
     ]
     (correcting,) = {(k["instructions"], k["inner_instructions"], k["warps"]) for k in default}
     assert correcting == pytest.approx(launches.CORRECT[capability][:3], rel=0.01)

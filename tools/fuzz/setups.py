@@ -52,8 +52,7 @@ _CONFIG = FreeKVConfig(
     recent_tokens=PAGE_SIZE,
     arena_tokens=3 * PAGE_SIZE,
     key_bits=2,
-    hysteresis=0.0,  # what a window should be is found without the windows before it
-    score_interval=1,
+    hysteresis=0.0,  # what a window should be is found without the window before it
     page_size=PAGE_SIZE,
 )
 _CODES = replace(_CONFIG, selector="codes")

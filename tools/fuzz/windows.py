@@ -35,7 +35,7 @@ class WindowChecks:
         self._next: dict[Life, tuple[np.ndarray, ...]] = {}  # layer, head, logical and host page of resident entries
         self._rule = Rule.of(self._memory)
         config = self._memory.config  # what looks at windows before is not known here
-        looks_back = config.candidates > 0 or config.max_interval > 1
+        looks_back = config.candidates > 0 or config.score_interval > 1
         self._has_reference = config.selector not in BASELINES and not looks_back
 
     def after_batch(self, batch: Batch) -> None:
