@@ -19,7 +19,8 @@ MODEL = Model.load("llama-3.1-8b")
 CONFIG = FreeKVConfig()
 CELLS = sorted(STEP_CELLS, key=lambda cell: (cell[1], cell[0]))
 _PARTS = ("launches", "scan", "correction", "exposed_link", "beside", "link")
-_TRAFFIC_RECORDS = tuple(source for source in SOURCES if source.startswith("rules"))
+_TRAFFIC_RECORDS = tuple(source for source in SOURCES if source.startswith(("rules", "intervals")))
+_AT_INTERVALS = replace(CONFIG, score_interval=8)  # of the records "intervals"
 
 
 def predicted(card: Card, batch: int, context: int, config: FreeKVConfig, traffic: Traffic) -> dict[str, GPUStep]:
@@ -62,10 +63,11 @@ def goals_of(card: Card, config: FreeKVConfig, traffic: Traffic) -> list[Goal]:
 
 
 def goals_by_record() -> Table:
-    """The goals on an H200, by each record of real text that has the default rule."""
+    """The goals on an H200, by each record of real text that has the default rule, or has it at intervals."""
     lines: Lines = []
     for source in _TRAFFIC_RECORDS:
-        header, *body = goals_table(goals_of(H200, CONFIG, measured_traffic(source=source))).lines
+        config = _AT_INTERVALS if source.startswith("intervals") else CONFIG
+        header, *body = goals_table(goals_of(H200, config, measured_traffic(source=source))).lines
         context, budget = SOURCES[source]
         lines = lines or [["traffic of", *header]]
         lines += [[f"{source}: {context:,} tokens, budget {budget:,}", *line] for line in body]
@@ -78,11 +80,11 @@ def what_if() -> Table:
     changes: dict[str, tuple[FreeKVConfig, Traffic]] = {
         "the default": (CONFIG, traffic),
         "scored after up to 8 steps, its own traffic": (
-            replace(CONFIG, score_interval=8),
+            _AT_INTERVALS,
             measured_traffic(source="intervals_8k_long"),
         ),
         "the same, traffic of a budget of 2,048": (
-            replace(CONFIG, score_interval=8),
+            _AT_INTERVALS,
             measured_traffic(source="intervals_2k_long"),
         ),
         "a quarter of the recalls exposed": (CONFIG, replace(traffic, exposed_share=0.25)),

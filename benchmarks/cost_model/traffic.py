@@ -12,8 +12,6 @@ from sglang_freekv.config import FreeKVConfig
 # Records of `benchmarks.real_model` -> context and budget in tokens of what is read of them. "long": of 256 steps; the
 # others have 48, which start with empty device blocks. "intervals": with rows scored after up to 8 steps.
 SOURCES = {
-    "intervals_8k_long": (7872, 512),
-    "intervals_2k_long": (7872, 2048),
     "rules_8k_long": (7872, 512),
     "rules_2k_long": (7872, 2048),
     "rules_long": (4096, 512),
@@ -21,6 +19,8 @@ SOURCES = {
     "rules_texts": (4096, 512),
     "rules_8k": (8064, 1024),
     "rules_2k": (8064, 2048),
+    "intervals_8k_long": (7872, 512),
+    "intervals_2k_long": (7872, 2048),
     "real_model": (4096, 512),
 }
 # Long, and its budget is the share of the context that 2,048 tokens are of 32K.
