@@ -53,7 +53,7 @@ CASES = {
         **{"selector": "codes", "group_pooling": "scaled", "key_bits": 1},
     },
     "by-mass-gated-hysteresis": {"selector": "mass", "key_bits": 2, "hysteresis": 0.05, "gate": 0.01, "candidates": 2},
-    "by-mass-scored-at-intervals": {"key_bits": 2, "gate": 0.2, "score_interval": 3},
+    "by-mass-scored-at-intervals": {"key_bits": 2, "gate": 0.05, "hysteresis": 0.05, "score_interval": 3},
     "sliding-layer-capped": {"key_bits": 2, **SLIDING},
     "exact-dense-layer-every-page-fetched": {
         **{"tau": 1.01, "dense_layers": (0,), "refetch": True},
@@ -82,6 +82,7 @@ def test_chunks_and_steps_of_a_changing_batch_match_the_reference(settings: dict
     counters = engine.memory.counters
     assert counters[Count.RECALLS] > 0 and counters[Count.DEMAND_MISSES] == 0
     assert (engine.corrected > 0) == (engine.config.tau != -1)
+    assert (counters[Count.SCORED_ROWS] < counters[Count.ROWS]) == (engine.config.score_interval > 1)
 
 
 def test_the_baseline_that_a_gpu_may_have_reads_the_latest_pages() -> None:
