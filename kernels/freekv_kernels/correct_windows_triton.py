@@ -170,8 +170,8 @@ def _correct_windows_kernel(
     )
     tl.debug_barrier()  # threads read what others have written
 
-    # Where both steps choose among the same pages they choose the same: what the first turn takes is favoured then.
     is_calm = tl.full((), False, tl.int1)
+    # Where both steps choose among the same pages they choose the same: what the first turn takes is favoured then.
     is_one_turn = is_judged & (num_next == num_pages) & (budget == front_budget)
     for turn in range(1 - is_judged.to(tl.int32), 2 - is_one_turn.to(tl.int32)):
         own_budget = tl.where(turn == 0, front_budget, budget)

@@ -74,9 +74,8 @@ def audit_windows(decode: Decode) -> None:
 
     Front windows must have their form: sink, ascending pages, recent, within the budget; those of a layer with a
     sliding window are its latest pages, each in a block. Back windows must be what this step's queries select, or in
-    rows that were not scored the front windows. Where
-    budgets follow the mass, they must be what these queries ask for, and the rows of a request together must have no
-    more than its budgets.
+    rows that were not scored the front windows. Where budgets follow the mass, they must be what these queries ask for,
+    and the rows of a request together must have no more than its budgets.
     """
     memory, plan = decode.memory, decode.last_plan
     batch = plan.batch

@@ -93,8 +93,9 @@ class Decode:
         todo = shortcuts(memory, batch, step, num_pages, budgets, in_graph)
         rows = memory.tables.row_budgets(batch, memory.budgets.of_layers)
         sliding = {kind: windows.in_step(batch) for kind, windows in memory.sliding.items()}
-        flags, due = memory.tables.flags(len(step.rows)), memory.tables.due(len(step.rows))
-        due = [of_layer if layer.pace is not None else None for of_layer, layer in zip(due, memory.layers, strict=True)]
+        flags, due = memory.tables.flags(len(step.rows)), [None] * len(memory.layers)
+        if memory.config.score_interval > 1:
+            due = memory.tables.due(len(step.rows))
         self._plan = DecodePlan(batch, flags, due, rows, sliding, todo)
         return self._plan
 

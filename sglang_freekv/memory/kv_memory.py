@@ -158,7 +158,7 @@ class KVMemory:
             windows=self.sliding[kind].pages if place is None else self.windows.pages[:, place],
             row_budgets=None if self.config.mass is None else self.budgets.of_layers[number],
             last_q=None if place is None else self.windows.last_q[place],
-            pace=None if place is None or self.config.score_interval == 1 else self.windows.pace[place],
+            pace=None if place is None else self.windows.pace[place],
             front=self.tables.misses(number, Half.FRONT),
             back=self.tables.misses(number, Half.BACK),
         )
@@ -187,11 +187,11 @@ class KVMemory:
         fills_pages : bool
             Whether a token may be the last one of its page, which then is full.
         due : FlagList, optional
-            Of a layer with a pace, written.
+            Written: the rows that are scored. None: all that are over their next budget.
         """
         codes, groups = self.index.encoded_by_append(layer.number, batch.groups) if fills_pages else (None, None)
         kept = (layer.last_q, flags, self.counters.values, queries)
-        encoded, paced = (codes, groups), (layer.pace if due is not None else None, due)
+        encoded, paced = (codes, groups), (None, None) if due is None else (layer.pace, due)
         self.ops.append_tokens(q, k, v, batch, self.config.min_cosine, layer.store, *kept, *encoded, *paced)
         if fills_pages and codes is None:
             self.seal(layer, batch.slots, batch.groups)

@@ -68,6 +68,6 @@ class Layer(NamedTuple):
     windows: torch.Tensor  # int32 [2, max_requests + 1, num_kv_heads, width]
     row_budgets: torch.Tensor | None  # int64 [max_requests + 1, num_kv_heads], of the last written; None: the request's
     last_q: torch.Tensor | None  # [max_requests + 1, num_kv_heads, group_size, head_dim]; None where a window slides
-    pace: torch.Tensor | None  # int32 [max_requests + 1, num_kv_heads, 2]; None: every row is scored in every step
+    pace: torch.Tensor | None  # int32 [max_requests + 1, num_kv_heads, 2]; None where a window slides
     front: MissList  # missing pages of the windows that this step reads
     back: MissList  # of those that the next step reads

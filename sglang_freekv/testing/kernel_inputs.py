@@ -46,10 +46,9 @@ class KernelInputs(DecodeState):
         kept = (layer.last_q, flags, counters, torch.empty(q.shape, dtype=q.dtype, device=self.device))
         args = (q, k, v, self.batch, self.config.min_cosine, layer.store, *kept)
         codes, due = self.memory.index.codes[LAYER], self.memory.tables.due(self.batch_size)[LAYER]
-        pace = self.memory.windows.pace[LAYER]
-        changed = (layer.last_q, flags.count, due.count, pace)
+        changed = (layer.last_q, flags.count, due.count, layer.pace)
         return {
-            "one token each, by pace": Call((*args, codes, None, pace, due), changed=changed),
+            "one token each, by pace": Call((*args, codes, None, layer.pace, due), changed=changed),
             "one token each": Call((*args, codes), changed=changed),
             "one token each, with groups": Call((*args, codes, self.batch.groups), changed=changed),
             "one token each, nothing encoded": Call(args, changed=changed),
@@ -91,7 +90,7 @@ class KernelInputs(DecodeState):
         scores, scale = self._scores(), self.geometry.head_dim**-0.5
         masses = (scores, self.layer.last_q, self.layer.store, self.batch, self.batch.budget_pages, scale)
         rule = (0.01, self.sizes.sink, self.sizes.recent, windows, flags, self.memory.counters.values, 0.5)
-        pace = self.memory.windows.pace[LAYER]
+        pace = self.layer.pace
         rows, count, is_due = (torch.empty_like(tensor) for tensor in flags)
         due = FlagList(rows, count, is_due)
         list_rows(torch.ones_like(is_due), due)
